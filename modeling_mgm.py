@@ -1,0 +1,273 @@
+"""MGM in transformers' form: embed the text, encode and project the images, put them in their places, decode."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+
+from configuration_mgm import MGMConfig
+
+
+@dataclass
+class MGMCausalLMOutputWithPast(ModelOutput):
+    """`loss` when labels were given; `logits` [B, T, vocab] except in training with labels."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MGMPatchInfoMining(nn.Module):
+    """Every CLIP patch attends to its own square of the high resolution features (arXiv:2403.18814, section 3.2)."""
+
+    def __init__(self, config: MGMConfig) -> None:
+        super().__init__()
+        dim, aux_dim = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
+        self.query_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.key_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
+        self.value_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
+
+    def forward(self, features: torch.Tensor, features_aux: torch.Tensor) -> torch.Tensor:
+        """[N, P, C] CLIP features and [N, P, S, C_aux] aux features, S of them a patch, to mined features [N, P, C]."""
+        query = self.query_proj(features).unsqueeze(2)  # [N, P, 1, C]
+        key = self.key_proj(features_aux)  # [N, P, S, C]
+        value = self.value_proj(features_aux)  # [N, P, S, C]
+        weights = (query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(dim=-1)  # [N, P, 1, S]
+        return features + (weights @ value).squeeze(2)
+
+
+class MGMProjector(nn.Module):
+    """Two linear layers from CLIP's width to the language model's."""
+
+    def __init__(self, config: MGMConfig) -> None:
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class MGMPreTrainedModel(PreTrainedModel):
+    config_class = MGMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+
+class MGMModel(MGMPreTrainedModel):
+    """The two towers, patch info mining, the projector and the language model without its head."""
+
+    def __init__(self, config: MGMConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # A ConvNeXt has no attention, and refuses every implementation but the default.
+        self.vision_tower_aux = AutoModel.from_config(config.vision_config_aux, attn_implementation="eager")
+        self.vision_tower_aux.layernorm = (
+            nn.Identity()
+        )  # MGM reads the stages; the classifier's norm has no part in it
+        self.patch_info_mining = MGMPatchInfoMining(config)
+        self.multi_modal_projector = MGMProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "MGMModel":
+        """The towers stay in eval mode: a frozen tower's dropout would only add noise to its features."""
+        super().train(mode)
+        self.vision_tower.eval()
+        self.vision_tower_aux.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in until the features replace it."""
+        return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
+
+    def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] to patch features [N, P, C] of the last layer but one. No CLS, no final norm."""
+        tower = self.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(tower)):
+            hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
+            num_layers = self.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
+            for layer in tower.encoder.layers[:num_layers]:
+                hidden_states = layer(hidden_states, attention_mask=None)
+        return hidden_states[:, 1:]
+
+    def convnext_features(self, pixel_values_aux: torch.Tensor) -> torch.Tensor:
+        """[N, 3, S, S] to [N, C_aux, S/4, S/4]: all four stages, brought to the first one's size."""
+        tower = self.vision_tower_aux
+        stages = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(tower)):
+            features = tower.embeddings(pixel_values_aux.to(tower.dtype))
+            for stage in tower.encoder.stages:
+                features = stage(features)
+                stages.append(features)
+            size = stages[0].shape[-2:]
+            upsampled = [F.interpolate(x.float(), size=size, mode="bilinear").to(x.dtype) for x in stages[1:]]
+            return torch.cat([stages[0], *upsampled], dim=1)
+
+    def get_image_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
+        """Both views of N images to [N, P, D], ready to stand among the token embeddings (before their scaling)."""
+        if pixel_values_aux is None or len(pixel_values) != len(pixel_values_aux):
+            num_aux = 0 if pixel_values_aux is None else len(pixel_values_aux)
+            raise ValueError(f"{len(pixel_values)} images in pixel_values but {num_aux} in pixel_values_aux")
+        features = self.clip_features(pixel_values)
+        features_aux = split_into_patches(self.convnext_features(pixel_values_aux), self.config.image_grid_size)
+        return self.multi_modal_projector(self.patch_info_mining(features, features_aux))
+
+    def place_image_features(
+        self, inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_positions: torch.LongTensor
+    ) -> torch.Tensor:
+        """[N, P, D] features into [B, T, D] embeddings, in reading order, at flat positions [N * P] of B * T."""
+        num_tokens, num_features = image_positions.numel(), image_features.shape[0] * image_features.shape[1]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"{num_tokens} image positions in input_ids but {num_features} image features "
+                f"({image_features.shape[0]} images of {image_features.shape[1]})"
+            )
+        # Gemma scales its embeddings inside the embedding module, and the original scales image features alike.
+        scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if scale is not None:
+            image_features = image_features * scale.to(image_features.dtype)
+        image_features = image_features.flatten(0, 1).to(inputs_embeds.dtype)
+        return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features).view_as(inputs_embeds)
+
+    def dummy_image_features(self) -> torch.Tensor:
+        """Features of one black image. A process whose batch has no image still has to run the vision side: under
+        ZeRO-3 and DDP the others wait for it, and its trained parameters need gradients (zeros), not None."""
+        low, high = self.config.vision_config.image_size, self.config.vision_config_aux.image_size
+        return self.get_image_features(
+            torch.zeros(1, 3, low, low, device=self.device), torch.zeros(1, 3, high, high, device=self.device)
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_aux: torch.FloatTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
+        if image_positions is None and input_ids is not None and is_prefill:
+            image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, pixel_values_aux)  # [N, P, D]
+            inputs_embeds = self.place_image_features(inputs_embeds, image_features, image_positions)
+        elif image_positions is not None and image_positions.numel():
+            raise ValueError(
+                f"{image_positions.numel()} image positions in input_ids but no pixel_values (0 features)"
+            )
+        elif is_prefill and (self.training or is_deepspeed_zero3_enabled()):
+            inputs_embeds = inputs_embeds + 0 * self.dummy_image_features().sum().to(inputs_embeds.dtype)
+
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MGMConfig) -> None:
+        super().__init__(config)
+        self.model = MGMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_aux: torch.FloatTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MGMCausalLMOutputWithPast:
+        """The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
+
+        `image_positions` are the flat positions (row * T + column) of the image tokens. A collator that knows them
+        spares the GPU a synchronisation; without it they are looked up in `input_ids`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_aux=pixel_values_aux,
+            image_positions=image_positions,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return MGMCausalLMOutputWithPast(
+            loss=loss,
+            # Whoever trains needs no logits, and a mixed-precision wrapper would copy this biggest of tensors to fp32.
+            logits=None if self.training and labels is not None else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def split_into_patches(features: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """[N, C, H, W] to [N, P, S, C]: the S = (H * W) / P positions that lie in each of P = grid_size**2 squares."""
+    num_images, channels, height, width = features.shape
+    rows, columns = height // grid_size, width // grid_size
+    squares = features.view(num_images, channels, grid_size, rows, grid_size, columns)
+    return squares.permute(0, 2, 4, 3, 5, 1).reshape(num_images, grid_size**2, rows * columns, channels)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+AutoModelForImageTextToText.register(MGMConfig, MGMForConditionalGeneration)

@@ -1,0 +1,251 @@
+"""MGMProcessor: LLaVA conversations and PIL images to what MGM's forward takes."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from configuration_mgm import MGMConfig
+
+
+IMAGE_TOKEN = "<image>"
+IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+
+# Gemma's turns as MGM trained them: <eos> ends every reply, not only the last one. What stands inside
+# {% generation %} carries labels.
+GEMMA_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<start_of_turn>model\n' }}"
+    "{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\n' + eos_token }}"
+    "{% endgeneration %}"
+    "{% else %}"
+    "{{ '<start_of_turn>user\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "{{ '<image>' if loop.first else '\n<image>' }}{% if loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<end_of_turn>\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+class MGMProcessor(ProcessorMixin):
+    """Both views of every image, the turn template, labels.
+
+    Args:
+        image_processor: CLIP's, at the auxiliary tower's size (768); the low view is made from its output.
+        tokenizer: a fast tokenizer; `<image>` is added to it as id `len(tokenizer)` where it is missing.
+        image_size: pixels along one side of the low view (336).
+        patch_size: pixels along one side of a CLIP patch (14).
+        image_aspect_ratio: `pad` to a square with CLIP's mean colour, or `square`, which crops the middle.
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = GEMMA_CHAT_TEMPLATE,
+        image_size: int = 336,
+        patch_size: int = 14,
+        image_aspect_ratio: str = "pad",
+        **kwargs,
+    ) -> None:
+        if IMAGE_TOKEN not in tokenizer.get_added_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions of the sequence that one image takes."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_aux"]
+
+    def __call__(
+        self,
+        images: Sequence | None = None,
+        text: str | list[str] | None = None,
+        conversations: list[list[dict[str, str]]] | None = None,
+        max_length: int | None = None,
+        image_aspect_ratio: str | None = None,
+        add_generation_prompt: bool = False,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """A batch of LLaVA `conversations` (with labels) or of rendered `text` (without), and its images.
+
+        Args:
+            images: a list of PIL images per sample, in the order of their `<image>` placeholders.
+            max_length: in tokens, image positions counted; what lies beyond is cut off.
+            add_generation_prompt: end with the header of the model's turn, for generation.
+            padding_side: `right` for training (the tokenizer's default), `left` for generation.
+
+        Returns:
+            `input_ids`, `attention_mask` and (for conversations) `labels` [B, T]; `pixel_values` [N, 3, 336, 336] and
+            `pixel_values_aux` [N, 3, 768, 768] over the N images of the batch, absent where there are none.
+
+        Raises:
+            ValueError: a conversation or its images do not fit together, or `max_length` cuts inside an image.
+        """
+        if (text is None) == (conversations is None):
+            raise ValueError("give exactly one of text and conversations")
+        if conversations is not None:
+            rows = [self.tokenize(turns, max_length, add_generation_prompt) for turns in conversations]
+        else:
+            rows = [self._encode(prompt, [], max_length) for prompt in ([text] if isinstance(text, str) else text)]
+        images = _one_list_per_sample(images, len(rows))
+        for i, (input_ids, _) in enumerate(rows):
+            expected = input_ids.count(self.image_token_id) // self.num_image_tokens
+            if expected != len(images[i]):
+                raise ValueError(f"sample {i} has {expected} {IMAGE_TOKEN} placeholders but {len(images[i])} images")
+
+        data = self._pad(rows, padding_side or self.tokenizer.padding_side)
+        if conversations is None:
+            del data["labels"]
+        views = [self.image_views(image, image_aspect_ratio) for sample in images for image in sample]
+        if views:
+            data["pixel_values"] = torch.stack([low for low, _ in views])
+            data["pixel_values_aux"] = torch.stack([high for _, high in views])
+        return BatchFeature(data)
+
+    def tokenize(
+        self, conversation: list[dict[str, str]], max_length: int | None = None, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image: cheap enough to count with."""
+        prompts, spans = render_jinja_template(
+            [to_messages(conversation)],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        return self._encode(prompts[0], spans[0], max_length)
+
+    def image_views(
+        self, image: Image.Image, image_aspect_ratio: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One PIL image to its low [3, 336, 336] and high [3, 768, 768] view.
+
+        The low view is the high one scaled down without antialiasing, as in the original, so that both agree.
+        """
+        aspect_ratio = image_aspect_ratio or self.image_aspect_ratio
+        if aspect_ratio == "pad":
+            image = pad_to_square(image, tuple(int(x * 255) for x in self.image_processor.image_mean))
+        elif aspect_ratio != "square":
+            raise ValueError(f"image_aspect_ratio is {aspect_ratio!r}: choose 'square' or 'pad'")
+        high = self.image_processor(image, return_tensors="pt")["pixel_values"]  # [1, 3, S, S]
+        low = F.interpolate(high, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
+        return low[0], high[0]
+
+    def _encode(
+        self, prompt: str, spans: list[tuple[int, int]], max_length: int | None
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of `prompt`, with labels on those that start inside one of the character `spans`."""
+        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids, labels = [], []
+        for token_id, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            if token_id == self.image_token_id:
+                self._check_cut(len(input_ids), max_length)
+                input_ids += [token_id] * self.num_image_tokens
+                labels += [IGNORE_INDEX] * self.num_image_tokens
+            else:
+                is_target = any(begin <= start < end for begin, end in spans)
+                input_ids.append(token_id)
+                labels.append(token_id if is_target else IGNORE_INDEX)
+        return input_ids[:max_length], labels[:max_length]
+
+    def _check_cut(self, start: int, max_length: int | None) -> None:
+        if max_length is not None and start + self.num_image_tokens > max_length:
+            raise ValueError(
+                f"max_length {max_length} would cut into the image at positions {start} to "
+                f"{start + self.num_image_tokens - 1}: leave the sample out or raise max_length"
+            )
+
+    def _pad(self, rows: list[tuple[list[int], list[int]]], padding_side: str) -> dict[str, torch.Tensor]:
+        length = max(len(input_ids) for input_ids, _ in rows)
+
+        def padded(values: list[int], fill: int) -> list[int]:
+            filling = [fill] * (length - len(values))
+            return filling + values if padding_side == "left" else values + filling
+
+        columns = {
+            "input_ids": [padded(input_ids, self.tokenizer.pad_token_id) for input_ids, _ in rows],
+            "attention_mask": [padded([1] * len(input_ids), 0) for input_ids, _ in rows],
+            "labels": [padded(labels, IGNORE_INDEX) for _, labels in rows],
+        }
+        return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
+    """LLaVA turns to transformers' messages. Images move to the front of their message; a first turn by the model is
+    dropped, as in the original.
+
+    Raises:
+        ValueError: an unknown speaker, two turns in a row by one, or an image in a reply.
+    """
+    messages = []
+    for turn in conversation:
+        role, value = ROLES.get(turn["from"]), turn["value"]
+        if role is None:
+            raise ValueError(f"a turn is from {turn['from']!r}: expected one of {', '.join(ROLES)}")
+        if not messages and role == "assistant":
+            continue
+        if messages and messages[-1]["role"] == role:
+            raise ValueError(f"two turns in a row are from {turn['from']!r}: human and gpt must alternate")
+        num_images = value.count(IMAGE_TOKEN)
+        if num_images and role == "assistant":
+            raise ValueError(f"a reply by {turn['from']!r} contains {IMAGE_TOKEN}: images belong to human turns")
+        text = value.replace(IMAGE_TOKEN, "").strip() if num_images else value
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of the given colour, whose side is the longer one of the image's."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _one_list_per_sample(images: Sequence | None, num_samples: int) -> list[list]:
+    """Accept what transformers' processors accept: nothing, one image, a flat list for one sample, a list a sample."""
+    if images is None:
+        return [[] for _ in range(num_samples)]
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if not images or not isinstance(images[0], (list, tuple)):
+        images = [list(images)]
+    if len(images) != num_samples:
+        raise ValueError(f"images are given for {len(images)} samples but there are {num_samples}")
+    return [list(sample or []) for sample in images]
+
+
+AutoProcessor.register(MGMConfig, MGMProcessor)

@@ -1,0 +1,175 @@
+"""What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
+
+import json
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+import modeling_mgm  # noqa: F401 (registers MGM with transformers' Auto classes)
+import processing_mgm  # noqa: F401
+from configuration_mgm import PRESETS
+
+
+Config = TypeVar("Config")
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class UserError(Exception):
+    """Bad input. The message is the one line a user reads: it names the thing and the remedy. Exit code 2."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The flags that every script with a model honours."""
+
+    model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(ATTN_IMPLEMENTATIONS)})
+    mixed_precision: str = field(
+        default="auto", metadata={"help": "auto (what the hardware does natively) | no | fp16 | bf16"}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)
+        check_choice("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
+        self.mixed_precision = resolve_mixed_precision(self.mixed_precision)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+
+
+def check_minimum(config: object, **minimums: float) -> None:
+    """Raise UserError where a numeric flag of `config` lies below its minimum."""
+    for name, minimum in minimums.items():
+        if (value := getattr(config, name)) < minimum:
+            raise UserError(f"--{name} {value}: it must be at least {minimum}")
+
+
+def resolve_mixed_precision(mixed_precision: str) -> str:
+    """`auto` to bf16 on a GPU that has it, fp16 on an older one, no on a CPU (few have bf16 units; others emulate).
+
+    Raises:
+        UserError: the machine cannot compute in the precision asked for.
+    """
+    has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if mixed_precision == "auto":
+        return ("bf16" if has_bf16 else "fp16") if has_gpu else "no"
+    if mixed_precision == "fp16" and not has_gpu:
+        raise UserError("--mixed_precision fp16: this machine has no GPU, and CPUs train in 'no' or 'bf16'")
+    if mixed_precision == "bf16" and has_gpu and not has_bf16:
+        raise UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16 units, choose fp16")
+    return mixed_precision
+
+
+def parse_config(config_class: type[Config], argv: list[str]) -> Config:
+    """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults."""
+    parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
+    parser.error = _raise_user_error
+
+    recipe_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe_parser.add_argument("--recipe")
+    recipe_parser.error = _raise_user_error
+    recipe = recipe_parser.parse_known_args(argv)[0].recipe
+    recipe_argv = read_recipe(recipe, {f.name for f in fields(config_class)}) if recipe else []
+
+    config, *_, unknown = parser.parse_args_into_dataclasses(recipe_argv + argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}: see --help")
+    return config
+
+
+def read_recipe(path: str, names: set[str]) -> list[str]:
+    """A YAML file of flags as command line words, so that one parser checks them all."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--recipe {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"--recipe {path}: expected lines of 'flag: value'")
+    words = []
+    for name, value in recipe.items():
+        if name not in names:
+            raise UserError(f"--recipe {path}: unknown key {name!r}: see --help for the flags")
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def _raise_user_error(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> None:
+    """Run a script: the last line on stdout is main's result as JSON (None: another process prints it).
+
+    Bad input is one line on stderr and exit code 2; any other exception keeps its traceback and exit code 1.
+    """
+    try:
+        result = main(parse_config(config_class, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a preset, a folder or a hub id. Raises UserError where there is none."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    return _from_pretrained(AutoConfig, name)
+
+
+def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had."""
+    config = load_config(name)
+    if name in PRESETS:
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText,
+        name,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"--model {name}: the weights do not fit the config ({found})")
+    return model
+
+
+def load_processor(name: str) -> ProcessorMixin:
+    """The processor of a folder or a hub id. Raises UserError where there is none."""
+    if name in PRESETS:
+        raise UserError(f"--model {name}: a preset has no tokenizer; give a folder made by convert_mgm.py")
+    return _from_pretrained(AutoProcessor, name)
+
+
+def _from_pretrained(auto_class: type, name: str, **kwargs):
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"--model {name}: cannot be loaded ({error})") from None
