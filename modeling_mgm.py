@@ -36,7 +36,7 @@ class MGMPatchInfoMining(nn.Module):
         self.value_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
 
     def forward(self, features: torch.Tensor, features_aux: torch.Tensor) -> torch.Tensor:
-        """[N, P, C] CLIP features and [N, P, S, C_aux] aux features, S of them a patch, to mined features [N, P, C]."""
+        """CLIP features [N, P, C] and aux features [N, P, S, C_aux], S of them a patch, to mined features [N, P, C]."""
         query = self.query_proj(features).unsqueeze(2)  # [N, P, 1, C]
         key = self.key_proj(features_aux)  # [N, P, S, C]
         value = self.value_proj(features_aux)  # [N, P, S, C]
@@ -77,9 +77,7 @@ class MGMModel(MGMPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         # A ConvNeXt has no attention, and refuses every implementation but the default.
         self.vision_tower_aux = AutoModel.from_config(config.vision_config_aux, attn_implementation="eager")
-        self.vision_tower_aux.layernorm = (
-            nn.Identity()
-        )  # MGM reads the stages; the classifier's norm has no part in it
+        self.vision_tower_aux.layernorm = nn.Identity()  # MGM reads the stages: this is the classifier's norm
         self.patch_info_mining = MGMPatchInfoMining(config)
         self.multi_modal_projector = MGMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -99,7 +97,7 @@ class MGMModel(MGMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in until the features replace it."""
+        """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in for the features to come."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
     def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
