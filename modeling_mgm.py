@@ -36,7 +36,7 @@ class MGMPatchInfoMining(nn.Module):
         self.value_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
 
     def forward(self, features: torch.Tensor, features_aux: torch.Tensor) -> torch.Tensor:
-        """CLIP features [N, P, C] and aux features [N, P, S, C_aux], S of them a patch, to mined features [N, P, C]."""
+        """CLIP features [N, P, C] and aux features [N, P, S, C_aux], S a patch, to mined features [N, P, C]."""
         query = self.query_proj(features).unsqueeze(2)  # [N, P, 1, C]
         key = self.key_proj(features_aux)  # [N, P, S, C]
         value = self.value_proj(features_aux)  # [N, P, S, C]
@@ -96,7 +96,7 @@ class MGMModel(MGMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def embed_text(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in for the features to come."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
@@ -173,7 +173,7 @@ class MGMModel(MGMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
+            inputs_embeds = self.embed_text(input_ids)  # [B, T, D]
         if image_positions is None and input_ids is not None and is_prefill:
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
 
@@ -228,6 +228,8 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         `image_positions` are the flat positions (row * T + column) of the image tokens. A collator that knows them
         spares the GPU a synchronisation; without it they are looked up in `input_ids`.
         """
+        if self.training:
+            kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -34,6 +34,10 @@ MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bf
 class UserError(Exception):
     """Bad input. The message is the one line a user reads: it names the thing and the remedy. Exit code 2."""
 
+    def __init__(self, message: str) -> None:
+        # A loader's worker hands its exception over as a new one whose message is the whole traceback.
+        super().__init__(message.rpartition("UserError: ")[2].strip())
+
 
 @dataclass(kw_only=True)
 class ModelConfig:

@@ -1,0 +1,214 @@
+"""What a run tells while it goes and at its end: progress bar, TensorBoard, run.json."""
+
+import json
+import platform
+import resource
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from data.dataset import ConversationDataset
+from eval import Prediction, exact_match
+from utils import ModelConfig
+
+
+GIB = 2**30
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
+NUM_PICTURES = 4
+
+
+class RunLog:
+    """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed."""
+
+    def __init__(self, accelerator: Accelerator, config: ModelConfig, model: nn.Module, num_steps: int) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.total_params, self.trainable_params = count_parameters(model)
+        self.num_steps = num_steps
+        self.peak = {"load": peak_bytes()}
+        self.eval: dict[str, float] = {}
+        self.last_loss = float("nan")
+        self.totals = {"loss": 0.0, "label_tokens": 0, "tokens": 0, "samples": 0, "seconds": 0.0}
+        self.window = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
+        self.update_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.window_label_tokens = 0
+        self.window_start = 0.0
+
+        accelerator.init_trackers("tensorboard")
+        if accelerator.is_main_process:
+            self.writer.add_text("config", as_markdown(asdict(config)))
+            share = f"{self.trainable_params / self.total_params:.2%}"
+            print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share})", flush=True)
+
+    @property
+    def writer(self) -> SummaryWriter:
+        return self.accelerator.get_tracker("tensorboard", unwrap=True)
+
+    def start(self) -> None:
+        """The clock of throughput runs from here."""
+        reset_peak()
+        main = self.accelerator.is_main_process
+        self.progress = tqdm(total=self.num_steps, desc="Training", unit="step", disable=not main, mininterval=1)
+        self.window_start = time.perf_counter()
+
+    def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        """`loss` is the micro-batch's share of its update's loss."""
+        self.update_loss += loss
+        self.window[1] += batch["attention_mask"].sum()
+        self.window[2] += len(batch["input_ids"])
+
+    def update(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor) -> None:
+        """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes."""
+        self.window[0] += self.update_loss * num_items_in_batch
+        self.window_label_tokens += num_items_in_batch
+        if global_step % self.config.logging_steps == 0 or global_step == self.num_steps:
+            self._close_window(global_step, num_items_in_batch, learning_rate, grad_norm)
+        self.update_loss.zero_()
+        self.progress.update()
+        if global_step == self.num_steps:
+            self.progress.close()
+            self.peak["train"] = peak_bytes()
+
+    def _close_window(
+        self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor
+    ) -> None:
+        sums = torch.cat([self.window, self.update_loss[None]])
+        loss_sum, tokens, samples, self.last_loss = self.accelerator.reduce(sums, "sum").tolist()
+        seconds = time.perf_counter() - self.window_start
+        window = (loss_sum, self.window_label_tokens, tokens, samples, seconds)
+        self.totals = {name: total + new for (name, total), new in zip(self.totals.items(), window, strict=True)}
+        loss, tokens_per_second = loss_sum / self.window_label_tokens, tokens / seconds
+        memory = memory_bytes()
+        self.accelerator.log(
+            {
+                "train/loss": loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": float(grad_norm),
+                "train/tokens_per_second": tokens_per_second,
+                **{f"memory/{name}": value for name, value in memory.items()},
+            },
+            step=global_step,
+        )
+        used_gib = next(iter(memory.values())) / GIB
+        self.progress.set_postfix_str(
+            f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
+        )
+        self.window.zero_()
+        self.window_label_tokens = 0
+        self.window_start = time.perf_counter()
+
+    def evaluation(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset | None) -> None:
+        """Held-out answers, before training (step 0) or after it."""
+        if not predictions:
+            return
+        score = exact_match(predictions)
+        name = "exact_match" if global_step else "exact_match_before"
+        self.eval |= {name: score, "n": len(predictions)}
+        self.accelerator.log({"eval/exact_match": score}, step=global_step)
+        if self.accelerator.is_main_process:
+            when = "after" if global_step else "before"
+            print(f"Held-out exact match {when} training: {score:.1%} of {len(predictions)}", flush=True)
+            self._show_predictions(global_step, predictions[:NUM_PICTURES], dataset)
+
+    def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:
+        for i, prediction in enumerate(predictions):
+            for image in dataset[prediction.index]["images"]:
+                self.writer.add_image(f"eval/image_{i}", np.asarray(image), global_step, dataformats="HWC")
+        rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
+        table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
+        header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
+        self.writer.add_text("eval/predictions", header + table, global_step)
+
+    def finish(self, global_step: int) -> dict | None:
+        """Write run.json and hparams, close TensorBoard. Returns run.json's content on the main process."""
+        self.peak["eval"] = peak_bytes()
+        totals = self.totals
+        result = {
+            "status": "done",
+            "global_step": global_step,
+            "train_loss": totals["loss"] / totals["label_tokens"],
+            "last_loss": self.last_loss,
+            "total_params": self.total_params,
+            "trainable_params": self.trainable_params,
+            "samples_per_second": totals["samples"] / totals["seconds"],
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            "peak": self.peak,
+            "eval": self.eval,
+            "config": asdict(self.config),
+            "environment": environment(self.accelerator),
+        }
+        if self.accelerator.is_main_process:
+            hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
+            metrics = {"train/loss": result["train_loss"], "eval/exact_match": self.eval.get("exact_match", 0.0)}
+            self.writer.add_hparams(hparams, metrics, run_name=".")
+            (self.output_dir / "run.json").write_text(json.dumps(result, indent=2) + "\n")
+            print(f"Saved to {self.output_dir}", flush=True)
+        self.accelerator.end_training()
+        return result if self.accelerator.is_main_process else None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
+    sizes = {
+        name: (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+        for name, p in model.named_parameters()
+        if ".original_module." not in name
+    }
+    return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+
+
+def memory_bytes() -> dict[str, int]:
+    """On a GPU what PyTorch holds there; always the process's resident memory."""
+    rss = {"rss_bytes": psutil.Process().memory_info().rss}
+    if not torch.cuda.is_available():
+        return rss
+    gpu = {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+    }
+    return gpu | rss
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most memory since the last reset on a GPU; on a CPU the most resident memory the process ever had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def environment(accelerator: Accelerator) -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    versions = {package: version(package) for package in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "device": device,
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **versions,
+    }
+
+
+def as_markdown(config: dict) -> str:
+    rows = [f"| {key} | {escape_cell(str(value))} |" for key, value in config.items()]
+    return "\n".join(["| flag | value |", "|---|---|", *rows])
+
+
+def escape_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
