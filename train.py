@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, SchedulerType, get_scheduler
+from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
 from data.batching import TrainCollator, UpdateBatchSampler, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
@@ -39,6 +39,10 @@ from utils import (
 )
 
 
+VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
+LANGUAGE_MODULES = ["language_model", "lm_head"]
+
+
 @dataclass(kw_only=True)
 class TrainConfig(ModelConfig):
     # Data
@@ -50,14 +54,14 @@ class TrainConfig(ModelConfig):
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     # What is trained
-    lora_r: int = field(default=16, metadata={"help": "rank; 0 trains the whole language model"})
+    lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
     lora_dropout: float = 0.1
     lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "o_proj"])
-    trainable_modules: list[str] = field(
-        default_factory=lambda: ["multi_modal_projector", "patch_info_mining"],
-        metadata={"help": "trained in full beside LoRA"},
+    trainable_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
     # The step
     per_device_train_batch_size: int = 8
@@ -87,6 +91,8 @@ class TrainConfig(ModelConfig):
         check_minimum(self, dataloader_num_workers=0)
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
+        if self.trainable_modules is None:
+            self.trainable_modules = VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
         output_dir = Path(self.output_dir)
         if output_dir.exists() and any(output_dir.iterdir()) and not self.overwrite_output_dir:
             raise UserError(f"--output_dir {output_dir} is not empty: choose another or add --overwrite_output_dir")
@@ -207,14 +213,14 @@ def build_model(config: TrainConfig, is_deepspeed: bool) -> nn.Module:
     model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    for flag in ("trainable_modules", "lora_target_modules"):
-        check_modules(model, flag, getattr(config, flag))
+    check_modules(model, "trainable_modules", config.trainable_modules)
+    check_modules(model.model.language_model, "lora_target_modules", config.lora_target_modules)
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
         model = get_peft_model(model, lora_config(config))
     else:
-        for module in [model.model.language_model, *select_modules(model, config.trainable_modules)]:
+        for module in select_modules(model, config.trainable_modules):
             module.requires_grad_(True)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
@@ -235,14 +241,16 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     )
 
 
-def check_modules(model: PreTrainedModel, flag: str, names: list[str]) -> None:
+def check_modules(model: nn.Module, flag: str, names: list[str]) -> None:
     """Raise UserError for a name that ends no module's path."""
     for name in names:
         if not select_modules(model, [name]):
-            raise UserError(f"--{flag} {name}: no module of the model has this name")
+            known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path})
+            choices = [path for path in known if not path.isdecimal()]
+            raise UserError(f"--{flag} {name}: {type(model).__name__} has no such module, only {', '.join(choices)}")
 
 
-def select_modules(model: PreTrainedModel, names: list[str]) -> list[nn.Module]:
+def select_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
     return [module for path, module in model.named_modules() if path.rpartition(".")[2] in names]
 
 

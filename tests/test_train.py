@@ -1,0 +1,253 @@
+"""train.py as users start it: every strategy gives the same run, and bad input ends in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from data.batching import TrainCollator, UpdateBatchSampler
+from data.dataset import open_dataset
+from data.make_demo import ensure_demo
+from utils import load_model, load_processor, run_script
+
+
+ROOT = Path(__file__).parent.parent
+MODEL = "data/tiny_mgm"
+NUM_STEPS = 5
+# Eight samples an update, however they are shared out.
+STRATEGIES = {
+    "single-8x1": ("single", 1, 8, 1),
+    "single-4x2": ("single", 1, 4, 2),
+    "ddp-2-processes": ("ddp", 2, 1, 4),
+    "zero2": ("zero2", 1, 4, 2),
+    "zero2-2-processes": ("zero2", 2, 1, 4),
+    "zero3": ("zero3", 1, 4, 2),
+    "zero3-2-processes": ("zero3", 2, 1, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed_dataset(tmp_path_factory) -> Path:
+    """Every other record is text only, so that one process often has an image where the other has none."""
+    records = json.loads((ensure_demo() / "train.json").read_text())[:40]
+    for record in records[::2]:
+        del record["image"]
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
+    path = tmp_path_factory.mktemp("data") / "mixed.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def launch(config: str, num_processes: int, *flags: str) -> tuple[dict, str]:
+    """Run train.py under a launch config; returns the last line's JSON and everything on stderr."""
+    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+    command += ["--num_processes", str(num_processes), "train.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(mixed_dataset, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """The same five updates under every strategy, without dropout, clipped hard."""
+    folder = tmp_path_factory.mktemp("runs")
+    results = {}
+    for name, (config, num_processes, micro_batch_size, accumulation) in STRATEGIES.items():
+        flags = f"--per_device_train_batch_size {micro_batch_size} --gradient_accumulation_steps {accumulation}"
+        flags += f" --max_steps {NUM_STEPS} --logging_steps 1 --eval_samples 8 --lora_dropout 0 --max_grad_norm 0.1"
+        flags += f" --dataset {mixed_dataset} --image_folder data/demo --eval_dataset data/demo/validation.json"
+        flags += f" --output_dir {folder / name}"
+        results[name] = folder / name, launch(config, num_processes, *flags.split())[0]
+    return results
+
+
+def scalars(output_dir: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(output_dir / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+@pytest.mark.slow
+def test_strategies_agree(runs):
+    """Loss and gradient norm of each of five clipped updates, every strategy against a single process."""
+    reference = runs["single-8x1"][0]
+    assert min(scalars(reference, "train/grad_norm")) > 0.1, "clipping has to bite, else it is not tested"
+    for name, (output_dir, _) in runs.items():
+        for tag in ("train/loss", "train/grad_norm"):
+            values = scalars(output_dir, tag)
+            assert len(values) == NUM_STEPS
+            assert values == pytest.approx(scalars(reference, tag), abs=1e-4, rel=1e-4), (name, tag)
+
+
+@pytest.mark.slow
+def test_processes_differ_in_images(mixed_dataset):
+    """The agreement above covers steps in which one process has an image and the other has none."""
+    has_image = ["image" in record for record in json.loads(mixed_dataset.read_text())]
+    micro_batches = list(UpdateBatchSampler(torch.ones(len(has_image)).numpy(), 1, 4, 2, seed=42))
+    assert any(has_image[a] != has_image[b] for [a], [b] in zip(micro_batches[::2], micro_batches[1::2], strict=True))
+
+
+@pytest.mark.slow
+def test_first_loss_is_mean_over_label_tokens(runs, mixed_dataset):
+    """The first update's loss, against a mean over all its label tokens worked out by hand."""
+    processor = load_processor(MODEL)
+    model = load_model(MODEL, torch.float32, "sdpa").eval()
+    dataset = open_dataset(mixed_dataset, "data/demo")
+    first = UpdateBatchSampler(torch.ones(len(dataset)).numpy(), 8, 1, 1, seed=42).updates()[0]
+    loss_sum, num_label_tokens = 0.0, 0
+    for index in first:
+        batch = TrainCollator(processor, 2048, "pad")([dataset[index]])
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            loss_sum += model(**batch).loss.item() * count
+        num_label_tokens += count
+    assert scalars(runs["single-8x1"][0], "train/loss")[0] == pytest.approx(loss_sum / num_label_tokens, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_load_and_merge(runs):
+    """Every strategy saves the same adapter, which PEFT loads onto its base and merges."""
+    reference = load_file(runs["single-8x1"][0] / "adapter_model.safetensors")
+    for name, (output_dir, _) in runs.items():
+        adapter = load_file(output_dir / "adapter_model.safetensors")
+        assert adapter.keys() == reference.keys()
+        for key, value in adapter.items():
+            torch.testing.assert_close(value, reference[key], atol=2e-3, rtol=1e-2, msg=f"{name}: {key}")
+        assert any("multi_modal_projector" in key for key in adapter)
+        assert not any("vision_tower" in key for key in adapter), "LoRA belongs to the language model alone"
+
+    output_dir = runs["zero3-2-processes"][0]
+    base_name = json.loads((output_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = load_model(base_name, torch.float32, "sdpa")
+    names = base.state_dict().keys()
+    model = PeftModel.from_pretrained(base, output_dir).eval()
+    inputs = {"input_ids": torch.tensor([[2, 4, 20, 21, 22]])}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    assert merged.state_dict().keys() == names
+
+
+@pytest.mark.slow
+def test_run_json_and_tensorboard(runs):
+    """The contract's keys and tags, in the last line, in run.json and in the event files."""
+    output_dir, result = runs["zero3"]
+    assert json.loads((output_dir / "run.json").read_text()) == result
+    keys = "status global_step train_loss last_loss total_params trainable_params samples_per_second"
+    keys += " tokens_per_second peak eval config environment"
+    assert list(result) == keys.split()
+    assert result["status"] == "done" and result["global_step"] == NUM_STEPS
+    assert result["last_loss"] == pytest.approx(scalars(output_dir, "train/loss")[-1], abs=1e-5)
+    assert set(result["peak"]) == {"load", "train", "eval"}
+    model = load_model(MODEL, torch.float32, "sdpa")
+    num_lora = sum(v.numel() for k, v in load_file(output_dir / "adapter_model.safetensors").items() if "lora_" in k)
+    assert result["total_params"] == sum(p.numel() for p in model.parameters()) + num_lora
+
+    events = EventAccumulator(str(output_dir / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    scalar_tags = ["loss", "learning_rate", "grad_norm", "tokens_per_second"]
+    assert {f"train/{tag}" for tag in scalar_tags} | {"memory/rss_bytes", "eval/exact_match"} <= set(tags["scalars"])
+    assert {"config/text_summary", "eval/predictions/text_summary"} <= set(tags["tensors"])
+    assert "eval/image_0" in tags["images"]
+    assert any("hparams" in tag for tag in events.summary_metadata), "hparams plugin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["single", "zero3"])
+def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
+    """--lora_r 0 trains the language model, leaves the towers alone and saves an ordinary model."""
+    flags = f"--lora_r 0 --max_steps 2 --eval_samples 0 --dataset {mixed_dataset} --image_folder data/demo"
+    flags += f" --learning_rate 1e-3 --output_dir {tmp_path / 'out'}"
+    result, _ = launch(config, 1, *flags.split())
+    base, tuned = load_model(MODEL, torch.float32, "sdpa"), load_model(str(tmp_path / "out"), torch.float32, "sdpa")
+    changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert "model.language_model.embed_tokens.weight" in changed
+    assert not any("vision_tower" in name for name in changed)
+    assert result["trainable_params"] == sum(
+        p.numel() for name, p in base.named_parameters() if "vision_tower" not in name
+    )
+
+
+def fail(capsys, monkeypatch, *flags: str) -> str:
+    """Run train.py's main in this process; returns its one line on stderr after exit code 2."""
+    for state in (AcceleratorState, PartialState):
+        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+    GradientState._reset_state()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(train.main, train.TrainConfig)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def dataset_of(tmp_path: Path, **changes) -> str:
+    record = {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    record["conversations"].append({"from": "gpt", "value": "This."})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record | changes]))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora_r -1", ["--lora_r -1", "at least 0"]),
+        ("--lora_r many", ["lora_r", "many"]),
+        ("--lora 8", ["--lora", "--help"]),
+        ("--model no/such/folder", ["no/such/folder", "no such folder"]),
+        ("--model data", ["--model data", "cannot be loaded"]),
+        ("--dataset missing.json", ["missing.json", "no such file"]),
+        ("--image_folder missing", ["--image_folder missing", "no such folder"]),
+        ("--lora_target_modules out_proj", ["--lora_target_modules out_proj", "q_proj"]),
+        ("--trainable_modules nothing", ["--trainable_modules nothing"]),
+        ("--mixed_precision fp16", ["--mixed_precision fp16", "no GPU"]),
+        ("--mixed_precision fp8", ["--mixed_precision fp8", "choose one of"]),
+        ("--max_seq_len 4", ["--max_seq_len 4", "choose a larger one"]),
+        ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
+        ("--recipe missing.yaml", ["--recipe missing.yaml"]),
+        ("--output_dir tests", ["--output_dir tests", "--overwrite_output_dir"]),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the precisions a machine can do are its own")
+def test_bad_flags(flags, words, capsys, monkeypatch, tmp_path):
+    """Exit code 2 and one line that names the flag; nothing is written."""
+    arguments = flags.split()
+    if "--output_dir" not in arguments:
+        arguments += ["--output_dir", str(tmp_path / "out")]
+    line = fail(capsys, monkeypatch, *arguments)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"conversations": None}, ["record 0", "id 7", "conversations"]),
+        ({"image": None}, ["record 0", "id 7", "1 <image> placeholders but 0 images"]),
+        ({"image": "b.png"}, ["record 0", "id 7", "b.png"]),
+        ({"image": "../a.png"}, ["record 0", "id 7", "leaves the image folder"]),
+    ],
+)
+def test_bad_records(changes, words, capsys, monkeypatch, tmp_path):
+    """A record that cannot be used is named; nothing is written."""
+    (tmp_path / "a.png").write_bytes(b"not opened before training")
+    line = fail(
+        capsys, monkeypatch, "--dataset", dataset_of(tmp_path, **changes), "--output_dir", str(tmp_path / "out")
+    )
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
