@@ -99,13 +99,17 @@ def main(config: ConvertConfig) -> dict:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    total_size, dtype = write_shards(shards, partial)
-    mgm_config.dtype = dtype
-    mgm_config.architectures = [MGMForConditionalGeneration.__name__]
-    mgm_config.save_pretrained(partial)
-    build_generation_config(tokenizer).save_pretrained(partial)
-    build_processor(mgm_config, tokenizer, original.get("image_aspect_ratio", "pad")).save_pretrained(partial)
-    partial.rename(output)
+    try:
+        total_size, dtype = write_shards(shards, partial)
+        mgm_config.dtype = dtype
+        mgm_config.architectures = [MGMForConditionalGeneration.__name__]
+        mgm_config.save_pretrained(partial)
+        build_generation_config(tokenizer).save_pretrained(partial)
+        build_processor(mgm_config, tokenizer, original.get("image_aspect_ratio", "pad")).save_pretrained(partial)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     print(f"{len(shapes)} tensors, {total_size:,} bytes in {len(shards)} files: {output}")
     return {"status": "done", "output": str(output), "tensors": len(shapes), "total_size": total_size}
 

@@ -1,6 +1,7 @@
 """Save what was trained, under every strategy: a PEFT adapter, or the whole model after full fine-tuning."""
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from transformers import ProcessorMixin
 
 
 def save_trained(accelerator: Accelerator, model: nn.Module, processor: ProcessorMixin, output_dir: Path) -> None:
-    """Write an adapter or a model, and the processor, to `output_dir`."""
+    """Write an adapter or a model, and the processor, to `output_dir`. Every process has to call it."""
     unwrapped = accelerator.unwrap_model(model)
+    state_dict = None
     if isinstance(unwrapped, PeftModel):
-        state_dict = gather_trained(unwrapped)
-    else:
+        state_dict = gather_trained(accelerator, unwrapped)
+    elif is_partitioned(unwrapped.parameters()):
         state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         unwrapped.save_pretrained(output_dir, state_dict=state_dict)
@@ -23,15 +25,23 @@ def save_trained(accelerator: Accelerator, model: nn.Module, processor: Processo
     accelerator.wait_for_everyone()
 
 
-def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, on the CPU. ZeRO-3 splits them among processes; the rest stays put."""
+def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters by name, on the main process's CPU. The frozen rest stays where it is."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with _gathered(list(trained.values())):
-        return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+    with gathered(list(trained.values())):
+        if not accelerator.is_main_process:
+            return {}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
 
 
-def _gathered(parameters: list[nn.Parameter]):
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ZeRO-3 has split the parameters among the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
+    """A context in which the parameters are whole."""
+    if not is_partitioned(parameters):
         return nullcontext()
     import deepspeed
 

@@ -283,7 +283,7 @@ def training_step(
     if accelerator.sync_gradients:
         grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
     optimizer.step()
-    if accelerator.sync_gradients:
+    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
         scheduler.step()
     optimizer.zero_grad()
     return loss.detach(), grad_norm

@@ -1,8 +1,10 @@
 """What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
 
 import json
+import os
 import re
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -114,7 +116,8 @@ def read_recipe(path: str, names: set[str]) -> list[str]:
     for name, value in recipe.items():
         if name not in names:
             raise UserError(f"--recipe {path}: unknown key {name!r}: see --help for the flags")
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        if value is not None:  # null: the default
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 
@@ -127,6 +130,7 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
 
     Bad input is one line on stderr and exit code 2; any other exception keeps its traceback and exit code 1.
     """
+    quiet_libraries()
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
@@ -134,6 +138,13 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
         sys.exit(2)
     if result is not None:
         print(json.dumps(result), flush=True)
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries tell each other's developers, so that a user's own messages can be seen."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to find out
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -1,0 +1,74 @@
+"""What the tests share: the original MGM's own numbers, its tiny checkpoint converted, a tiny random model."""
+
+import os
+from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configuration_mgm import tiny
+from convert_mgm import ConvertConfig
+from convert_mgm import main as convert
+from modeling_mgm import MGMForConditionalGeneration
+from processing_mgm import MGMProcessor
+from utils import load_model, load_processor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Converted data sets go to a folder of this run, for the tests and for the scripts that they start."""
+    folder = tmp_path_factory.mktemp("datasets_cache")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def reference_folder() -> Path:
+    """A tiny checkpoint in the original's layout, its towers, and what the original's code made of some inputs."""
+    return Path(__file__).parent / "mgm_reference"
+
+
+@pytest.fixture(scope="session")
+def reference(reference_folder: Path) -> dict[str, torch.Tensor]:
+    """The original model's inputs, intermediates and outputs."""
+    return load_file(reference_folder / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def reference_model_folder(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's tiny checkpoint, converted."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    config = ConvertConfig(
+        from_original=str(reference_folder / "tiny_mgm_original"),
+        output=str(folder),
+        vision_tower=str(reference_folder / "towers/OpenAI/clip-vit-tiny-patch14-56"),
+    )
+    convert(config)
+    return folder
+
+
+@pytest.fixture
+def reference_model(reference_model_folder: Path) -> MGMForConditionalGeneration:
+    """A fresh copy of the converted model, in eval mode."""
+    return load_model(str(reference_model_folder), torch.float32, "sdpa")
+
+
+@pytest.fixture(scope="session")
+def processor(reference_model_folder: Path) -> MGMProcessor:
+    """The converted checkpoint's processor: an image takes 16 positions."""
+    return load_processor(str(reference_model_folder))
+
+
+@pytest.fixture
+def tiny_model() -> MGMForConditionalGeneration:
+    """The preset `tiny` with random weights, in eval mode."""
+    torch.manual_seed(0)
+    return MGMForConditionalGeneration(tiny()).eval()

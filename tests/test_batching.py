@@ -1,0 +1,210 @@
+"""Which samples make up an update, how many label tokens it has, and what a batch holds."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data.batching import TrainCollator, UpdateBatchSampler, measure_lengths
+from data.dataset import load_conversations, open_dataset
+from processing_mgm import IGNORE_INDEX
+
+
+# num_samples, micro_batch_size, gradient_accumulation_steps, num_processes
+SHAPES = list(itertools.product((1, 7, 8, 37, 64, 65), (1, 3, 8), (1, 4), (1, 2, 3)))
+
+
+def make_sampler(
+    num_samples: int = 37,
+    micro_batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    num_processes: int = 1,
+    seed: int = 42,
+) -> UpdateBatchSampler:
+    num_label_tokens = np.random.default_rng(0).integers(1, 50, num_samples)
+    return UpdateBatchSampler(num_label_tokens, micro_batch_size, gradient_accumulation_steps, num_processes, seed)
+
+
+def samples_per_update(sampler: UpdateBatchSampler) -> list[list[int]]:
+    """What each process's shard yields, put together update by update as a training loop would see it."""
+    shards = [
+        list(BatchSamplerShard(sampler, sampler.num_processes, rank, even_batches=False))
+        for rank in range(sampler.num_processes)
+    ]
+    assert len({len(shard) for shard in shards}) == 1, "a process would wait for ever"
+    steps = sampler.update_size // (sampler.micro_batch_size * sampler.num_processes)
+    updates = []
+    for start in range(0, len(shards[0]), steps):
+        micro_batches = [batch for shard in shards for batch in shard[start : start + steps]]
+        updates.append(sorted(sum(micro_batches, [])))
+    return updates
+
+
+@pytest.mark.parametrize("num_samples", [32, 36, 37, 39])
+def test_an_update_has_the_same_samples_however_it_is_shared_out(num_samples):
+    """1 x 8, 4 x 2 and 2 processes x 4, update by update; two processes may have to leave one last sample out."""
+    expected = samples_per_update(make_sampler(num_samples, 8, 1, 1))
+    assert samples_per_update(make_sampler(num_samples, 2, 4, 1)) == expected
+    assert samples_per_update(make_sampler(num_samples, 1, 8, 1)) == expected
+    assert samples_per_update(make_sampler(num_samples, 4, 1, 2)) == expected
+    shared = samples_per_update(make_sampler(num_samples, 1, 4, 2))
+    assert shared[:-1] == expected[:-1]
+    assert set(shared[-1]) <= set(expected[-1]) and len(expected[-1]) - len(shared[-1]) == num_samples % 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_sample_once_an_epoch(shape):
+    """All samples but at most num_processes - 1, none twice; micro-batches within their size and never empty."""
+    num_samples, micro_batch_size, _, num_processes = shape
+    sampler = make_sampler(*shape)
+    micro_batches = list(sampler)
+    seen = sum(micro_batches, [])
+    assert len(set(seen)) == len(seen)
+    assert num_samples - len(seen) <= num_processes - 1
+    assert all(1 <= len(micro_batch) <= micro_batch_size for micro_batch in micro_batches)
+    assert len(micro_batches) % num_processes == 0
+    assert len(sampler) == len(micro_batches)
+    assert sampler.num_updates() == len(sampler.updates()) == len(sampler.label_tokens_per_update())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_label_tokens_per_update(shape):
+    """The counts with a sum over the samples that the processes really get for each update."""
+    sampler = make_sampler(*shape)
+    expected = [sum(int(sampler.num_label_tokens[i]) for i in update) for update in samples_per_update(sampler)]
+    assert sampler.label_tokens_per_update() == expected
+
+
+def test_only_the_last_update_is_short():
+    """All others have micro-batches x accumulation x processes samples."""
+    sampler = make_sampler(37, 2, 2, 2)
+    assert [len(update) for update in sampler.updates()] == [8, 8, 8, 8, 5]
+    assert [len(micro_batch) for micro_batch in list(sampler)[-4:]] == [2, 1, 1, 1]
+
+
+def test_accelerate_deals_micro_batches_in_turn():
+    """Process r of n with every n-th micro-batch from the r-th on."""
+    sampler = make_sampler(37, 4, 2, 2)
+    for rank in range(2):
+        assert list(BatchSamplerShard(sampler, 2, rank, even_batches=False)) == list(sampler)[rank::2]
+
+
+def test_epochs_differ_and_seeds_reproduce():
+    """The order by epoch and seed: another epoch or seed is another order, the same is the same."""
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = make_sampler(seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 3) == order(1, 3)
+    orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+    sampler = make_sampler()
+    assert list(sampler) == list(sampler)
+
+
+def test_the_order_does_not_touch_the_global_generators():
+    """Whoever restores a run's random state is not disturbed by the sampler."""
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(make_sampler())
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()
+
+
+@pytest.fixture
+def dataset_path(tmp_path: Path) -> Path:
+    """A short text, an image with a long reply, one with a reply of two turns, and two images far apart."""
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
+    ask, answer = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red square."}
+    chat = [{"from": "human", "value": "Name a color."}, {"from": "gpt", "value": "Red."}]
+    long = {"from": "gpt", "value": "It is a very long story about a sign. " * 8}
+    records = [
+        {"id": "chat", "conversations": chat},
+        {"id": "long", "image": "red.png", "conversations": [ask, long]},
+        {"id": "turns", "image": "red.png", "conversations": [ask, answer, *chat]},
+        {"id": "late", "image": ["red.png"] * 2, "conversations": [ask, long, ask, answer]},
+        {"id": "question", "conversations": [{"from": "human", "value": "What is written? " * 20}, answer]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.mark.parametrize("max_length", [10, 40, 64, 100, 1000])
+def test_measured_lengths_are_the_processors(dataset_path, processor, max_length):
+    """num_tokens and num_label_tokens with a count over what the processor really returns; 0 where it refuses."""
+    records = measure_lengths(load_conversations(dataset_path), processor, max_length)
+    for record in records:
+        whole, _ = processor.tokenize(record["conversations"])
+        assert record["num_tokens"] == len(whole)
+        try:
+            _, labels = processor.tokenize(record["conversations"], max_length)
+        except ValueError:
+            assert record["num_label_tokens"] == 0, record["id"]
+        else:  # the first position is predicted from nothing: it carries no loss
+            assert record["num_label_tokens"] == sum(label != IGNORE_INDEX for label in labels[1:]), record["id"]
+
+
+def test_overlong_samples_have_no_label_tokens(dataset_path, processor):
+    """At 64 tokens: a cut image and a cut reply count as 0, a reply that is cut in the middle as what is left."""
+    records = measure_lengths(load_conversations(dataset_path), processor, 64)
+    num_label_tokens = dict(zip(records["id"], records["num_label_tokens"], strict=True))
+    assert num_label_tokens["late"] == num_label_tokens["question"] == 0
+    assert 0 < num_label_tokens["long"] < 64
+    assert num_label_tokens["chat"] > 0
+
+
+def test_lengths_depend_on_max_length_and_template(dataset_path, processor, monkeypatch):
+    """A cached count is not taken for another max_length or chat template."""
+    records = load_conversations(dataset_path)
+    short, long = (measure_lengths(records, processor, n) for n in (64, 1000))
+    assert short["num_label_tokens"] != long["num_label_tokens"]
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("user\n", "user\n\n"))
+    assert measure_lengths(records, processor, 1000)["num_tokens"] != long["num_tokens"]
+
+
+def test_collator(dataset_path, processor, reference_model):
+    """A collated batch with the processor's own, the image positions, and what a loader's worker sends."""
+    dataset = open_dataset(dataset_path)
+    samples = [dataset[0], dataset[2]]
+    collate = TrainCollator(processor, 100, "square")
+    batch = collate(samples)
+    expected = processor(
+        conversations=[sample["conversations"] for sample in samples],
+        images=[sample["images"] for sample in samples],
+        max_length=100,
+        image_aspect_ratio="square",
+        padding_side="right",
+    )
+    assert batch.keys() == {*expected.keys(), "image_positions"}
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+    assert batch["image_positions"].shape == (16,)
+    assert (batch["input_ids"].flatten()[batch["image_positions"]] == processor.image_token_id).all()
+    (sent,) = DataLoader(dataset, batch_sampler=[[0, 2]], collate_fn=collate, num_workers=1)
+    assert all(torch.equal(sent[name], tensor) for name, tensor in batch.items())
+    assert reference_model(**batch).loss.isfinite()
+
+
+@torch.no_grad()
+def test_sum_of_micro_batch_losses_is_the_updates_mean(dataset_path, processor, reference_model):
+    """The loss of one batch of all samples with the sum over micro-batches, each over the update's label tokens."""
+    dataset = open_dataset(dataset_path)
+    records = measure_lengths(dataset.records, processor, 1000)
+    collate = TrainCollator(processor, 1000, "pad")
+    sampler = UpdateBatchSampler(np.asarray(records["num_label_tokens"]), 2, 4, 1, seed=0)
+    (num_items,) = sampler.label_tokens_per_update()
+    losses = [
+        reference_model(**collate([dataset[i] for i in micro_batch]), num_items_in_batch=num_items).loss.item()
+        for micro_batch in sampler
+    ]
+    assert len(losses) == 3
+    whole = reference_model(**collate([dataset[i] for i in range(5)])).loss.item()
+    assert sum(losses) == pytest.approx(whole, rel=1e-5)

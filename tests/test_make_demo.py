@@ -1,0 +1,152 @@
+"""The demo's files against the scans they were made from, and the committed tiny model against its promises."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data import make_demo
+from data.make_demo import DEMO_QUESTIONS, demo_samples, ensure_demo, load_scans, place_questions
+from processing_mgm import to_messages
+from utils import load_model, load_processor
+
+
+TINY_MGM = Path(make_demo.__file__).parent / "tiny_mgm"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo(tmp_path_factory.mktemp("data") / "demo")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scan_indices(split: str) -> set[int]:
+    return {scan.index for scans in load_scans(split).values() for scan in scans}
+
+
+def test_no_scan_is_in_both_splits():
+    train, validation = scan_indices("train"), scan_indices("validation")
+    assert not train & validation
+    assert len(train | validation) == 1797
+    assert all(load_scans("validation")[digit] for digit in range(10))
+
+
+def test_images_are_drawn_from_their_own_split(monkeypatch, tmp_path):
+    """Every scan that reaches an image of a split comes from that split."""
+    drawn = []
+    draw_number = make_demo.draw_number
+
+    def spy(scans, rng):
+        drawn.append({scan.index for scan in scans})
+        return draw_number(scans, rng)
+
+    monkeypatch.setattr(make_demo, "draw_number", spy)
+    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 40, "validation": 20})
+    ensure_demo(tmp_path / "demo")
+    assert set().union(*drawn[:40]) <= scan_indices("train")
+    assert set().union(*drawn[40:]) <= scan_indices("validation")
+
+
+def test_bytes_are_the_same_each_time(demo, tmp_path):
+    assert read_files(ensure_demo(tmp_path / "demo")) == read_files(demo)
+
+
+def test_a_current_demo_is_left_alone(demo):
+    before = (demo / "train.json").stat().st_mtime_ns
+    assert ensure_demo(demo) == demo
+    assert (demo / "train.json").stat().st_mtime_ns == before
+
+
+def test_a_demo_of_another_version_is_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 2, "validation": 2})
+    folder = ensure_demo(tmp_path / "demo")
+    (folder / "version.txt").write_text("0")
+    (folder / "train.json").write_text("[]")
+    ensure_demo(folder)
+    assert json.loads((folder / "train.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_the_slower_of_two_processes_takes_the_faster_ones_demo(monkeypatch, tmp_path):
+    """While one call writes, another finishes: the first gives way without an error and leaves nothing behind."""
+    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 2, "validation": 2})
+    folder, write_demo = tmp_path / "demo", make_demo.write_demo
+
+    def slow_write(partial):
+        monkeypatch.setattr(make_demo, "write_demo", write_demo)
+        ensure_demo(folder)
+        write_demo(partial)
+
+    monkeypatch.setattr(make_demo, "write_demo", slow_write)
+    assert ensure_demo(folder) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_samples_are_llava_conversations(demo, split):
+    samples = json.loads((demo / f"{split}.json").read_text())
+    assert len({sample["id"] for sample in samples}) == len(samples)
+    for sample in samples:
+        assert sample.keys() == {"id", "image", "conversations"}
+        assert sample["id"].rsplit("-", 1)[1] in DEMO_QUESTIONS
+        question, answer = to_messages(sample["conversations"])
+        assert [part["type"] for part in question["content"]] == ["image", "text"]
+        assert answer["content"][0]["text"]
+    with Image.open(demo / samples[0]["image"]) as image:
+        assert image.size == (make_demo.IMAGE_SIDE, make_demo.IMAGE_SIDE) and image.mode == "RGB"
+
+
+def test_answers_follow_from_the_digits():
+    samples = demo_samples("train-00000", "images/train-00000.png", [4, 0, 7])
+    answers = {sample["id"]: sample["conversations"][1]["value"] for sample in samples}
+    expected = {"number": "407", "parity": "odd", "sum": "11", "largest": "7", "smallest": "0"}
+    assert answers == {f"train-00000-{name}": answer for name, answer in expected.items()}
+
+
+def test_answers_about_an_image_agree_with_its_number(demo):
+    by_image = {}
+    for sample in json.loads((demo / "validation.json").read_text()):
+        question_type = sample["id"].rsplit("-", 1)[1]
+        by_image.setdefault(sample["image"], {})[question_type] = sample["conversations"][1]["value"]
+    for answers in by_image.values():
+        digits = [int(digit) for digit in answers["number"]]
+        assert len(digits) in (2, 3) and digits[0] > 0
+        assert answers == {name: answer(digits) for name, (_, answer) in DEMO_QUESTIONS.items()}
+
+
+def test_the_tiny_model_was_never_asked_the_demos_questions():
+    rng = random.Random(0)
+    asked = {question for _ in range(500) for question, _ in place_questions(rng.choices(range(10), k=3), rng)}
+    assert not asked & {question for question, _ in DEMO_QUESTIONS.values()}
+
+
+@pytest.mark.parametrize("text", ["The 123 digits!", " two  spaces\n", "naïve 数字 🙂", "<image", "a\tb\r\n"])
+def test_tokenizer_gives_any_text_back(text):
+    tokenizer = load_processor(str(TINY_MGM)).tokenizer
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_tokenizer_takes_digits_one_by_one():
+    tokenizer = load_processor(str(TINY_MGM)).tokenizer
+    assert tokenizer.tokenize("123") == ["1", "2", "3"]
+    assert tokenizer.convert_tokens_to_ids(list(make_demo.SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_tiny_model_is_small_and_loads():
+    assert sum(path.stat().st_size for path in TINY_MGM.iterdir()) <= 5_000_000
+    model = load_model(str(TINY_MGM), torch.float32, "sdpa")
+    processor = load_processor(str(TINY_MGM))
+    assert model.config.image_token_id == processor.image_token_id == model.config.text_config.vocab_size
+    assert set(model.generation_config.eos_token_id) == {1, 5}
+
+
+def test_tiny_model_knows_digits_by_their_place():
+    """On 20 images of held-out scans, where its training ended well above 90 %: so the files are whole."""
+    model = load_model(str(TINY_MGM), torch.float32, "sdpa").eval()
+    assert make_demo.place_accuracy(model, load_processor(str(TINY_MGM)), num_images=20) > 0.85
