@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data.dataset
-from data.dataset import FEATURES, load_conversations, open_dataset
+from data.dataset import FEATURES, load_conversations, open_dataset, open_image
 from utils import UserError
 
 
@@ -261,3 +262,174 @@ def test_an_error_from_a_worker_keeps_its_line(folder):
     with pytest.raises(UserError) as there:
         list(DataLoader(samples, batch_size=None, num_workers=1))
     assert str(there.value) == str(here.value)
+
+
+def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An Arrow cache that nothing else writes to."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    return folder / "cache"
+
+
+def refusal(path: Path) -> str:
+    """The one line that loading ends with."""
+    with pytest.raises(UserError) as error:
+        load_conversations(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (bad(id=["a"]), "'id' must be a string or a whole number, found \\['a'\\]"),
+        (bad(id=1.5), "'id' must be a string or a whole number, found 1.5"),
+        (bad(id=True), "'id' must be a string or a whole number, found True"),
+        (bad(image="", conversations=CHAT), "'image' must be a file name or a list of them, found \\[''\\]"),
+        (bad(image=0, conversations=CHAT), "'image' must be a file name or a list of them, found 0"),
+        (bad(image={}, conversations=CHAT), "'image' must be a file name or a list of them, found {}"),
+        (bad(image="red\0.png"), "leaves the image folder"),
+    ],
+)
+def test_odd_ids_and_images_are_not_guessed_at(folder, record, message):
+    """What is neither an id nor a file name is refused; it does not turn into some text or into a text-only record."""
+    with pytest.raises(UserError, match=message):
+        load_conversations(write(folder, [RECORDS[0], record]))
+
+
+def test_an_id_of_null_counts_as_none(folder):
+    """null with the record's number; long numbers and leading zeros as they are."""
+    given = [None, "", "003", 2**60]
+    records = load_conversations(write(folder, [{"id": value, "conversations": CHAT} for value in given]))
+    assert records["id"] == ["0", "", "003", str(2**60)]
+
+
+def test_names_that_only_look_like_escapes(folder):
+    """Dots at the start of a name, and `..` that stays inside, are fine."""
+    load_conversations(write(folder, [bad(image=name) for name in ("..red.png", "...", "sub/../red.png", "a..b/c")]))
+
+
+def test_text_that_arrow_cannot_hold(folder):
+    """Half a surrogate pair, escaped in a line, and nesting deeper than Python's parser goes: one line."""
+    (folder / "half.jsonl").write_text(json.dumps(bad(conversations=[CHAT[0], {"from": "gpt", "value": "\ud800"}])))
+    assert "every turn needs the strings 'from' and 'value'" in refusal(folder / "half.jsonl")
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    assert "line 1: not JSON" in refusal(folder / "deep.jsonl")
+
+
+def test_records_before_broken_json_are_counted(folder):
+    """So that the place can be found in a big file."""
+    path = write(folder, RECORDS)
+    path.write_text(path.read_text()[:-3])
+    assert "after 2 records" in refusal(path)
+
+
+def test_a_saved_data_set_is_checked_like_a_file(folder):
+    """The same record from a folder; a folder of several splits; a damaged one."""
+    escaping = {"id": "x", "images": ["../red.png"], "conversations": TURNS}
+    datasets.Dataset.from_list([escaping]).save_to_disk(folder / "escape")
+    assert "record 0 (id x): image ../red.png leaves the image folder" in refusal(folder / "escape")
+    good = load_conversations(write(folder, RECORDS))
+    datasets.DatasetDict({"train": good}).save_to_disk(folder / "splits")
+    assert "of several splits, name one's" in refusal(folder / "splits")
+    assert len(load_conversations(folder / "splits" / "train")) == 3
+    next((folder / "splits" / "train").glob("*.arrow")).write_bytes(b"")
+    (folder / "splits" / "train" / "state.json").touch()
+    assert "damaged (" in refusal(folder / "splits" / "train")
+
+
+def test_a_saved_data_set_saved_anew_is_read_anew(folder):
+    """Two data sets in the same folder, one after the other."""
+    for name in ("a", "b"):
+        records = [{"id": name, "images": [], "conversations": CHAT}]
+        datasets.Dataset.from_list(records).save_to_disk(folder / "saved")
+        assert load_conversations(folder / "saved")["id"] == [name]
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(folder):
+    """As after `cp -p` or `rsync -t` from a corrected copy."""
+    path = write(folder, RECORDS)
+    before, first = path.stat(), load_conversations(path)
+    write(folder, [{**RECORDS[0], "id": "008"}, *RECORDS[1:]])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = load_conversations(path)
+    assert (first[0]["id"], second[0]["id"]) == ("007", "008")
+    assert first._fingerprint != second._fingerprint
+
+
+def test_new_rules_read_an_old_file_again(folder, monkeypatch):
+    """A cache that older code filled may hold what today's checks refuse."""
+    path = write(folder, RECORDS)
+    load_conversations(path)
+    monkeypatch.setattr(data.dataset.inspect, "getsource", lambda function: "def to_messages(): another")
+    monkeypatch.setattr(data.dataset, "check_record", lambda record, index, path: pytest.fail("read again"))
+    with pytest.raises(BaseException, match="read again"):
+        load_conversations(path)
+
+
+def test_a_failed_load_leaves_no_data_behind(folder, monkeypatch):
+    """Nothing but lock files; the repaired file then loads, mapped from a single Arrow file."""
+    cache = own_cache(folder, monkeypatch)
+    refusal(write(folder, [*RECORDS, bad(image=7)]))
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    records = load_conversations(write(folder, RECORDS))
+    assert [Path(file["filename"]) for file in records.cache_files] == list(cache.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("limit", [150, 50], ids=["warning", "error"])
+def test_images_above_pillows_limit(folder, monkeypatch, limit):
+    """Pillow only warns above MAX_IMAGE_PIXELS and raises above twice that: 20 x 10 pixels are refused by both."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match="record x: image .*red.png cannot be decoded .*decompression bomb"):
+        open_dataset(write(folder, [bad()]))[0]
+
+
+@pytest.mark.parametrize("exception", [SyntaxError("broken PNG file"), EOFError("no more"), IndexError("range")])
+def test_whatever_a_decoder_raises_names_the_record(folder, monkeypatch, exception):
+    """Pillow's decoders fail in many ways on a broken file; want of memory is not the file's fault."""
+
+    def fail(*args: object) -> None:
+        raise exception
+
+    samples = open_dataset(write(folder, [bad()]))
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match=f"record x: image .*red.png cannot be decoded \\({exception}\\)"):
+        samples[0]
+    exception = MemoryError()
+    with pytest.raises(MemoryError):
+        samples[0]
+
+
+def test_links_to_folders_and_to_themselves(folder):
+    """A linked folder outside is refused, as is a loop; an image folder that is itself a link is fine."""
+    inside = folder / "sub"
+    (inside / "out").symlink_to(folder)
+    (inside / "loop.png").symlink_to(inside / "loop.png")
+    (folder / "link").symlink_to(inside)
+    for name, message in (("out/red.png", "leaves the image folder"), ("loop.png", "cannot be decoded")):
+        with pytest.raises(UserError, match=f"record x: image .*{name} {message}"):
+            open_image(inside, name, "x")
+    assert open_image(folder / "link", "blue.png", "x").size == (10, 30)
+
+
+def test_exif_orientation_is_left_alone(folder):
+    """MGM was trained on Image.open(...).convert("RGB")."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("RGB", (8, 4)).save(folder / "turned.jpg", exif=exif)
+    assert open_image(folder, "turned.jpg", "x").size == (8, 4)
+
+
+def test_samples_come_from_workers(folder):
+    """Also where workers are spawned: a data set that was pickled has the same samples."""
+    samples = open_dataset(write(folder, RECORDS))
+    assert pickle.loads(pickle.dumps(samples))[2] == samples[2]
+    loader = DataLoader(samples, batch_size=None, num_workers=1)
+    assert [(sample["id"], len(sample["images"])) for sample in loader] == [("007", 1), ("b", 0), ("c", 2)]
+
+
+def test_the_readmes_record_loads(folder):
+    """The example in data/README.md with what it says."""
+    readme = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
+    record = json.loads(readme.split("```json")[1].split("```")[0])
+    loaded = load_conversations(write(folder, [record]))[0]
+    assert loaded == {"id": record["id"], "images": [record["image"]], "conversations": record["conversations"]}
