@@ -94,7 +94,7 @@ def tiny() -> MGMConfig:
     text_config = GemmaConfig(
         vocab_size=512,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=1,
@@ -111,7 +111,7 @@ def tiny() -> MGMConfig:
         projection_dim=16,
     )
     vision_config_aux = ConvNextConfig(
-        hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1], image_size=128, layer_norm_eps=1e-6
+        hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1], image_size=64, layer_norm_eps=1e-6
     )
     return MGMConfig(
         text_config=text_config, vision_config=vision_config, vision_config_aux=vision_config_aux, image_token_id=512

@@ -3,6 +3,8 @@
 import json
 import platform
 import resource
+import shutil
+import textwrap
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,22 +14,27 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
-from utils import ModelConfig
+from utils import ModelConfig, UserError
 
 
 GIB = 2**30
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
-NUM_PICTURES = 4
+TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
+NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels
 
 
 class RunLog:
-    """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed."""
+    """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
+
+    A context: when bad input ends the run inside it, what the run has written is taken back.
+    """
 
     def __init__(self, accelerator: Accelerator, config: ModelConfig, model: nn.Module, num_steps: int) -> None:
         self.accelerator = accelerator
@@ -44,11 +51,22 @@ class RunLog:
         self.window_label_tokens = 0
         self.window_start = 0.0
 
-        accelerator.init_trackers("tensorboard")
+        self.output_dir_is_new = not self.output_dir.exists()
+        if accelerator.is_main_process:  # an overwritten run's curves do not belong to this one
+            shutil.rmtree(self.output_dir / TENSORBOARD, ignore_errors=True)
+        accelerator.init_trackers(TENSORBOARD)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_markdown(asdict(config)))
             share = f"{self.trainable_params / self.total_params:.2%}"
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share})", flush=True)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
+        if exception_type is UserError and self.accelerator.is_main_process:
+            self.writer.close()
+            shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)
 
     @property
     def writer(self) -> SummaryWriter:
@@ -122,8 +140,9 @@ class RunLog:
 
     def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:
         for i, prediction in enumerate(predictions):
-            for image in dataset[prediction.index]["images"]:
-                self.writer.add_image(f"eval/image_{i}", np.asarray(image), global_step, dataformats="HWC")
+            for image in dataset[prediction.index]["images"][:1]:
+                picture = np.asarray(captioned(image, prediction))
+                self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
         rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
         table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
         header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
@@ -149,12 +168,27 @@ class RunLog:
         }
         if self.accelerator.is_main_process:
             hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
-            metrics = {"train/loss": result["train_loss"], "eval/exact_match": self.eval.get("exact_match", 0.0)}
-            self.writer.add_hparams(hparams, metrics, run_name=".")
+            # Names of their own: as train/loss they would be drawn into its curve.
+            metrics = {"hparams/train_loss": result["train_loss"]}
+            if "exact_match" in self.eval:
+                metrics["hparams/exact_match"] = self.eval["exact_match"]
+            self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / "run.json").write_text(json.dumps(result, indent=2) + "\n")
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
+
+
+def captioned(image: Image.Image, prediction: Prediction) -> Image.Image:
+    """The image, brought to a fixed width, over its question, reference answer and prediction."""
+    image = image.resize((PICTURE_WIDTH, round(PICTURE_WIDTH * image.height / image.width)))
+    mark = "exact" if prediction.is_exact else "not exact"
+    lines = [prediction.question, f"answer: {prediction.answer}", f"predicted: {prediction.prediction} ({mark})"]
+    text = "\n".join(line for paragraph in lines for line in textwrap.wrap(paragraph, width=40)[:4])
+    canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")
+    canvas.paste(image)
+    ImageDraw.Draw(canvas).text((8, image.height + 4), text, fill="black", font_size=16)
+    return canvas
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

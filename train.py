@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -64,7 +64,7 @@ class TrainConfig(ModelConfig):
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
     # The step
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     learning_rate: float = 3e-3
@@ -72,7 +72,7 @@ class TrainConfig(ModelConfig):
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
-    num_train_epochs: int = 3
+    num_train_epochs: int = 1
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
     seed: int = 42
     # Output
@@ -128,32 +128,33 @@ def main(config: TrainConfig) -> dict | None:
     num_warmup_steps = round(config.warmup_ratio * num_steps)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 
-    log = RunLog(accelerator, config, model, num_steps)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
-    model.train()
-    log.start()
-    global_step = 0
-    while global_step < num_steps:
-        label_tokens = sampler.label_tokens_per_update()
-        first_step = global_step
-        for batch in loader:
-            num_items_in_batch = label_tokens[global_step - first_step]
-            with accelerator.accumulate(model):
-                loss, grad_norm = training_step(
-                    accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
-                )
-            log.micro_batch(batch, loss)
-            if accelerator.sync_gradients:
-                global_step += 1
-                log.update(global_step, num_items_in_batch, scheduler.get_last_lr()[0], grad_norm)
-            if global_step == num_steps:
-                break
-        sampler.set_epoch(sampler.epoch + 1)
 
-    log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
-    save_trained(accelerator, model, processor, Path(config.output_dir))
-    return log.finish(global_step)
+    with RunLog(accelerator, config, model, num_steps) as log:
+        log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        model.train()
+        log.start()
+        global_step = 0
+        while global_step < num_steps:
+            label_tokens = sampler.label_tokens_per_update()
+            first_step = global_step
+            for batch in loader:
+                num_items_in_batch = label_tokens[global_step - first_step]
+                with accelerator.accumulate(model):
+                    loss, grad_norm = training_step(
+                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+                    )
+                log.micro_batch(batch, loss)
+                if accelerator.sync_gradients:
+                    global_step += 1
+                    log.update(global_step, num_items_in_batch, scheduler.get_last_lr()[0], grad_norm)
+                if global_step == num_steps:
+                    break
+            sampler.set_epoch(sampler.epoch + 1)
+
+        log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        save_trained(accelerator, model, processor, Path(config.output_dir))
+        return log.finish(global_step)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -193,7 +194,8 @@ def build_datasets(
     if len(fitting) == 0:
         raise UserError(f"--max_seq_len {config.max_seq_len}: no sample of {train_path} fits, choose a larger one")
     if len(fitting) < len(records):
-        print(f"Left out {len(records) - len(fitting)} of {len(records)} samples: longer than {config.max_seq_len}")
+        num_dropped = len(records) - len(fitting)
+        PartialState().print(f"Left out {num_dropped} of {len(records)} samples: longer than {config.max_seq_len}")
     train_dataset.records = records.select(fitting)
 
     if eval_path is None or config.eval_samples == 0:

@@ -160,7 +160,7 @@ def test_run_json_and_tensorboard(runs):
     scalar_tags = ["loss", "learning_rate", "grad_norm", "tokens_per_second"]
     assert {f"train/{tag}" for tag in scalar_tags} | {"memory/rss_bytes", "eval/exact_match"} <= set(tags["scalars"])
     assert {"config/text_summary", "eval/predictions/text_summary"} <= set(tags["tensors"])
-    assert "eval/image_0" in tags["images"]
+    assert "eval/sample_0" in tags["images"]
     assert any("hparams" in tag for tag in events.summary_metadata), "hparams plugin"
 
 

@@ -1,0 +1,59 @@
+"""What the README says, against the repository."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from convert_mgm import ConvertConfig
+from run_log import RunLog
+from train import TrainConfig
+from utils import parse_config
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"train.py": TrainConfig, "convert_mgm.py": ConvertConfig}
+
+
+def commands() -> list[list[str]]:
+    """Every command line of the README that starts one of the scripts, as its flags."""
+    joined = README.replace("\\\n", " ")
+    pattern = rf"(?:^|\s)({'|'.join(map(re.escape, SCRIPTS))})((?: +[^\s`|]+)*)"
+    return [[script, *flags.split()] for script, flags in re.findall(pattern, joined) if "--" in flags]
+
+
+def test_commands_are_found():
+    assert {command[0] for command in commands()} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_flags_exist(command):
+    """Every flag in a README command is one of the script's."""
+    names = {field.name for field in fields(SCRIPTS[command[0]])} | {"recipe", "help"}
+    assert {word.removeprefix("--") for word in command if word.startswith("--")} <= names
+
+
+def test_files_exist():
+    """Every file of the tree, and every file linked to."""
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.S)[1]
+    named = [line.split()[0] for line in tree.splitlines()] + re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(TrainConfig, ["--recipe", str(recipe)])
+    assert config.gradient_accumulation_steps == 128 and config.per_device_train_batch_size == 1
+
+
+def test_tags_are_logged():
+    """Every TensorBoard tag that the README explains is written somewhere in run_log.py."""
+    source = Path(RunLog.__init__.__code__.co_filename).read_text()
+    rows = re.findall(r"^\| `(\w+/\w+)", README, flags=re.M)
+    assert rows
+    for tag in rows:
+        assert tag in source or tag.partition("/")[2] in source, tag
