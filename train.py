@@ -67,7 +67,7 @@ class TrainConfig(ModelConfig):
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
