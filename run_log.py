@@ -51,6 +51,7 @@ class RunLog:
         self.window_label_tokens = 0
         self.window_start = 0.0
 
+        self.progress = None
         self.output_dir_is_new = not self.output_dir.exists()
         if accelerator.is_main_process:  # an overwritten run's curves do not belong to this one
             shutil.rmtree(self.output_dir / TENSORBOARD, ignore_errors=True)
@@ -64,6 +65,8 @@ class RunLog:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
+        if self.progress is not None:
+            self.progress.close()  # else an error's line would go on where the bar ends
         if exception_type is UserError and self.accelerator.is_main_process:
             self.writer.close()
             shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)

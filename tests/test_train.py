@@ -251,3 +251,11 @@ def test_bad_records(changes, words, capsys, monkeypatch, tmp_path):
     )
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+def test_undecodable_image(capsys, monkeypatch, tmp_path):
+    """An image that breaks only when a worker opens it: the record is named, and the started run is taken back."""
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    line = fail(capsys, monkeypatch, "--dataset", dataset_of(tmp_path), "--output_dir", str(tmp_path / "out"))
+    assert all(word in line for word in ["record 7", "a.png", "cannot be decoded"]), line
+    assert not (tmp_path / "out").exists()
