@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from data.dataset import ConversationDataset
+from processing_mgm import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def generate_answers(
 
 
 def question(sample: dict) -> str:
-    return sample["conversations"][0]["value"].replace("<image>", "").strip()
+    return sample["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
 
 
 def reference(sample: dict) -> str:

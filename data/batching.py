@@ -56,19 +56,23 @@ class UpdateBatchSampler:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def update_sizes(self) -> list[int]:
+        """How many samples each update of an epoch has; only the last may have fewer than the others."""
+        num_full, num_left = divmod(len(self.num_label_tokens), self.update_size)
+        return [self.update_size] * num_full + [size for size in [self._num_even(num_left)] if size]
+
     def updates(self) -> list[np.ndarray]:
         """The epoch's samples, shuffled by seed and epoch, an array of indices for each update."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.num_label_tokens))
-        updates = np.split(order, range(self.update_size, len(order), self.update_size))
-        updates[-1] = updates[-1][: self._num_even(len(updates[-1]))]
-        return [update for update in updates if len(update)]
+        ends = np.cumsum(self.update_sizes(), dtype=int)
+        return np.split(order, ends)[:-1]  # what lies behind the last end is left out
 
     def label_tokens_per_update(self) -> list[int]:
         """How many label tokens each update's loss is the mean over, all processes together."""
         return [int(self.num_label_tokens[update].sum()) for update in self.updates()]
 
     def num_updates(self) -> int:
-        return len(self.updates())
+        return len(self.update_sizes())
 
     def __iter__(self) -> Iterator[list[int]]:
         for update in self.updates():
@@ -76,7 +80,7 @@ class UpdateBatchSampler:
                 yield micro_batch.tolist()
 
     def __len__(self) -> int:
-        return sum(self._num_micro_batches(len(update)) for update in self.updates())
+        return sum(self._num_micro_batches(size) for size in self.update_sizes())
 
     def _num_micro_batches(self, num_samples: int) -> int:
         steps = -(-num_samples // (self.micro_batch_size * self.num_processes))

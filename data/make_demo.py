@@ -285,7 +285,7 @@ def train_vision(model: MGMForConditionalGeneration, processor: MGMProcessor, co
     def loss_of_batch() -> torch.Tensor:
         views, targets = [], []
         for _ in range(config.batch_size):
-            scans = random_scans("train", rng)
+            scans = random_scans(rng)
             views.append(processor.image_views(draw_number(scans, rng, distortion=2.0)))
             targets.append(patch_targets([scan.label for scan in scans], model.config.image_grid_size))
         low, high = (torch.stack(images) for images in zip(*views, strict=True))
@@ -309,9 +309,9 @@ def patch_targets(digits: list[int], grid_size: int) -> list[int]:
     return targets
 
 
-def random_scans(split: str, rng: random.Random) -> list[Scan]:
-    """Scans of one to three digits, more often of several."""
-    return choose_scans(load_scans(split), rng.choice((1, 2, 2, 3, 3, 3)), rng)
+def random_scans(rng: random.Random) -> list[Scan]:
+    """Training scans of one to three digits, more often of several."""
+    return choose_scans(load_scans("train"), rng.choice((1, 2, 2, 3, 3, 3)), rng)
 
 
 def train_language(model: MGMForConditionalGeneration, processor: MGMProcessor, config: DemoConfig) -> None:
@@ -347,7 +347,7 @@ def place_batch(processor: MGMProcessor, batch_size: int, rng: random.Random) ->
     """Distorted images of training scans, each with a conversation of several questions in any order."""
     images, conversations = [], []
     for _ in range(batch_size):
-        scans = random_scans("train", rng)
+        scans = random_scans(rng)
         questions = list(place_questions([scan.label for scan in scans], rng))
         rng.shuffle(questions)
         images.append([draw_number(scans, rng, distortion=2.0)])
