@@ -3,7 +3,15 @@
 from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, GemmaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -13,7 +21,8 @@ class MGMConfig(PreTrainedConfig):
 
     `text_config` is any causal language model's, `vision_config` CLIP's (the low resolution view) and
     `vision_config_aux` ConvNeXt's (the high resolution view). `image_token_id` marks an image position in `input_ids`;
-    it has no row in the embedding matrix.
+    it has no row in the embedding matrix. The HD variants look at an image in `image_grid` x `image_grid` crops and,
+    with `image_global`, as a whole too.
     """
 
     model_type = "mgm"
@@ -29,21 +38,27 @@ class MGMConfig(PreTrainedConfig):
     image_token_id: int = 256000
     vision_feature_layer: int = -2
     projector_hidden_act: str = "gelu"
+    image_grid: int = 1
+    image_global: bool = False
+    original_config: dict | None = None  # config.json of the original checkpoint, for the way back
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
-        grid, aux_grid = self.image_grid_size, self.aux_grid_size
-        if aux_grid % grid:
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        patches, aux_grid = self.image_grid * self.patch_grid_size, self.aux_grid_size
+        if self.image_global and self.image_grid == 1:
+            raise ValueError("image_global is for images in crops: choose image_grid 2 or more with it")
+        if aux_grid % patches:
             raise ValueError(
                 f"the auxiliary tower's {aux_grid}x{aux_grid} positions cannot be shared out evenly among CLIP's "
-                f"{grid}x{grid} patches: choose vision_config_aux.image_size as a multiple of "
-                f"{grid * self.vision_config_aux.patch_size}"
+                f"{patches}x{patches} patches: choose vision_config_aux.image_size as a multiple of "
+                f"{patches * self.vision_config_aux.patch_size}"
             )
 
     @property
-    def image_grid_size(self) -> int:
-        """CLIP patches along one side of an image: 336 / 14 = 24."""
+    def patch_grid_size(self) -> int:
+        """CLIP patches along one side of what it sees at once: 336 / 14 = 24."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
@@ -53,8 +68,13 @@ class MGMConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions of the text sequence that one image takes: 576."""
-        return self.image_grid_size**2
+        """Positions of the text sequence that one image takes: 576, or 2880 in four crops and as a whole."""
+        return self.num_crops * self.patch_grid_size**2
+
+    @property
+    def num_crops(self) -> int:
+        """How many pictures CLIP sees of one image: its crops, and the whole where it is looked at too."""
+        return self.image_grid**2 + self.image_global
 
 
 def clip_large_336() -> CLIPVisionConfig:
@@ -77,6 +97,16 @@ def convnext_large(image_size: int = 768) -> ConvNextConfig:
     )
 
 
+def with_towers(text_config: PreTrainedConfig, image_token_id: int) -> MGMConfig:
+    """The released models differ in their language model alone."""
+    return MGMConfig(
+        text_config=text_config,
+        vision_config=clip_large_336(),
+        vision_config_aux=convnext_large(),
+        image_token_id=image_token_id,
+    )
+
+
 def mgm_2b() -> MGMConfig:
     """The released MGM-2B: Gemma-2B, 3,019,166,144 parameters."""
     text_config = GemmaConfig(
@@ -86,7 +116,66 @@ def mgm_2b() -> MGMConfig:
         num_attention_heads=8,
         num_key_value_heads=1,
     )
-    return MGMConfig(text_config=text_config, vision_config=clip_large_336(), vision_config_aux=convnext_large())
+    return with_towers(text_config, image_token_id=256000)
+
+
+def mgm_7b() -> MGMConfig:
+    """The released MGM-7B: Vicuna-7B v1.5."""
+    return with_towers(LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5), image_token_id=32000)
+
+
+def mgm_13b() -> MGMConfig:
+    """The released MGM-13B: Vicuna-13B v1.5."""
+    text_config = LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    return with_towers(text_config, image_token_id=32000)
+
+
+def mgm_8b() -> MGMConfig:
+    """The released MGM-8B: Llama-3-8B-Instruct."""
+    text_config = LlamaConfig(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=128000,
+        eos_token_id=128009,
+    )
+    return with_towers(text_config, image_token_id=128256)
+
+
+def mgm_1_5b() -> MGMConfig:
+    """Never released: Qwen2-1.5B in Gemma's place, for cards on which MGM-2B does not fit."""
+    text_config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        bos_token_id=151643,
+        eos_token_id=151645,
+        pad_token_id=151643,
+    )
+    # The tokenizer has 151,646 entries: <image> takes one of the matrix's spare rows, which is never read.
+    return with_towers(text_config, image_token_id=151646)
+
+
+def hd(config: MGMConfig) -> MGMConfig:
+    """The HD form of a model: 1536 pixels for ConvNeXt, four crops and the whole image for CLIP. Same weights."""
+    config.vision_config_aux.image_size = 1536
+    config.image_grid, config.image_global = 2, True
+    return config
 
 
 def tiny() -> MGMConfig:
@@ -118,6 +207,11 @@ def tiny() -> MGMConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], MGMConfig]] = {"tiny": tiny, "mgm-2b": mgm_2b}
+MODELS = {"mgm-1.5b": mgm_1_5b, "mgm-2b": mgm_2b, "mgm-7b": mgm_7b, "mgm-8b": mgm_8b, "mgm-13b": mgm_13b}
+PRESETS: dict[str, Callable[[], MGMConfig]] = {
+    "tiny": tiny,
+    **MODELS,
+    **{f"{name}-hd": lambda model=model: hd(model()) for name, model in MODELS.items()},
+}
 
 AutoConfig.register(MGMConfig.model_type, MGMConfig)

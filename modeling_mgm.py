@@ -129,7 +129,7 @@ class MGMModel(MGMPreTrainedModel):
             num_aux = 0 if pixel_values_aux is None else len(pixel_values_aux)
             raise ValueError(f"{len(pixel_values)} images in pixel_values but {num_aux} in pixel_values_aux")
         features = self.clip_features(pixel_values)
-        features_aux = split_into_patches(self.convnext_features(pixel_values_aux), self.config.image_grid_size)
+        features_aux = split_into_patches(self.convnext_features(pixel_values_aux), self.config.patch_grid_size)
         return self.multi_modal_projector(self.patch_info_mining(features, features_aux))
 
     def place_image_features(

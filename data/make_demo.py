@@ -287,7 +287,7 @@ def train_vision(model: MGMForConditionalGeneration, processor: MGMProcessor, co
         for _ in range(config.batch_size):
             scans = random_scans(rng)
             views.append(processor.image_views(draw_number(scans, rng, distortion=2.0)))
-            targets.append(patch_targets([scan.label for scan in scans], model.config.image_grid_size))
+            targets.append(patch_targets([scan.label for scan in scans], model.config.patch_grid_size))
         low, high = (torch.stack(images) for images in zip(*views, strict=True))
         logits = head(model.model.get_image_features(low, high))  # [N, P, classes]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())

@@ -62,7 +62,7 @@ def test_intermediates_are_the_originals(reference, reference_model_folder, attn
     model = load_model(str(reference_model_folder), torch.float32, attn_implementation).model
     images, images_aux = reference["main.images"], reference["main.images_aux"]
     clip, aux = model.clip_features(images), model.convnext_features(images_aux)
-    patches = split_into_patches(aux, model.config.image_grid_size)
+    patches = split_into_patches(aux, model.config.patch_grid_size)
     mining = model.patch_info_mining
     mined = mining(clip, patches)
     found = {
@@ -165,7 +165,7 @@ def test_mgm_2b_has_the_released_models_size():
 def test_mining_is_attention_of_each_patch_to_its_own_square(tiny_model):
     """Patch info mining with a loop over images, patches and the positions of a patch's square."""
     mining, config = tiny_model.model.patch_info_mining, tiny_model.config
-    grid, side = config.image_grid_size, config.aux_grid_size // config.image_grid_size
+    grid, side = config.patch_grid_size, config.aux_grid_size // config.patch_grid_size
     features = torch.randn(2, grid**2, config.vision_config.hidden_size)
     channels = sum(config.vision_config_aux.hidden_sizes)
     features_aux = torch.randn(2, channels, config.aux_grid_size, config.aux_grid_size)
