@@ -124,13 +124,47 @@ class MGMModel(MGMPreTrainedModel):
             return torch.cat([stages[0], *upsampled], dim=1)
 
     def get_image_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
-        """Both views of N images to [N, P, D], ready to stand among the token embeddings (before their scaling)."""
+        """N images to [N, K * P, D], ready to stand among the token embeddings (before their scaling).
+
+        Args:
+            pixel_values: [N, 3, H, W]; with `image_grid` > 1 [N, K, 3, H, W], K an image's crops in reading order and,
+                with `image_global`, the whole image last. The whole image's features come out first.
+            pixel_values_aux: [N, 3, S, S].
+        """
+        self._check_views(pixel_values, pixel_values_aux)
+        features = self.clip_features(pixel_values.flatten(0, -4))  # [N * K, P, C]
+        features_aux = self.convnext_features(pixel_values_aux)  # [N, C_aux, S / 4, S / 4]
+        if self.config.image_grid > 1:
+            features, features_aux = self._whole_then_crops(features, features_aux)
+        patches_aux = split_into_patches(features_aux, self.config.patch_grid_size)  # [N * K, P, S, C_aux]
+        image_features = self.multi_modal_projector(self.patch_info_mining(features, patches_aux))
+        return image_features.reshape(len(pixel_values), -1, image_features.shape[-1])
+
+    def _whole_then_crops(
+        self, features: torch.Tensor, features_aux: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP features [N * K, P, C] in the tokens' order, and the part of the aux features that each looks at."""
+        crops_aux = split_into_crops(features_aux, self.config.image_grid)  # [N, grid * grid, C_aux, h, w]
+        if self.config.image_global:
+            # The whole image's share are the features scaled down, not those of a smaller image.
+            scale = 1 / self.config.image_grid
+            whole_aux = F.interpolate(features_aux.float(), scale_factor=scale, mode="bilinear").to(features_aux.dtype)
+            crops_aux = torch.cat([whole_aux[:, None], crops_aux], dim=1)
+            by_image = features.unflatten(0, (len(features_aux), -1))
+            features = torch.cat([by_image[:, -1:], by_image[:, :-1]], dim=1).flatten(0, 1)
+        return features, crops_aux.flatten(0, 1)
+
+    def _check_views(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor | None) -> None:
         if pixel_values_aux is None or len(pixel_values) != len(pixel_values_aux):
             num_aux = 0 if pixel_values_aux is None else len(pixel_values_aux)
             raise ValueError(f"{len(pixel_values)} images in pixel_values but {num_aux} in pixel_values_aux")
-        features = self.clip_features(pixel_values)
-        features_aux = split_into_patches(self.convnext_features(pixel_values_aux), self.config.patch_grid_size)
-        return self.multi_modal_projector(self.patch_info_mining(features, features_aux))
+        num_crops = self.config.num_crops
+        expected = (len(pixel_values), num_crops, 3) if num_crops > 1 else (len(pixel_values), 3)
+        if tuple(pixel_values.shape[:-2]) != expected:
+            raise ValueError(
+                f"pixel_values is {list(pixel_values.shape)}, expected {[*expected, 'height', 'width']} "
+                f"(image_grid {self.config.image_grid}, image_global {self.config.image_global})"
+            )
 
     def place_image_features(
         self, inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_positions: torch.LongTensor
@@ -153,8 +187,9 @@ class MGMModel(MGMPreTrainedModel):
         """Features of one black image. A process whose batch has no image still has to run the vision side: under
         ZeRO-3 and DDP the others wait for it, and its trained parameters need gradients (zeros), not None."""
         low, high = self.config.vision_config.image_size, self.config.vision_config_aux.image_size
+        views = (1,) if self.config.num_crops == 1 else (1, self.config.num_crops)
         return self.get_image_features(
-            torch.zeros(1, 3, low, low, device=self.device), torch.zeros(1, 3, high, high, device=self.device)
+            torch.zeros(*views, 3, low, low, device=self.device), torch.zeros(1, 3, high, high, device=self.device)
         )
 
     def forward(
@@ -208,6 +243,27 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """A row for each beam or sample, with all of its images: the default would repeat image by image."""
+        model_kwargs.pop("image_positions", None)  # those of the prompt as it was
+        names = [name for name in ("pixel_values", "pixel_values_aux") if model_kwargs.get(name) is not None]
+        images = {name: model_kwargs.pop(name) for name in names}
+        if images and expand_size > 1:
+            num_images = (input_ids == self.config.image_token_id).sum(1) // self.config.num_image_tokens
+            rows = torch.arange(len(images["pixel_values"]), device=input_ids.device).split(num_images.tolist())
+            order = torch.cat([row.repeat(expand_size) for row in rows])
+            images = {name: views[order] for name, views in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | images
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -256,6 +312,12 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def split_into_crops(features: torch.Tensor, image_grid: int) -> torch.Tensor:
+    """[N, C, H, W] to [N, grid * grid, C, H / grid, W / grid], in reading order."""
+    squares = features.unflatten(3, (image_grid, -1)).unflatten(2, (image_grid, -1))  # [N, C, grid, h, grid, w]
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def split_into_patches(features: torch.Tensor, grid_size: int) -> torch.Tensor:

@@ -8,41 +8,15 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from chat_templates import chat_template_for, render
 from configuration_mgm import MGMConfig
+from modeling_mgm import split_into_crops
 
 
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-
-# Gemma's turns as MGM trained them: <eos> ends every reply, not only the last one. What stands inside
-# {% generation %} carries labels.
-GEMMA_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ '<start_of_turn>model\n' }}"
-    "{% generation %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ '<end_of_turn>\n' + eos_token }}"
-    "{% endgeneration %}"
-    "{% else %}"
-    "{{ '<start_of_turn>user\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}"
-    "{{ '<image>' if loop.first else '\n<image>' }}{% if loop.last %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}"
-    "{{ '<end_of_turn>\n' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
 
 
 class MGMProcessor(ProcessorMixin):
@@ -51,34 +25,43 @@ class MGMProcessor(ProcessorMixin):
     Args:
         image_processor: CLIP's, at the auxiliary tower's size (768); the low view is made from its output.
         tokenizer: a fast tokenizer; `<image>` is added to it as id `len(tokenizer)` where it is missing.
+        chat_template: how turns are marked; by default what the tokenizer's family does.
         image_size: pixels along one side of the low view (336).
         patch_size: pixels along one side of a CLIP patch (14).
         image_aspect_ratio: `pad` to a square with CLIP's mean colour, or `square`, which crops the middle.
+        image_grid: the low view is cut into `image_grid` x `image_grid` crops of `image_size`.
+        image_global: the whole image, scaled down to `image_size`, follows the crops.
     """
 
     def __init__(
         self,
         image_processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = GEMMA_CHAT_TEMPLATE,
+        chat_template: str | None = None,
         image_size: int = 336,
         patch_size: int = 14,
         image_aspect_ratio: str = "pad",
+        image_grid: int = 1,
+        image_global: bool = False,
         **kwargs,
     ) -> None:
+        if tokenizer.pad_token is None:  # Llama's; padding is masked, so that any token will do
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if IMAGE_TOKEN not in tokenizer.get_added_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.image_size = image_size
         self.patch_size = patch_size
         self.image_aspect_ratio = image_aspect_ratio
+        self.image_grid = image_grid
+        self.image_global = image_global
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_template_for(tokenizer))
 
     @property
     def num_image_tokens(self) -> int:
         """Positions of the sequence that one image takes."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_grid**2 + self.image_global) * (self.image_size // self.patch_size) ** 2
 
     @property
     def model_input_names(self) -> list[str]:
@@ -104,8 +87,9 @@ class MGMProcessor(ProcessorMixin):
             padding_side: `right` for training (the tokenizer's default), `left` for generation.
 
         Returns:
-            `input_ids`, `attention_mask` and (for conversations) `labels` [B, T]; `pixel_values` [N, 3, 336, 336] and
-            `pixel_values_aux` [N, 3, 768, 768] over the N images of the batch, absent where there are none.
+            `input_ids`, `attention_mask` and (for conversations) `labels` [B, T]; `pixel_values` [N, 3, 336, 336] (in
+            crops [N, K, 3, 336, 336]) and `pixel_values_aux` [N, 3, 768, 768] over the N images of the batch, absent
+            where there are none.
 
         Raises:
             ValueError: a conversation or its images do not fit together, or `max_length` cuts inside an image.
@@ -135,19 +119,14 @@ class MGMProcessor(ProcessorMixin):
         self, conversation: list[dict[str, str]], max_length: int | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
         """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image: cheap enough to count with."""
-        prompts, spans = render_jinja_template(
-            [to_messages(conversation)],
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return self._encode(prompts[0], spans[0], max_length)
+        messages = to_messages(conversation)
+        prompt, spans = render(messages, self.chat_template, self.tokenizer.special_tokens_map, add_generation_prompt)
+        return self._encode(prompt, spans, max_length)
 
     def image_views(
         self, image: Image.Image, image_aspect_ratio: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One PIL image to its low [3, 336, 336] and high [3, 768, 768] view.
+        """One PIL image to its low [3, 336, 336] (in crops [K, 3, 336, 336]) and high [3, 768, 768] view.
 
         The low view is the high one scaled down without antialiasing, as in the original, so that both agree.
         """
@@ -157,8 +136,13 @@ class MGMProcessor(ProcessorMixin):
         elif aspect_ratio != "square":
             raise ValueError(f"image_aspect_ratio is {aspect_ratio!r}: choose 'square' or 'pad'")
         high = self.image_processor(image, return_tensors="pt")["pixel_values"]  # [1, 3, S, S]
-        low = F.interpolate(high, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
-        return low[0], high[0]
+        low = _scaled(high, self.image_grid * self.image_size)
+        if self.image_grid == 1:
+            return low[0], high[0]
+        crops = split_into_crops(low, self.image_grid)[0]
+        if self.image_global:  # from the low view, not from the high one: as in the original
+            crops = torch.cat([crops, _scaled(low, self.image_size)])
+        return crops, high[0]
 
     def _encode(
         self, prompt: str, spans: list[tuple[int, int]], max_length: int | None
@@ -222,6 +206,10 @@ def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

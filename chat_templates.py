@@ -1,0 +1,154 @@
+"""How each family of language models marks its turns, and where in a rendered conversation the replies stand.
+
+A tokenizer's own chat template is used where it has one. Gemma's is the exception: MGM trained it with an <eos> after
+every reply. What stands inside {% generation %} carries labels.
+"""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+Messages = list[dict]  # transformers' form: {"role": ..., "content": a string or a list of image and text parts}
+
+# Templates of text models know strings alone: images go to the front of their message, a line each.
+FLATTEN = (
+    "{% set flat = namespace(messages=[]) %}"
+    "{% for message in messages %}"
+    "{% set content = namespace(images='', text='') %}"
+    "{% if message['content'] is string %}{% set content.text = message['content'] %}"
+    "{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set content.images = content.images + '<image>\n' %}"
+    "{% else %}{% set content.text = content.text + part['text'] %}{% endif %}"
+    "{% endfor %}"
+    "{% endif %}"
+    "{% set turn = {'role': message['role'], 'content': content.images + content.text} %}"
+    "{% set flat.messages = flat.messages + [turn] %}"
+    "{% endfor %}"
+    "{% set messages = flat.messages %}"
+)
+
+
+def _turns(
+    start: str, user: str, reply_header: str, reply: str, after_reply: str = "''", system: str | None = None
+) -> str:
+    """A template from the jinja expressions of its parts; `content` is the message's text."""
+    system_turn = system or "raise_exception('this model knows no system messages')"
+    return (
+        f"{{{{ {start} }}}}"
+        "{% for message in messages %}"
+        "{% set content = message['content'] %}"
+        "{% if message['role'] == 'assistant' %}"
+        f"{{{{ {reply_header} }}}}{{% generation %}}{{{{ {reply} }}}}{{% endgeneration %}}"
+        f"{{{{ {after_reply} }}}}"
+        f"{{% elif message['role'] == 'user' %}}{{{{ {user} }}}}"
+        f"{{% else %}}{{{{ {system_turn} }}}}{{% endif %}}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {reply_header} }}}}{{% endif %}}"
+    )
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+GEMMA = _turns(
+    start="bos_token",
+    user=r"'<start_of_turn>user\n' + content + '<end_of_turn>\n'",
+    reply_header=r"'<start_of_turn>model\n'",
+    reply=r"content + '<end_of_turn>\n' + eos_token",
+)
+VICUNA_V1 = _turns(
+    start=f'bos_token + "{VICUNA_SYSTEM} "',
+    user="'USER: ' + content + ' '",
+    reply_header="'ASSISTANT:'",
+    reply="' ' + content + eos_token",
+)
+LLAMA_3 = _turns(
+    start="bos_token",
+    user=r"'<|start_header_id|>user<|end_header_id|>\n\n' + content + '<|eot_id|>'",
+    reply_header=r"'<|start_header_id|>assistant<|end_header_id|>\n\n'",
+    reply="content + '<|eot_id|>'",
+    system=r"'<|start_header_id|>system<|end_header_id|>\n\n' + content + '<|eot_id|>'",
+)
+CHATML = _turns(
+    start="''",
+    user=r"'<|im_start|>user\n' + content + '<|im_end|>\n'",
+    reply_header=r"'<|im_start|>assistant\n'",
+    reply="content + '<|im_end|>'",
+    after_reply=r"'\n'",
+    system=r"'<|im_start|>system\n' + content + '<|im_end|>\n'",
+)
+MISTRAL = _turns(
+    start="bos_token",
+    user="'[INST] ' + content + ' [/INST]'",
+    reply_header="''",
+    reply="' ' + content + eos_token",
+)
+# The token that tells a family by its vocabulary. All of these end a turn with a token of their own.
+BY_TOKEN = {"<|start_header_id|>": LLAMA_3, "<|im_start|>": CHATML, "[INST]": MISTRAL}
+END_OF_TURN_TOKENS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase, model_type: str | None = None) -> str:
+    """The template for a language model: MGM's own for Gemma, else the tokenizer's, else its family's.
+
+    Args:
+        model_type: of the text config; tells Mistral (whose vocabulary may not show it) from Llama, i.e. Vicuna.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<start_of_turn>" in vocabulary:
+        return FLATTEN + GEMMA
+    if tokenizer.chat_template is not None:
+        return FLATTEN + tokenizer.get_chat_template()
+    if model_type == "mistral":
+        return FLATTEN + MISTRAL
+    return FLATTEN + next((template for token, template in BY_TOKEN.items() if token in vocabulary), VICUNA_V1)
+
+
+def render(
+    messages: Messages, chat_template: str, special_tokens: dict[str, str], add_generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the model reads it, and the [begin, end) characters of its replies, end of turn included.
+
+    Raises:
+        ValueError: the template does not say where replies stand, and rewrites turns that were already there.
+    """
+
+    def render_plain(messages: Messages, add_generation_prompt: bool) -> str:
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=chat_template, add_generation_prompt=add_generation_prompt, **special_tokens
+        )
+        return rendered[0]
+
+    if "endgeneration" not in chat_template:
+        text = render_plain(messages, add_generation_prompt)
+        return text, _reply_spans(messages, text, render_plain)
+    rendered, spans = render_jinja_template(
+        [messages],
+        chat_template=chat_template,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        **special_tokens,
+    )
+    return rendered[0], spans[0]
+
+
+def _reply_spans(
+    messages: Messages, text: str, render_plain: Callable[[Messages, bool], str]
+) -> list[tuple[int, int]]:
+    """What each reply adds to the prompt that asks for it. Space after its end of turn belongs to the next turn."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = render_plain(messages[:i], True)
+            through = render_plain(messages[: i + 1], False).rstrip()
+            if not (through.startswith(prompt) and text.startswith(through)):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so replies cannot be told apart: "
+                    "mark them in it with {% generation %}"
+                )
+            spans.append((len(prompt), len(through)))
+    return spans
