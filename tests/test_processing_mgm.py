@@ -222,6 +222,25 @@ def test_image_moves_to_the_front_of_its_message():
     assert to_messages([{"from": "human", "value": "What is it?\n<image>"}]) == front
 
 
+@pytest.mark.parametrize("image_global", [False, True])
+def test_crops_are_cut_from_the_scaled_high_view(processor, image, image_global):
+    """HD: crops in reading order, of the high view at twice CLIP's size; the whole is that scaled down again."""
+    hd = MGMProcessor(
+        processor.image_processor, processor.tokenizer, image_size=56, image_grid=2, image_global=image_global
+    )
+    low, high = hd.image_views(image)
+    assert torch.equal(high, processor.image_views(image)[1])
+    scaled = torch.nn.functional.interpolate(high[None], size=(112, 112), mode="bilinear")
+    expected = [scaled[0, :, top : top + 56, left : left + 56] for top in (0, 56) for left in (0, 56)]
+    if image_global:
+        expected.append(torch.nn.functional.interpolate(scaled, size=(56, 56), mode="bilinear")[0])
+    assert torch.equal(low, torch.stack(expected))
+    assert hd.num_image_tokens == 16 * len(expected)
+    batch = hd(conversations=[CONVERSATION, CHAT], images=[[image], []])
+    assert batch["pixel_values"].shape == (1, len(expected), 3, 56, 56)
+    assert (batch["input_ids"][0] == hd.image_token_id).sum() == hd.num_image_tokens
+
+
 def test_wrong_image_aspect_ratio(processor, image):
     """The message has the value and the choices."""
     with pytest.raises(ValueError, match="image_aspect_ratio is 'anyres': choose 'square' or 'pad'"):
@@ -230,9 +249,11 @@ def test_wrong_image_aspect_ratio(processor, image):
 
 def test_save_and_load_again(processor, tmp_path):
     """Settings, template and ids of a processor with those of its saved copy."""
+    processor = MGMProcessor(processor.image_processor, processor.tokenizer, image_size=56, image_grid=2)
     processor.save_pretrained(tmp_path)
     loaded = MGMProcessor.from_pretrained(tmp_path)
-    for name in ("image_size", "patch_size", "image_aspect_ratio", "image_token_id", "chat_template"):
+    names = ("image_size", "patch_size", "image_aspect_ratio", "image_grid", "image_token_id", "chat_template")
+    for name in names:
         assert getattr(loaded, name) == getattr(processor, name), name
     assert len(loaded.tokenizer) == len(processor.tokenizer)
     assert loaded.tokenize(CONVERSATION) == processor.tokenize(CONVERSATION)
