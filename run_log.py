@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
+from model_card import as_table, build_model_card, escape_cell
 from utils import ModelConfig, UserError
 
 
@@ -57,9 +58,9 @@ class RunLog:
             shutil.rmtree(self.output_dir / TENSORBOARD, ignore_errors=True)
         accelerator.init_trackers(TENSORBOARD)
         if accelerator.is_main_process:
-            self.writer.add_text("config", as_markdown(asdict(config)))
-            share = f"{self.trainable_params / self.total_params:.2%}"
-            print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share})", flush=True)
+            self.writer.add_text("config", as_table(asdict(config), "flag"))
+            share = self.trainable_params / self.total_params
+            print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -152,7 +153,7 @@ class RunLog:
         self.writer.add_text("eval/predictions", header + table, global_step)
 
     def finish(self, global_step: int) -> dict | None:
-        """Write run.json and hparams, close TensorBoard. Returns run.json's content on the main process."""
+        """Write run.json, the model card and hparams. Returns run.json's content on the main process."""
         self.peak["eval"] = peak_bytes()
         totals = self.totals
         result = {
@@ -177,6 +178,7 @@ class RunLog:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / "run.json").write_text(json.dumps(result, indent=2) + "\n")
+            build_model_card(result).save(self.output_dir / "README.md")  # in place of PEFT's empty form
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
@@ -240,12 +242,3 @@ def environment(accelerator: Accelerator) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         **versions,
     }
-
-
-def as_markdown(config: dict) -> str:
-    rows = [f"| {key} | {escape_cell(str(value))} |" for key, value in config.items()]
-    return "\n".join(["| flag | value |", "|---|---|", *rows])
-
-
-def escape_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,7 +142,7 @@ def test_adapters_load_and_merge(runs):
 
 @pytest.mark.slow
 def test_run_json_and_tensorboard(runs):
-    """The contract's keys and tags, in the last line, in run.json and in the event files."""
+    """The contract's keys and tags, in the last line, in run.json and in the event files; the model card."""
     output_dir, result = runs["zero3"]
     assert json.loads((output_dir / "run.json").read_text()) == result
     keys = "status global_step train_loss last_loss total_params trainable_params samples_per_second"
@@ -150,6 +151,8 @@ def test_run_json_and_tensorboard(runs):
     assert result["status"] == "done" and result["global_step"] == NUM_STEPS
     assert result["last_loss"] == pytest.approx(scalars(output_dir, "train/loss")[-1], abs=1e-5)
     assert set(result["peak"]) == {"load", "train", "eval"}
+    card = ModelCard.load(output_dir / "README.md")
+    assert card.data.library_name == "peft" and MODEL in card.text
     model = load_model(MODEL, torch.float32, "sdpa")
     num_lora = sum(v.numel() for k, v in load_file(output_dir / "adapter_model.safetensors").items() if "lora_" in k)
     assert result["total_params"] == sum(p.numel() for p in model.parameters()) + num_lora
