@@ -7,7 +7,9 @@ embeddings it puts together to the language model, where no image is involved an
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
 
+from configuration_mgm import MGMConfig
 from modeling_mgm import MGMForConditionalGeneration
 from processing_mgm import IGNORE_INDEX
 from utils import load_model
@@ -101,7 +103,8 @@ def naive_embeds(
         for feature in naive_image_features(model, pixels, aux)
     )
     embedding = model.get_input_embeddings()
-    scale = embedding.weight.shape[1] ** 0.5
+    is_gemma = model.config.text_config.model_type == "gemma"
+    scale = embedding.weight.shape[1] ** 0.5 if is_gemma else 1.0  # Gemma scales whatever it embeds
     return [
         torch.stack(
             [
@@ -197,6 +200,46 @@ def test_generation_is_that_from_the_naive_embeddings(model, how):
     )
     assert torch.equal(generated[:, length:], expected)
     assert len(generated) == len(rows) * how.get("num_return_sequences", 1)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_other_language_models(model_type, reference_model):
+    """Llama, Qwen2 and Mistral in Gemma's place, heads tied or not: logits and greedy tokens of a mixed batch with
+    those from the naive embeddings, which nothing scales."""
+    text_config = AutoConfig.for_model(
+        model_type,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=model_type == "qwen2",
+    )
+    torch.manual_seed(0)
+    model = MGMForConditionalGeneration(
+        MGMConfig(
+            text_config=text_config,
+            vision_config=reference_model.config.vision_config,
+            vision_config_aux=reference_model.config.vision_config_aux,
+            image_token_id=300,  # inside the vocabulary, as Qwen2's spare rows are
+        )
+    ).eval()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (model_type == "qwen2")
+    model.generation_config.eos_token_id = None
+    rows, images = rows_of_ids(model), views(model, sum(NUM_IMAGES))
+    input_ids, attention_mask = pad(rows, "left")
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, **images).logits
+        naive = naive_embeds(model, rows, images)
+        for row, embeds in enumerate(naive):
+            expected = model(inputs_embeds=embeds[None]).logits[0]
+            torch.testing.assert_close(logits[row][attention_mask[row].bool()], expected, **EXACT)
+        embeds = torch.stack([F.pad(row, (0, 0, input_ids.shape[1] - len(row), 0)) for row in naive])
+        how = {"attention_mask": attention_mask, "max_new_tokens": 6, "do_sample": False}
+        generated = model.generate(input_ids=input_ids, **images, **how)
+        assert torch.equal(generated[:, input_ids.shape[1] :], model.generate(inputs_embeds=embeds, **how))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 56, 56), (1, 4, 3, 56, 56), (1, 5, 1, 56, 56)])
