@@ -41,19 +41,13 @@ from utils import (
 
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
+OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
 
 @dataclass(kw_only=True)
-class TrainConfig(ModelConfig):
-    # Data
-    dataset: str | None = field(default=None, metadata={"help": "LLaVA .json/.jsonl or a saved data set; the demo"})
-    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
-    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
-    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
-    # What is trained
+class StepConfig(ModelConfig):
+    """What a training step is made of: the flags that train.py and memory_probe.py share."""
+
     lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
     lora_dropout: float = 0.1
@@ -63,18 +57,42 @@ class TrainConfig(ModelConfig):
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
-    # The step
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
+        check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
+        check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
+        if self.lora_dropout >= 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
+        if self.trainable_modules is None:
+            self.trainable_modules = VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(StepConfig):
+    # Data
+    dataset: str | None = field(default=None, metadata={"help": "LLaVA .json/.jsonl or a saved data set; the demo"})
+    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
+    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
+    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
+    # The course of training
     learning_rate: float = 4e-3
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
-    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     num_train_epochs: int = 1
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
-    seed: int = 42
     # Output
     output_dir: str = "outputs/demo"
     overwrite_output_dir: bool = False
@@ -83,16 +101,9 @@ class TrainConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
-        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
-        check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
-        check_minimum(self, gradient_accumulation_steps=1, learning_rate=0, warmup_ratio=0, weight_decay=0)
-        check_minimum(self, max_grad_norm=0, num_train_epochs=1, max_steps=-1, logging_steps=1, eval_samples=0)
-        check_minimum(self, dataloader_num_workers=0)
-        if self.lora_dropout >= 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
-        if self.trainable_modules is None:
-            self.trainable_modules = VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+        check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
+        check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
         output_dir = Path(self.output_dir)
         if output_dir.exists() and any(output_dir.iterdir()) and not self.overwrite_output_dir:
             raise UserError(f"--output_dir {output_dir} is not empty: choose another or add --overwrite_output_dir")
@@ -123,7 +134,7 @@ def main(config: TrainConfig) -> dict | None:
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     num_warmup_steps = round(config.warmup_ratio * num_steps)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
@@ -207,7 +218,7 @@ def build_datasets(
     return train_dataset, eval_dataset
 
 
-def build_model(config: TrainConfig, is_deepspeed: bool) -> nn.Module:
+def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
 
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
@@ -230,7 +241,7 @@ def build_model(config: TrainConfig, is_deepspeed: bool) -> nn.Module:
     return model
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
+def lora_config(config: StepConfig) -> LoraConfig:
     """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
     return LoraConfig(
         r=config.lora_r,
@@ -260,8 +271,10 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained_parameters(model), lr=config.learning_rate, weight_decay=config.weight_decay)
+def build_optimizer(
+    model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    return OPTIMIZERS[optim](trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
 
 
 def training_step(

@@ -221,6 +221,7 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--mixed_precision fp16", ["--mixed_precision fp16", "no GPU"]),
         ("--mixed_precision fp8", ["--mixed_precision fp8", "choose one of"]),
         ("--max_seq_len 4", ["--max_seq_len 4", "choose a larger one"]),
+        ("--optim lion", ["--optim lion", "adamw_torch, sgd"]),
         ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
         ("--recipe missing.yaml", ["--recipe missing.yaml"]),
         ("--output_dir tests", ["--output_dir tests", "--overwrite_output_dir"]),
