@@ -72,7 +72,7 @@ def generate_records(num_records: int) -> Iterator[dict]:
     """Conversations of one to five questions about an image, about 1.4 kB each; ids with leading zeros."""
     generator = random.Random(0)
     questions = ["What " + " ".join(generator.choices(WORDS, k=generator.randint(5, 20))) + "?" for _ in range(5000)]
-    sentences = [" ".join(generator.choices(WORDS, k=generator.randint(8, 20))) + "." for _ in range(5000)]
+    sentences = [" ".join(generator.choices(WORDS, k=generator.randint(9, 23))) + "." for _ in range(5000)]
     for i in range(num_records):
         turns = []
         for number in range(generator.randint(1, 5)):
