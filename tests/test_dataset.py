@@ -430,12 +430,16 @@ def test_samples_come_from_workers(folder):
     assert [(sample["id"], len(sample["images"])) for sample in loader] == [("007", 1), ("b", 0), ("c", 2)]
 
 
-def test_the_readmes_record_loads(folder):
-    """The example in data/README.md with what it says."""
+def test_the_readmes_records_load(folder):
+    """The examples in data/README.md with what it says."""
     readme = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
-    record = json.loads(readme.split("```json")[1].split("```")[0])
-    loaded = load_conversations(write(folder, [record]))[0]
-    assert loaded == {"id": record["id"], "images": [record["image"]], "conversations": record["conversations"]}
+    llava, messages = (json.loads(block.split("```")[0]) for block in readme.split("```json")[1:])
+    first, second = load_conversations(write(folder, [llava, messages]))
+    assert first == {"id": llava["id"], "images": [llava["image"]], "conversations": llava["conversations"]}
+    assert second["id"] == "1" and second["images"] == messages["images"]
+    assert [turn["value"] for turn in second["conversations"]] == [
+        turn["value"] for turn in llava["conversations"][:2]
+    ]
 
 
 MESSAGES = [  # as transformers has them: content is a string or parts
