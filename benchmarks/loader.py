@@ -104,7 +104,10 @@ def mgm_2b_processor() -> MGMProcessor:
 
 
 def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
-    """Load for `config.seconds`, epoch after epoch. Images a second, and bytes resident at each of MARKS."""
+    """Load for `config.seconds`, epoch after epoch. Images a second, and bytes resident at each of MARKS.
+
+    `cpu_seconds_per_image` holds on a busy machine too, where a worker has less than a core.
+    """
     processor, dataset = mgm_2b_processor(), open_dataset(path)
     records = dataset.records = measure_lengths(dataset.records, processor, 2048)
     lengths = column_values(records, "num_label_tokens"), column_values(records, "num_tokens")
@@ -118,7 +121,7 @@ def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
     )
     batches = endless(loader, sampler)
     next(batches)  # workers are up, files are open
-    start, num_images, memory = time.perf_counter(), 0, []
+    start, cpu_start, num_images, memory = time.perf_counter(), cpu_seconds(), 0, []
     while len(memory) < len(MARKS):
         num_images += len(next(batches)["pixel_values"])
         if (seconds := time.perf_counter() - start) >= MARKS[len(memory)] * config.seconds:
@@ -127,6 +130,7 @@ def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
         "num_workers": num_workers,
         "images_per_second": round(num_images / seconds, 2),
         "images_per_second_per_worker": round(num_images / seconds / max(1, num_workers), 2),
+        "cpu_seconds_per_image": round((cpu_seconds() - cpu_start) / num_images, 4),
         "memory": memory,
     }
 
@@ -135,6 +139,13 @@ def endless(loader: DataLoader, sampler: UpdateBatchSampler) -> Iterator[dict[st
     while True:
         yield from loader
         sampler.set_epoch(sampler.epoch + 1)
+
+
+def cpu_seconds() -> float:
+    """Spent by this process and its workers so far."""
+    main_process = psutil.Process()
+    times = [process.cpu_times() for process in (main_process, *main_process.children())]
+    return sum(time.user + time.system for time in times)
 
 
 def resident_memory() -> dict:

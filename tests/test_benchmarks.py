@@ -52,7 +52,7 @@ def test_the_loader_is_measured(source: str):
     result = loader.main(config)
     assert [run["num_workers"] for run in result["runs"]] == [0, 1]
     for run in result["runs"]:
-        assert run["images_per_second_per_worker"] > 0
+        assert 0 < run["images_per_second_per_worker"] < 500 and 0.001 < run["cpu_seconds_per_image"] < 2
         assert [len(mark["workers_rss_bytes"]) for mark in run["memory"]] == [run["num_workers"]] * 3
         assert run["memory"][-1]["seconds"] >= 1
     processor = loader.mgm_2b_processor()
