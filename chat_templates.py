@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 Messages = list[dict]  # transformers' form: {"role": ..., "content": a string or a list of image and text parts}
+Span = tuple[int, int]  # [begin, end) characters of a rendered conversation
 
 # Templates of text models know strings alone: images go to the front of their message, a line each.
 FLATTEN = (
@@ -109,46 +110,47 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase, model_type: str | None
 
 
 def render(
-    messages: Messages, chat_template: str, special_tokens: dict[str, str], add_generation_prompt: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the model reads it, and the [begin, end) characters of its replies, end of turn included.
+    conversations: list[Messages],
+    chat_template: str,
+    special_tokens: dict[str, str],
+    add_generation_prompt: bool = False,
+) -> tuple[list[str], list[list[Span]]]:
+    """Conversations as the model reads them, and the spans of each one's replies, their end of turn included.
 
     Raises:
         ValueError: the template does not say where replies stand, and rewrites turns that were already there.
     """
 
-    def render_plain(messages: Messages, add_generation_prompt: bool) -> str:
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=chat_template, add_generation_prompt=add_generation_prompt, **special_tokens
-        )
-        return rendered[0]
+    def render_plain(conversations: list[Messages], add_generation_prompt: bool) -> list[str]:
+        return render_jinja_template(
+            conversations, chat_template=chat_template, add_generation_prompt=add_generation_prompt, **special_tokens
+        )[0]
 
     if "endgeneration" not in chat_template:
-        text = render_plain(messages, add_generation_prompt)
-        return text, _reply_spans(messages, text, render_plain)
-    rendered, spans = render_jinja_template(
-        [messages],
+        texts = render_plain(conversations, add_generation_prompt)
+        return texts, [_reply_spans(*pair, render_plain) for pair in zip(conversations, texts, strict=True)]
+    return render_jinja_template(
+        conversations,
         chat_template=chat_template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=add_generation_prompt,
         **special_tokens,
     )
-    return rendered[0], spans[0]
 
 
 def _reply_spans(
-    messages: Messages, text: str, render_plain: Callable[[Messages, bool], str]
-) -> list[tuple[int, int]]:
+    messages: Messages, text: str, render_plain: Callable[[list[Messages], bool], list[str]]
+) -> list[Span]:
     """What each reply adds to the prompt that asks for it. Space after its end of turn belongs to the next turn."""
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = render_plain([messages[:i] for i in replies], True)
+    throughs = render_plain([messages[: i + 1] for i in replies], False)
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = render_plain(messages[:i], True)
-            through = render_plain(messages[: i + 1], False).rstrip()
-            if not (through.startswith(prompt) and text.startswith(through)):
-                raise ValueError(
-                    "the chat template rewrites earlier turns, so replies cannot be told apart: "
-                    "mark them in it with {% generation %}"
-                )
-            spans.append((len(prompt), len(through)))
+    for prompt, through in zip(prompts, map(str.rstrip, throughs), strict=True):
+        if not (through.startswith(prompt) and text.startswith(through)):
+            raise ValueError(
+                "the chat template rewrites earlier turns, so replies cannot be told apart: "
+                "mark them in it with {% generation %}"
+            )
+        spans.append((len(prompt), len(through)))
     return spans

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from chat_templates import chat_template_for, render
+from chat_templates import Span, chat_template_for, render
 from configuration_mgm import MGMConfig
 from modeling_mgm import split_into_crops
 
@@ -119,9 +119,15 @@ class MGMProcessor(ProcessorMixin):
         self, conversation: list[dict[str, str]], max_length: int | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
         """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image: cheap enough to count with."""
-        messages = to_messages(conversation)
-        prompt, spans = render(messages, self.chat_template, self.tokenizer.special_tokens_map, add_generation_prompt)
-        return self._encode(prompt, spans, max_length)
+        prompts, spans = self.render([conversation], add_generation_prompt)
+        return self._encode(prompts[0], spans[0], max_length)
+
+    def render(
+        self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool = False
+    ) -> tuple[list[str], list[list[Span]]]:
+        """LLaVA turns to the text that is tokenized, images not expanded, and the characters that carry labels."""
+        messages = [to_messages(turns) for turns in conversations]
+        return render(messages, self.chat_template, self.tokenizer.special_tokens_map, add_generation_prompt)
 
     def image_views(
         self, image: Image.Image, image_aspect_ratio: str | None = None

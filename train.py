@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
-from data.batching import TrainCollator, UpdateBatchSampler, measure_lengths
+from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
@@ -80,12 +80,13 @@ class StepConfig(ModelConfig):
 @dataclass(kw_only=True)
 class TrainConfig(StepConfig):
     # Data
-    dataset: str | None = field(default=None, metadata={"help": "LLaVA .json/.jsonl or a saved data set; the demo"})
+    dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
+    group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     # The course of training
     learning_rate: float = 4e-3
     warmup_ratio: float = 0.03
@@ -120,11 +121,13 @@ def main(config: TrainConfig) -> dict | None:
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
     sampler = UpdateBatchSampler(
-        np.asarray(train_dataset.records["num_label_tokens"]),
+        column_values(train_dataset.records, "num_label_tokens"),
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         accelerator.num_processes,
         config.seed,
+        np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len),
+        config.group_by_length,
     )
     loader = DataLoader(
         train_dataset,
@@ -201,7 +204,7 @@ def build_datasets(
 
     train_dataset = open_dataset(train_path, image_folder)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
-    fitting = np.flatnonzero(np.asarray(records["num_label_tokens"]))
+    fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
         raise UserError(f"--max_seq_len {config.max_seq_len}: no sample of {train_path} fits, choose a larger one")
     if len(fitting) < len(records):

@@ -41,6 +41,11 @@ class UserError(Exception):
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
+def brief_error(error: Exception) -> str:
+    """The system's word for it, or the message's first line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The flags that every script with a model honours."""

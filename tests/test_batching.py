@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,13 +14,17 @@ from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.batching import TrainCollator, UpdateBatchSampler, measure_lengths
+import data.batching
+from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
 from data.dataset import load_conversations, open_dataset
-from processing_mgm import IGNORE_INDEX
+from processing_mgm import IGNORE_INDEX, MGMProcessor
+from utils import UserError, load_processor
 
 
 # num_samples, micro_batch_size, gradient_accumulation_steps, num_processes
-SHAPES = list(itertools.product((1, 7, 8, 37, 64, 65), (1, 3, 8), (1, 4), (1, 2, 3)))
+SHAPES = [
+    shape for shape in itertools.product((1, 7, 8, 37, 64, 65), (1, 3, 8), (1, 4), (1, 2, 3)) if shape[0] >= shape[-1]
+]
 
 
 def make_sampler(
@@ -26,9 +33,21 @@ def make_sampler(
     gradient_accumulation_steps: int = 1,
     num_processes: int = 1,
     seed: int = 42,
+    **kwargs,
 ) -> UpdateBatchSampler:
-    num_label_tokens = np.random.default_rng(0).integers(1, 50, num_samples)
-    return UpdateBatchSampler(num_label_tokens, micro_batch_size, gradient_accumulation_steps, num_processes, seed)
+    shape = (micro_batch_size, gradient_accumulation_steps, num_processes)
+    return UpdateBatchSampler(np.random.default_rng(0).integers(1, 50, num_samples), *shape, seed, **kwargs)
+
+
+def skewed_lengths(num_samples: int) -> np.ndarray:
+    """Mostly short, some very long, as in real data: tokens a sample."""
+    return np.random.default_rng(1).lognormal(5, 1, num_samples).astype(int) + 10
+
+
+def padding_share(micro_batches: Iterable[list[int]], num_tokens: np.ndarray) -> float:
+    """Which part of all positions is padding, each micro-batch padded to its longest sample."""
+    lengths = [num_tokens[micro_batch] for micro_batch in micro_batches]
+    return 1 - sum(map(np.sum, lengths)) / sum(len(batch) * batch.max() for batch in lengths)
 
 
 def samples_per_update(sampler: UpdateBatchSampler) -> list[list[int]]:
@@ -58,11 +77,12 @@ def test_an_update_has_the_same_samples_however_it_is_shared_out(num_samples):
     assert set(shared[-1]) <= set(expected[-1]) and len(expected[-1]) - len(shared[-1]) == num_samples % 2
 
 
+@pytest.mark.parametrize("group_by_length", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_sample_once_an_epoch(shape):
+def test_every_sample_once_an_epoch(shape, group_by_length):
     """All samples but at most num_processes - 1, none twice; micro-batches within their size and never empty."""
     num_samples, micro_batch_size, _, num_processes = shape
-    sampler = make_sampler(*shape)
+    sampler = make_sampler(*shape, num_tokens=skewed_lengths(num_samples), group_by_length=group_by_length)
     micro_batches = list(sampler)
     seen = sum(micro_batches, [])
     assert len(set(seen)) == len(seen)
@@ -73,10 +93,11 @@ def test_every_sample_once_an_epoch(shape):
     assert sampler.num_updates() == len(sampler.updates()) == len(sampler.label_tokens_per_update())
 
 
+@pytest.mark.parametrize("group_by_length", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_label_tokens_per_update(shape):
+def test_label_tokens_per_update(shape, group_by_length):
     """The counts with a sum over the samples that the processes really get for each update."""
-    sampler = make_sampler(*shape)
+    sampler = make_sampler(*shape, num_tokens=skewed_lengths(shape[0]), group_by_length=group_by_length)
     expected = [sum(int(sampler.num_label_tokens[i]) for i in update) for update in samples_per_update(sampler)]
     assert sampler.label_tokens_per_update() == expected
 
@@ -95,11 +116,13 @@ def test_accelerate_deals_micro_batches_in_turn():
         assert list(BatchSamplerShard(sampler, 2, rank, even_batches=False)) == list(sampler)[rank::2]
 
 
-def test_epochs_differ_and_seeds_reproduce():
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_epochs_differ_and_seeds_reproduce(group_by_length):
     """The order by epoch and seed: another epoch or seed is another order, the same is the same."""
+    num_tokens = skewed_lengths(37)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = make_sampler(seed=seed)
+        sampler = make_sampler(seed=seed, num_tokens=num_tokens, group_by_length=group_by_length)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -117,6 +140,55 @@ def test_the_order_does_not_touch_the_global_generators():
     list(make_sampler())
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_sorting_inside_an_update_keeps_its_samples(num_processes):
+    """The same updates with and without lengths; with them micro-batches come longest first and less padded."""
+    num_tokens = skewed_lengths(1003)
+    plain, by_length = (make_sampler(1003, 4, 8, num_processes, num_tokens=each) for each in (None, num_tokens))
+    assert samples_per_update(by_length) == samples_per_update(plain)
+    assert all((np.diff(num_tokens[update]) <= 0).all() for update in by_length.updates())
+    assert padding_share(list(by_length), num_tokens) < 0.6 * padding_share(list(plain), num_tokens)
+
+
+def test_processes_get_similar_lengths():
+    """The micro-batches of one step, which accelerate deals to two processes: neither waits long for the other."""
+    num_tokens = skewed_lengths(1024)
+
+    def waiting(sampler: UpdateBatchSampler) -> int:
+        longest = [int(num_tokens[micro_batch].max()) for micro_batch in sampler]
+        return sum(abs(a - b) for a, b in zip(longest[::2], longest[1::2], strict=True))
+
+    assert waiting(make_sampler(1024, 4, 8, 2, num_tokens=num_tokens)) < 0.5 * waiting(make_sampler(1024, 4, 8, 2))
+
+
+def test_group_by_length_cuts_padding():
+    """Without accumulation an update is a micro-batch: only grouping updates helps, and it does."""
+    num_tokens = skewed_lengths(4000)
+    shuffled, grouped = (
+        padding_share(make_sampler(4000, 8, num_tokens=num_tokens, group_by_length=flag), num_tokens)
+        for flag in (False, True)
+    )
+    assert shuffled > 0.6 and grouped < 0.2
+
+
+@pytest.mark.parametrize("num_samples", [5, 37, 400, 4001])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_longest_sample_comes_first(num_samples, epoch):
+    """With group_by_length, memory that does not suffice is found out at the first step; later ones are mixed."""
+    sampler = make_sampler(num_samples, 4, 2, 2, num_tokens=skewed_lengths(num_samples), group_by_length=True)
+    sampler.set_epoch(epoch)
+    longest = [sampler.num_tokens[update].max() for update in sampler.updates()]
+    assert longest[0] == sampler.num_tokens.max()
+    if num_samples > 100:
+        assert (np.diff(longest) > 0).mean() > 0.3
+
+
+def test_fewer_samples_than_processes():
+    """One line with both numbers and what to do."""
+    with pytest.raises(UserError, match="2 usable samples for 3 processes: .*--num_processes 2"):
+        make_sampler(2, 1, 1, 3)
 
 
 @pytest.fixture
@@ -153,6 +225,80 @@ def test_measured_lengths_are_the_processors(dataset_path, processor, max_length
             assert record["num_label_tokens"] == sum(label != IGNORE_INDEX for label in labels[1:]), record["id"]
 
 
+def random_conversations(number: int) -> list[list[dict]]:
+    """Two exchanges each, of characters that tokenizers and templates stumble over."""
+    rng = random.Random(0)
+    ends = ("", " ", "\n", "<eos>", "<start_of_turn>", "<end_of_turn>\n")
+
+    def text() -> str:
+        return "".join(rng.choices("ab \n\t\u2028éü数🙂\u0301<>e\0\ufeff▁", k=rng.randint(0, 40))) + rng.choice(ends)
+
+    def conversation() -> list[dict]:
+        images = rng.choice(["", "<image>\n", "<image><image>"]), rng.choice(["", "<image>"])
+        asked = [{"from": "human", "value": image + text()} for image in images]
+        return [turn for ask in asked for turn in (ask, {"from": "gpt", "value": text()})]
+
+    return [conversation() for _ in range(number)]
+
+
+@pytest.mark.parametrize("case", ["reference", "tiny", "everything is a target"])
+@pytest.mark.parametrize("max_length", [1, 20, 33, 50, 70, 100, 1000])
+def test_counts_of_odd_texts_are_the_processors(processor, monkeypatch, case, max_length):
+    """count_tokens with lists that processor.tokenize built, for two tokenizers and a template without prompts."""
+    processor = load_processor("data/tiny_mgm") if case == "tiny" else processor
+    if case == "everything is a target":
+        template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        monkeypatch.setattr(processor, "chat_template", "{% generation %}" + template + "{% endgeneration %}")
+    conversations = random_conversations(300)
+    counts = count_tokens(conversations, processor, max_length)
+    for i, turns in enumerate(conversations):
+        input_ids, labels = processor.tokenize(turns)
+        num_labels = sum(label != IGNORE_INDEX for label in labels[1:max_length])
+        expected = len(input_ids), 0 if processor.image_token_id in input_ids[max_length:] else num_labels
+        assert (counts["num_tokens"][i], counts["num_label_tokens"][i]) == expected, turns
+
+
+@pytest.fixture
+def odd_records(tmp_path: Path) -> datasets.Dataset:
+    """Fifty conversations that look for images which nobody opens."""
+    path = tmp_path / "odd.json"
+    conversations = random_conversations(50)
+    counts = [sum(turn["value"].count("<image>") for turn in turns) for turns in conversations]
+    records = [{"image": ["x"] * n, "conversations": turns} for n, turns in zip(counts, conversations, strict=True)]
+    path.write_text(json.dumps(records))
+    return load_conversations(path)
+
+
+def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
+    """Two processes with one; what they cached serves any number. The cache holds the two columns alone."""
+    expected = count_tokens(odd_records["conversations"][:], processor, 40)
+    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 25)
+    monkeypatch.setattr(data.batching.os, "cpu_count", lambda: 8)
+    lengths = measure_lengths(odd_records, processor, 40)
+    caches = {Path(file["filename"]) for file in lengths.cache_files}
+    assert sorted(path.name.partition("_")[2] for path in caches if "_of_" in path.name) == [
+        f"0000{rank}_of_00002.arrow" for rank in range(2)
+    ]
+    assert (
+        len(caches) == 3
+        and min(path.stat().st_size for path in caches) < max(path.stat().st_size for path in caches) / 4
+    )
+    for name in expected:
+        assert (column_values(lengths, name) == expected[name]).all()
+    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 1000)
+    monkeypatch.setattr(MGMProcessor, "render", lambda *args, **kwargs: pytest.fail("counted again"))
+    assert measure_lengths(odd_records, processor, 40)["num_tokens"][:] == lengths["num_tokens"][:]
+
+
+def test_new_rules_count_again(odd_records, processor, monkeypatch):
+    """A cache that older code filled is not used once the code that decides the lengths has changed."""
+    measure_lengths(odd_records, processor, 41)
+    monkeypatch.setattr(data.batching.inspect, "getsource", lambda part: f"another {part}")
+    monkeypatch.setattr(MGMProcessor, "render", lambda *args, **kwargs: pytest.fail("counted again"))
+    with pytest.raises(BaseException, match="counted again"):
+        measure_lengths(odd_records, processor, 41)
+
+
 def test_overlong_samples_have_no_label_tokens(dataset_path, processor):
     """At 64 tokens: a cut image and a cut reply count as 0, a reply that is cut in the middle as what is left."""
     records = measure_lengths(load_conversations(dataset_path), processor, 64)
@@ -167,7 +313,7 @@ def test_lengths_depend_on_max_length_and_template(dataset_path, processor, monk
     records = load_conversations(dataset_path)
     short, long = (measure_lengths(records, processor, n) for n in (64, 1000))
     assert short["num_label_tokens"] != long["num_label_tokens"]
-    monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("user\n", "user\n\n"))
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace(r"user\n", r"user\n\n"))
     assert measure_lengths(records, processor, 1000)["num_tokens"] != long["num_tokens"]
 
 
@@ -199,7 +345,7 @@ def test_sum_of_micro_batch_losses_is_the_updates_mean(dataset_path, processor, 
     dataset = open_dataset(dataset_path)
     records = measure_lengths(dataset.records, processor, 1000)
     collate = TrainCollator(processor, 1000, "pad")
-    sampler = UpdateBatchSampler(np.asarray(records["num_label_tokens"]), 2, 4, 1, seed=0)
+    sampler = UpdateBatchSampler(column_values(records, "num_label_tokens"), 2, 4, 1, seed=0)
     (num_items,) = sampler.label_tokens_per_update()
     losses = [
         reference_model(**collate([dataset[i] for i in micro_batch]), num_items_in_batch=num_items).loss.item()

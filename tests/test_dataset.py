@@ -1,16 +1,20 @@
 """LLaVA files and images: what is read, what is cached, and how everything bad is named."""
 
+import io
 import json
 import os
 import pickle
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data.dataset
+import data.sources
 from data.dataset import FEATURES, load_conversations, open_dataset, open_image
 from utils import UserError
 
@@ -96,22 +100,22 @@ def test_a_saved_data_set(folder):
 
 def test_folders_that_are_no_data_set(folder):
     """Any folder, and a data set with other columns: the message has the folder."""
-    with pytest.raises(UserError, match="not a folder made by Dataset.save_to_disk"):
+    with pytest.raises(UserError, match="neither made by Dataset.save_to_disk nor with .parquet files"):
         load_conversations(folder)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder / "other")
-    with pytest.raises(UserError, match="other: expected a single split with the columns id, images, conversations"):
+    with pytest.raises(UserError, match="other: expected a column 'conversations' or 'messages', found text"):
         load_conversations(folder / "other")
 
 
 def test_a_file_is_read_once(folder, monkeypatch):
     """The second load maps the first one's Arrow file; a changed file is read again."""
-    reads, read_json = [], data.dataset._read_json
+    reads, read_json = [], data.sources._read_json
 
     def counted(file, path):
         reads.append(path)
         return read_json(file, path)
 
-    monkeypatch.setattr(data.dataset, "_read_json", counted)
+    monkeypatch.setattr(data.sources, "_read_json", counted)
     path = write(folder, RECORDS)
     first = load_conversations(path)
     assert len(reads) == 1
@@ -427,9 +431,273 @@ def test_samples_come_from_workers(folder):
     assert [(sample["id"], len(sample["images"])) for sample in loader] == [("007", 1), ("b", 0), ("c", 2)]
 
 
-def test_the_readmes_record_loads(folder):
-    """The example in data/README.md with what it says."""
+def test_the_readmes_records_load(folder):
+    """The examples in data/README.md with what it says."""
     readme = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
-    record = json.loads(readme.split("```json")[1].split("```")[0])
-    loaded = load_conversations(write(folder, [record]))[0]
-    assert loaded == {"id": record["id"], "images": [record["image"]], "conversations": record["conversations"]}
+    llava, messages = (json.loads(block.split("```")[0]) for block in readme.split("```json")[1:])
+    first, second = load_conversations(write(folder, [llava, messages]))
+    assert first == {"id": llava["id"], "images": [llava["image"]], "conversations": llava["conversations"]}
+    assert second["id"] == "1" and second["images"] == messages["images"]
+    assert [turn["value"] for turn in second["conversations"]] == [
+        turn["value"] for turn in llava["conversations"][:2]
+    ]
+
+
+MESSAGES = [  # as transformers has them: content is a string or parts
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A square."}]},
+]
+
+
+def png(color: str, size: tuple[int, int] = (20, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def embedded_rows(number: int = 5) -> list[dict]:
+    """Rows with messages and with images as `datasets.Image` stores them, as wide as the row's number + 1."""
+    return [
+        {"id": f"{i:03}", "images": [{"bytes": png("red", (i + 1, 2)), "path": f"{i}.png"}], "messages": MESSAGES}
+        for i in range(number)
+    ]
+
+
+def save_rows(folder: Path, rows: list[dict], form: str) -> Path:
+    """The rows as a .parquet file, a folder of two of them, or a folder of Dataset.save_to_disk."""
+    table = pa.Table.from_pylist(rows)
+    if form == "file":
+        pq.write_table(table, folder / "rows.parquet", row_group_size=2)
+        return folder / "rows.parquet"
+    path = folder / form
+    if form == "saved":
+        datasets.Dataset(table).save_to_disk(path)
+        return path
+    path.mkdir()
+    for i, part in enumerate((table[:3], table[3:])):
+        pq.write_table(part, path / f"train-0000{i}-of-00002.parquet")
+    return path
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "saved"])
+def test_images_inside_the_data_set(folder, monkeypatch, form):
+    """Every row's turns and own image, also selected, shuffled, pickled and in a worker. The cache has no image."""
+    cache = own_cache(folder, monkeypatch)
+    rows = embedded_rows(5)
+    for row in rows:
+        row["images"][0]["bytes"] += os.urandom(100_000)  # PNG ends before
+    samples = open_dataset(save_rows(folder, rows, form))
+    assert samples.records["id"][:] == ["000", "001", "002", "003", "004"]
+    assert samples.records[0]["conversations"] == TURNS_OF_MESSAGES
+    assert sum(path.stat().st_size for path in cache.rglob("*.arrow")) < 20_000
+    samples.records = samples.records.select([4, 2, 0, 3])
+    assert [samples[i]["images"][0].size for i in range(4)] == [(5, 2), (3, 2), (1, 2), (4, 2)]
+    assert pickle.loads(pickle.dumps(samples))[1] == samples[1]
+    loader = DataLoader(samples, batch_size=None, num_workers=1)
+    assert [(sample["id"], sample["images"][0].width) for sample in loader] == [
+        ("004", 5),
+        ("002", 3),
+        ("000", 1),
+        ("003", 4),
+    ]
+
+
+TURNS_OF_MESSAGES = [{"from": "user", "value": "<image>\nWhat is it?"}, {"from": "assistant", "value": "A square."}]
+
+
+def test_a_row_of_a_large_row_group(folder):
+    """Rows in the first, a middle and the last batch that is read of one row group."""
+    path = folder / "many.parquet"
+    pq.write_table(pa.Table.from_pylist(embedded_rows(100)), path)
+    assert pq.read_metadata(path).num_row_groups == 1
+    samples = open_dataset(path)
+    assert [samples[i]["images"][0].width for i in (0, 31, 32, 70, 99)] == [1, 32, 33, 71, 100]
+
+
+def test_what_datasets_itself_writes(folder):
+    """Dataset.to_parquet and save_to_disk with a List(Image) column, and one Image column named `image`."""
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    turns = datasets.List({key: datasets.Value("string") for key in ("role", "content")})
+    features = datasets.Features(images=datasets.List(datasets.Image()), messages=turns)
+    saved = datasets.Dataset.from_list([{"images": [Image.new("RGB", (3, 4))], "messages": messages}], features)
+    saved.to_parquet(folder / "list.parquet")
+    saved.save_to_disk(folder / "list")
+    single = datasets.Features(image=datasets.Image(), messages=turns)
+    rows = [{"image": Image.new("RGB", (3, 4)), "messages": messages}]
+    datasets.Dataset.from_list(rows, single).to_parquet(folder / "one.parquet")
+    for name in ("list.parquet", "list", "one.parquet"):
+        sample = open_dataset(folder / name)[0]
+        assert sample["id"] == "0" and sample["images"][0].size == (3, 4)
+        assert [turn["value"] for turn in sample["conversations"]] == ["<image>What?", "Red."]
+
+
+def test_files_and_bytes_in_one_row(folder):
+    """An entry without bytes is a file of the image folder; it is looked for at once."""
+    messages = [{"role": "user", "content": "<image><image>Which?"}, {"role": "assistant", "content": "Both."}]
+    images = [{"bytes": None, "path": "sub/blue.png"}, {"bytes": png("red"), "path": None}]
+    path = save_rows(folder, [{"id": 7, "images": images, "messages": messages}], "file")
+    assert [image.size for image in open_dataset(path)[0]["images"]] == [(10, 30), (20, 10)]
+    (folder / "sub/blue.png").unlink()
+    with pytest.raises(UserError, match=r"record 0 \(id 7\): no image .*blue.png"):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize("form", ["data.json", "data.jsonl", "parquet"])
+def test_messages_with_image_files(folder, form):
+    """Messages and names of files, also from JSON; several images, text around them, and none."""
+    parts = [{"type": "text", "text": "Left: "}, {"type": "image"}, {"type": "text", "text": "right?"}]
+    many = [{"role": "user", "content": [*parts, {"type": "image", "index": 1}]}, MESSAGES[1]]
+    text_only = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, MESSAGES[1]]
+    rows = [{"images": ["red.png", "sub/blue.png"], "messages": many}, {"images": [], "messages": text_only}]
+    path = save_rows(folder, rows, "file") if form == "parquet" else write(folder, rows, form)
+    samples = open_dataset(path)
+    assert samples.records.features == FEATURES
+    assert samples[0]["conversations"][0] == {"from": "user", "value": "Left: <image>\nright?<image>\n"}
+    assert [image.size for image in samples[0]["images"]] == [(20, 10), (10, 30)]
+    assert samples[1]["id"] == "1" and samples[1]["images"] == []
+
+
+def messages(content: object, role: str = "user") -> list[dict]:
+    return [{"role": role, "content": content}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": None}, "'messages' must be a list of messages, found None"),
+        ({"messages": []}, "'messages' must be a list of messages"),
+        ({"messages": ["Hi"]}, "every message needs 'role' and 'content', found 'Hi'"),
+        ({"messages": [{"content": "Hi"}]}, "every message needs 'role' and 'content'"),
+        ({"messages": messages(None)}, "'content' must be a string or a list of parts, found None"),
+        ({"messages": messages(["Hi"])}, "a part of 'content' must be of type text, .* found 'Hi'"),
+        ({"messages": messages([{"type": "text", "text": None}])}, "a part of 'content' must be of type text"),
+        ({"messages": messages([{"type": "video"}])}, "a part of 'content' must be of type text, .* or image"),
+        ({"messages": messages("\ud800")}, "a part of 'content' must be of type text"),
+        ({"messages": messages("Hi", "system")}, "a turn is from 'system'"),
+        ({"messages": messages([{"type": "image"}])}, "1 <image> placeholders but 0 images"),
+        ({"messages": messages("Hi"), "images": ["red.png"]}, "0 <image> placeholders but 1 images"),
+        ({"messages": messages("Hi"), "images": [None]}, "'images' must be a file name or a list of them"),
+        ({"messages": messages("<image>"), "images": ["../red.png"]}, "image ../red.png leaves the image folder"),
+        (
+            {
+                "messages": messages([{"type": "image", "index": 1}, {"type": "image", "index": 0}]),
+                "images": ["a", "b"],
+            },
+            "image 1 is asked for out of turn; put the images in order",
+        ),
+        ({"messages": messages("Hi")[:1]}, "expected a turn from human and a reply from gpt"),
+    ],
+)
+def test_bad_messages_are_named(folder, record, message):
+    """As strictly as LLaVA's turns: the record's number and what is wrong with it."""
+    with pytest.raises(UserError, match=message) as error:
+        load_conversations(write(folder, [{"messages": messages("Hi")}, record], "data.jsonl"))
+    assert "data.jsonl, record 1 (id 1): " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [{"bytes": None, "path": None}]}, "'images' must be a file name or a list of them"),
+        ({"images": [None]}, "'images' must be a file name or a list of them"),
+        ({"images": None}, "1 <image> placeholders but 0 images"),
+        ({"images": [{"bytes": b"", "path": ""}] * 2}, "1 <image> placeholders but 2 images"),
+        ({"images": [{"bytes": None, "path": "/etc/passwd"}]}, "/etc/passwd leaves the image folder"),
+        ({"messages": None}, "'messages' must be a list of messages"),
+    ],
+)
+@pytest.mark.parametrize("form", ["file", "folder", "saved"])
+def test_bad_rows_are_named(folder, changes, message, form):
+    """The same from tables with images inside."""
+    rows = embedded_rows(5)
+    rows[3] |= changes
+    path = save_rows(folder, rows, form)
+    assert f"data set {path}, record 3 (id 003): " in refusal(path)
+    with pytest.raises(UserError, match=message):
+        load_conversations(path)
+
+
+@pytest.mark.parametrize("form", ["file", "saved"])
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "bomb"])
+def test_an_image_inside_that_cannot_be_decoded(folder, form, kind):
+    """One line that names the record and the image's number."""
+    damage(folder, kind)
+    rows = embedded_rows(3)
+    rows[1]["images"][0]["bytes"] = (folder / "red.png").read_bytes()
+    path = save_rows(folder, rows, form)
+    samples = open_dataset(path)
+    assert samples[2]["images"][0].size == (3, 2)
+    with pytest.raises(UserError) as error:
+        samples[1]
+    assert str(error.value).startswith(f"record 001: image 0 in {path} cannot be decoded (")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_parquet_file(folder):
+    """At the start one line with the file; where it breaks during a run, one with the record."""
+    path = save_rows(folder, embedded_rows(), "file")
+    samples, content = open_dataset(path), path.read_bytes()
+    path.write_bytes(content[:200])
+    with pytest.raises(UserError, match="record 003: the images in .*rows.parquet cannot be decoded"):
+        samples[3]
+    assert "damaged (" in refusal(path)
+    path.write_bytes(content[:4] + bytes(100) + content[104:])
+    assert "cannot be read after " in refusal(path)
+    path.write_bytes(b"")
+    assert "damaged (" in refusal(path)
+
+
+def test_parquet_files_that_do_not_belong_together(folder):
+    """Two splits in a folder, and two files with other columns: say what to do."""
+    (folder / "splits").mkdir()
+    table = pa.Table.from_pylist(embedded_rows(1))
+    for name in ("test", "train"):
+        pq.write_table(table, folder / "splits" / f"{name}-00000-of-00001.parquet")
+    assert r"files of several splits (test, train); move one's to a folder" in refusal(folder / "splits")
+    (folder / "columns").mkdir()
+    pq.write_table(table, folder / "columns/a.parquet")
+    pq.write_table(table.drop_columns(["images"]), folder / "columns/b.parquet")
+    assert "b.parquet: other columns than" in refusal(folder / "columns")
+    pq.write_table(table.drop_columns(["messages"]), folder / "other.parquet")
+    assert "expected a column 'conversations' or 'messages', found id, images" in refusal(folder / "other.parquet")
+
+
+def test_a_changed_parquet_file_is_read_again(folder):
+    """Also where only the second file of a folder changed."""
+    path = save_rows(folder, embedded_rows(), "folder")
+    assert load_conversations(path)["id"][-1] == "004"
+    pq.write_table(pa.Table.from_pylist(embedded_rows(5)[:1]), path / "train-00001-of-00002.parquet")
+    assert load_conversations(path)["id"][:] == ["000", "001", "002", "000"]
+
+
+def test_a_hub_id(folder, monkeypatch):
+    """load_dataset is asked for the split; what it returns is used in place, with nothing beside it needed."""
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.load_from_disk(save_rows(folder, embedded_rows(), "saved"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    samples = open_dataset("owner/name-1.0")
+    assert [sample["images"][0].width for sample in (samples[0], samples[4])] == [1, 5]
+    load_conversations("owner/name:validation")
+    assert asked == [("owner/name-1.0", "train"), ("owner/name", "validation")]
+    write(folder, RECORDS)
+    monkeypatch.chdir(folder.parent)
+    assert len(open_dataset(f"{folder.name}/data.json")) == 3  # a path that exists is no hub id
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("Unknown split"), ConnectionError("no network\nat all")])
+def test_a_hub_id_that_cannot_be_had(monkeypatch, error):
+    """One line with the id and the library's reason; a file that is missing is not looked for on the hub."""
+
+    def fail(name: str, split: str) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    reason = str(error).partition("\n")[0]
+    assert f"no such path, and not to be had from the hub ({reason})" in refusal(Path("owner/name"))
+    for name in ("data/missing.json", "data/missing.jsonl", "data/missing.parquet", "a/b/c", "missing"):
+        assert "no such file" in refusal(Path(name))

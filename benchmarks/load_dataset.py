@@ -1,0 +1,118 @@
+"""How long a training run takes to open a large LLaVA file, first and again, and how much memory:
+
+    python -m benchmarks.load_dataset --num_records 1200000
+
+It writes a file of conversations, opens it as train.py does in a fresh process (reading, checking, counting tokens),
+and in another one that finds it all cached. `--dataset FILE` only opens that file. The last line on stdout is JSON.
+"""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.loader import environment
+from data.batching import UpdateBatchSampler, column_values
+from train import TrainConfig, build_datasets
+from utils import check_minimum, load_processor, run_script
+
+
+WORDS = (
+    "a the of and in on with near behind small large old red white wooden open bright busy quiet round man woman "
+    "child dog street table window building river tree car sign boat market kitchen picture shows stands holds looks "
+    "walks sits carries appears seems likely several people background foreground weather morning afternoon"
+).split()
+NUM_IMAGES = 16  # each is used by many records, as each name is looked up once
+
+
+@dataclass(kw_only=True)
+class LoadConfig:
+    num_records: int = field(default=1_200_000, metadata={"help": "1,200,000 make 1.7 GB"})
+    folder: str | None = field(
+        default=None, metadata={"help": "for the file and its cache, deleted after; default: temporary"}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "open this file, write none"})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, num_records=1)
+
+
+def main(config: LoadConfig) -> dict:
+    if config.dataset is not None:
+        return load(config.dataset)
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
+        path = Path(folder) / "data.json"
+        write_dataset(path, config.num_records)
+        sizes = {"num_records": config.num_records, "file_bytes": path.stat().st_size}
+        runs = {name: load_in_new_process(path) for name in ("first_load", "restart")}
+        cache = sum(file.stat().st_size for file in Path(folder).rglob("*.arrow"))
+    return {"benchmark": "load_dataset", **sizes, "cache_bytes": cache, **environment(), **runs}
+
+
+def write_dataset(path: Path, num_records: int) -> None:
+    """A LLaVA array, streamed out, with its few images beside it."""
+    for i in range(NUM_IMAGES):
+        Image.new("RGB", (64, 64), (i * 15, 0, 0)).save(path.parent / f"{i}.jpg")
+    with open(path, "w") as file:
+        for i, record in enumerate(generate_records(num_records)):
+            file.write(("[" if i == 0 else ",\n") + json.dumps(record))
+        file.write("]\n")
+
+
+def generate_records(num_records: int) -> Iterator[dict]:
+    """Conversations of one to five questions about an image, about 1.4 kB each; ids with leading zeros."""
+    generator = random.Random(0)
+    questions = ["What " + " ".join(generator.choices(WORDS, k=generator.randint(5, 20))) + "?" for _ in range(5000)]
+    sentences = [" ".join(generator.choices(WORDS, k=generator.randint(9, 23))) + "." for _ in range(5000)]
+    for i in range(num_records):
+        turns = []
+        for number in range(generator.randint(1, 5)):
+            image = "" if number else "<image>\n"
+            turns.append({"from": "human", "value": image + generator.choice(questions)})
+            turns.append({"from": "gpt", "value": " ".join(generator.choices(sentences, k=generator.randint(1, 5)))})
+        yield {"id": f"{i:012}", "image": f"{i % NUM_IMAGES}.jpg", "conversations": turns}
+
+
+def load_in_new_process(path: Path) -> dict:
+    """What `load` measures, with a cache in the file's folder, and `process_seconds` with imports and exit."""
+    environ = {**os.environ, "HF_DATASETS_CACHE": str(path.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "benchmarks.load_dataset", "--dataset", str(path)]
+    start = time.perf_counter()
+    process = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    return {**json.loads(process.stdout.splitlines()[-1]), "process_seconds": round(time.perf_counter() - start, 1)}
+
+
+def load(path: str) -> dict:
+    """Everything train.py does with a data set before the first step. Peaks: this process's, the largest child's."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        config = TrainConfig(dataset=path, eval_samples=0, output_dir=output_dir)
+    processor = load_processor(config.model)
+    start, cpu_before = time.perf_counter(), time.process_time()
+    dataset, _ = build_datasets(config, processor)
+    num_tokens = column_values(dataset.records, "num_tokens")
+    sampler = UpdateBatchSampler(column_values(dataset.records, "num_label_tokens"), 1, 128, 1, 0, num_tokens, True)
+    first = next(iter(sampler))
+    sample_id = dataset[first[0]]["id"]
+    seconds = time.perf_counter() - start
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime - cpu_before, 1),
+        "peak_rss_bytes": own.ru_maxrss * 1024,  # Linux counts in KiB
+        "child_peak_rss_bytes": children.ru_maxrss * 1024,
+        "usable_records": len(dataset),
+        "first_id": sample_id,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, LoadConfig)

@@ -1,0 +1,211 @@
+"""Where records come from: LLaVA files, parquet, saved data sets, the hub. Images that lie inside stay there."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import ijson
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+
+from data.records import EMBEDDED, IMAGE_COLUMNS, TURN_COLUMNS
+from utils import UserError, brief_error
+
+
+ROWS_AT_ONCE = 32  # of a source with images inside: some megabytes
+UTF8_BOM = b"\xef\xbb\xbf"
+SAVED_STATE = "state.json"  # in every folder of Dataset.save_to_disk
+
+
+class JsonFile:
+    """A .json or .jsonl file of records."""
+
+    image_column = None
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.state = file_state(path)
+
+    def records(self) -> Iterator[Any]:
+        """Whatever the file holds, one by one."""
+        with open(self.name, "rb") as file:
+            if file.read(len(UTF8_BOM)) != UTF8_BOM:
+                file.seek(0)
+            yield from (_read_jsonl if self.name.endswith(".jsonl") else _read_json)(file, self.name)
+
+
+class ArrowTable:
+    """A data set of `datasets`, memory-mapped: what load_dataset or load_from_disk return."""
+
+    def __init__(self, name: str, dataset: datasets.Dataset, state: Any) -> None:
+        self.name, self.state = name, state
+        self.columns, self.image_column = check_columns(name, dataset.features.arrow_schema)
+        self.dataset = dataset.select_columns(self.columns).with_format("arrow")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        for table in self.dataset.iter(batch_size=ROWS_AT_ONCE if self.image_column else 1000):
+            yield from table_records(table)
+
+    def images(self, row: int) -> list[dict[str, Any]]:
+        """The images of a row: `bytes` and `path` each."""
+        return as_list(self.dataset.select_columns(self.image_column)[row].column(0)[0].as_py())
+
+
+class ParquetFiles:
+    """Parquet files, read in place, none kept open. An image costs the part of its row group that lies before it."""
+
+    def __init__(self, name: str, paths: list[Path]) -> None:
+        self.name, self.state = name, [file_state(path) for path in paths]
+        self.groups: list[tuple[str, int]] = []  # file and number of every row group
+        num_rows = []
+        self.columns, self.image_column = check_columns(str(paths[0]), pq.read_schema(paths[0]))
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                if check_columns(str(path), file.schema_arrow) != (self.columns, self.image_column):
+                    raise UserError(f"data set {path}: other columns than {paths[0]}; write them alike")
+                self.groups += [(str(path), number) for number in range(file.num_row_groups)]
+                num_rows += [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        self.starts = np.cumsum([0, *num_rows])  # the row that each group begins with, and the end
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        for group in self.groups:
+            for table in self._tables(*group, self.columns, ROWS_AT_ONCE if self.image_column else 1000):
+                yield from table_records(table)
+
+    def images(self, row: int) -> list[dict[str, Any]]:
+        """The images of a row: `bytes` and `path` each."""
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        tables = self._tables(*self.groups[group], [self.image_column], ROWS_AT_ONCE)
+        offset = row - int(self.starts[group])
+        while offset >= len(table := next(tables)):
+            offset -= len(table)
+        return as_list(table.column(0)[offset].as_py())
+
+    def _tables(self, path: str, group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
+        # Without pre_buffer and with a buffer, pages are read one after the other, not the row group as a whole.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+
+Source = JsonFile | ArrowTable | ParquetFiles
+
+
+def find_source(path: str | Path) -> Source:
+    """What `path` names. Raises UserError where it is nothing that can be read."""
+    name, path = str(path), Path(path)
+    if not path.exists():
+        return open_hub(name)
+    try:
+        if (path / SAVED_STATE).is_file():
+            return ArrowTable(name, datasets.load_from_disk(str(path)), file_state(path / SAVED_STATE))
+        if path.is_dir():
+            return ParquetFiles(name, find_parquet(path))
+        return ParquetFiles(name, [path]) if path.suffix == ".parquet" else JsonFile(path)
+    except (ValueError, KeyError) as error:  # what pyarrow and datasets raise on damaged files
+        raise UserError(f"data set {path}: damaged ({brief_error(error)}); save it again") from None
+    except OSError as error:
+        raise UserError(f"data set {path}: cannot be read ({brief_error(error)}); save it again") from None
+
+
+def file_state(path: Path) -> tuple[str, int, int, int]:
+    """Which file, in which state: ctime tells what kept size and mtime."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def find_parquet(folder: Path) -> list[Path]:
+    """The .parquet files of a folder, by name. Raises UserError where there are none or those of several splits."""
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        reason = "neither made by Dataset.save_to_disk nor with .parquet files in it; of several splits, name one's"
+        raise UserError(f"data set {folder}: {reason}")
+    splits = sorted({match[1] for path in paths if (match := re.match(r"(.+?)-\d+-of-\d+", path.name))})
+    if len(splits) > 1:
+        raise UserError(f"data set {folder}: files of several splits ({', '.join(splits)}); move one's to a folder")
+    return paths
+
+
+def open_hub(name: str) -> ArrowTable:
+    """`owner/name` or `owner/name:split` from the hub. Raises UserError where it cannot be had."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?", name)
+    if match is None or Path(name).suffix in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"data set {name}: no such file, give a LLaVA .json or .jsonl, .parquet, a folder or a hub id")
+    try:
+        dataset = datasets.load_dataset(match[1], split=match[2] or "train")
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = brief_error(error)
+        raise UserError(f"data set {name}: no such path, and not to be had from the hub ({reason})") from None
+    return ArrowTable(name, dataset, dataset._fingerprint)
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_columns(name: str, schema: pa.Schema) -> tuple[list[str], str | None]:
+    """The columns to read, and which of them has images inside, if any. Raises UserError where there are no turns."""
+    turns = next((column for column in TURN_COLUMNS if column in schema.names), None)
+    if turns is None:
+        expected = " or ".join(map(repr, TURN_COLUMNS))
+        raise UserError(f"data set {name}: expected a column {expected}, found {', '.join(schema.names)}")
+    images = next((column for column in IMAGE_COLUMNS if column in schema.names), None)
+    columns = [column for column in ("id", images, turns) if column in schema.names]
+    return columns, images if images is not None and is_embedded(schema.field(images).type) else None
+
+
+def is_embedded(kind: pa.DataType) -> bool:
+    """Whether a column holds images as `datasets.Image` stores them: a struct of bytes and path, or a list of such."""
+    kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}
+
+
+def table_records(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows as records. Images are file names, or EMBEDDED where the row has the bytes, which are not copied."""
+    columns = {
+        name: image_names(table.column(name))
+        if name in IMAGE_COLUMNS and is_embedded(table.schema.field(name).type)
+        else table.column(name).to_pylist()
+        for name in table.column_names
+    }
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def image_names(column: pa.ChunkedArray) -> list[list[Any] | None]:
+    """For each row, a list with the path of every image, or EMBEDDED."""
+    is_list = not pa.types.is_struct(column.type)
+    images = pc.list_flatten(column) if is_list else column
+    lengths = pc.list_value_length(column).to_pylist() if is_list else pc.cast(column.is_valid(), "int8").to_pylist()
+    has_bytes = pc.is_valid(pc.struct_field(images, "bytes")).to_pylist()
+    paths = pc.struct_field(images, "path").to_pylist()
+    names = iter([EMBEDDED if inside else path for inside, path in zip(has_bytes, paths, strict=True)])
+    return [None if length is None else list(itertools.islice(names, length)) for length in lengths]
+
+
+def _read_json(file: BinaryIO, path: str) -> Iterator[Any]:
+    num_records = 0
+    try:
+        for record in ijson.items(file, "item", use_float=True):
+            yield record
+            num_records += 1
+    except ijson.JSONError as error:
+        reason = f"after {num_records} records: {str(error).splitlines()[0]}"
+        raise UserError(f"data set {path}: not a JSON array ({reason}); is it .jsonl?") from None
+
+
+def _read_jsonl(file: BinaryIO, path: str) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"data set {path}, line {number}: not JSON ({error})") from None
