@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -59,12 +59,7 @@ def is_lora(name: str) -> bool:
 
 def load_adapter(config: MGMConfig, folder: Path) -> PeftModel:
     """The adapter's tensors in a model that has no others."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {folder}: there is no adapter_config.json in it")
-    adapter_config = PeftConfig.from_pretrained(folder)
-    if adapter_config.peft_type != "LORA":
-        raise UserError(f"--adapter {folder}: it is a {adapter_config.peft_type} adapter: only LoRA can be merged")
-    adapter_config.inference_mode = True
+    adapter_config = read_adapter_config(folder)
     with torch.device("meta"):
         model = MGMForConditionalGeneration(config)
     try:
@@ -79,6 +74,20 @@ def load_adapter(config: MGMConfig, folder: Path) -> PeftModel:
         raise UserError(f"--adapter {folder}: it does not fit the model ({reason})") from None
     check_loaded(model, folder, result.unexpected_keys)
     return model
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"--adapter {folder}: there is no {name} in it")
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != PeftType.LORA:
+        raise UserError(f"--adapter {folder}: it is a {config.peft_type.value} adapter, and only LoRA can be merged")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        # PiSSA, OLoRA and their like subtract from the base's weights what LoRA starts with.
+        raise UserError(f"--adapter {folder}: init_lora_weights {config.init_lora_weights!r} changes the base itself")
+    config.inference_mode = True
+    return config
 
 
 def give_stand_ins(model: PeftModel) -> None:
