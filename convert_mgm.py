@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from chat_templates import chat_template_for
 from checkpoint import (
     Shard,
     all_infos,
@@ -103,7 +104,7 @@ def from_original(config: ConvertConfig) -> dict:
             shards += tower_shards(flag, folder)
     shards = drop_tied_head(shards, backbone.tie_word_embeddings)
     image_size, infos = original.get("image_size_aux", 320), all_infos(shards)
-    mgm_config = MGMConfig(
+    mgm_config = joint_config(
         text_config=backbone,
         vision_config=clip_config(original["mm_vision_tower"], folders[CLIP]),
         vision_config_aux=convnext_config(infos, image_size, folders[CONVNEXT]),
@@ -127,7 +128,7 @@ def assemble(config: ConvertConfig) -> dict:
         shards += tower_shards(flag, find_tower(llm, {}, flag, getattr(config, flag)))
     shards = drop_tied_head(shards, backbone.tie_word_embeddings)
     infos = all_infos(shards)
-    mgm_config = MGMConfig(
+    mgm_config = joint_config(
         text_config=backbone,
         vision_config=clip_config(config.vision_tower, Path(config.vision_tower)),
         vision_config_aux=convnext_config(infos, 768, Path(config.vision_tower_aux)),
@@ -194,6 +195,13 @@ def tower_shards(flag: str, folder: Path | None) -> list[Shard]:
     if not shards:
         raise UserError(f"--{flag} {folder}: its files hold no {'CLIP' if flag == CLIP else 'OpenCLIP ConvNeXt'}")
     return shards
+
+
+def joint_config(**parts) -> MGMConfig:
+    try:
+        return MGMConfig(**parts)
+    except ValueError as error:
+        raise UserError(f"the parts do not fit together: {error}") from None
 
 
 def new_connector(config: MGMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -303,6 +311,7 @@ def build_processor(
     return MGMProcessor(
         image_processor,
         tokenizer,
+        chat_template=chat_template_for(tokenizer, config.text_config.model_type),
         image_size=config.vision_config.image_size,
         patch_size=config.vision_config.patch_size,
         image_aspect_ratio=image_aspect_ratio,
