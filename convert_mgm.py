@@ -142,9 +142,9 @@ def assemble(config: ConvertConfig) -> dict:
 def to_original(config: ConvertConfig) -> dict:
     """Our folder in the original's layout, an adapter merged."""
     source, output = Path(config.to_original), Path(config.output)
-    mgm_config = load_config(str(source))
-    if not isinstance(mgm_config, MGMConfig) or "text_config" not in json.loads((source / "config.json").read_text()):
+    if "text_config" not in json.loads((source / "config.json").read_text()):
         raise UserError(f"--to_original {source}: it is no folder made by convert_mgm.py or train.py --lora_r 0")
+    mgm_config = load_config(str(source))
     shards = drop_tied_head(find_shards(find_weight_files(source), lambda name: name), mgm_config.tie_word_embeddings)
     infos = all_infos(shards)
     check_names(mgm_config, infos)

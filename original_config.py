@@ -49,10 +49,9 @@ def text_config(original: dict) -> PreTrainedConfig:
 def clip_config(name: str, folder: Path | None) -> CLIPVisionConfig:
     """CLIP's own config, or by the tower's name the one of all released models."""
     if folder is not None:
-        try:
-            return CLIPVisionConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: there is no config of a CLIP in it ({error})") from None
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--vision_tower {folder}: there is no config.json in it")
+        return CLIPVisionConfig.from_pretrained(folder)
     if Path(name).name == "clip-vit-large-patch14-336":
         return clip_large_336()
     raise UserError(f"the tower {name} is not beside the checkpoint: give --vision_tower DIR")
