@@ -1,295 +1,304 @@
-"""Turn a checkpoint in the original MGM layout into one that transformers loads.
+"""Turn a checkpoint in the original MGM's layout into one that transformers loads, turn one back, put one together.
 
     python convert_mgm.py --from_original MGM-2B --output mgm-2b
+    python convert_mgm.py --to_original mgm-2b --adapter outputs/mine --output MGM-2B-mine
+    python convert_mgm.py --assemble --llm gemma-2b-it --vision_tower CLIP --vision_tower_aux CONVNEXT --output start
 
-Tensors are renamed, never changed, and one shard is in memory at a time.
+Tensors are renamed, never changed (an adapter's merging aside), and go from file to file one at a time. The way back
+leaves out a tower that came from a folder of its own: the original reads it there.
 """
 
 import json
-import re
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    ConvNextConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from configuration_mgm import MGMConfig, clip_large_336
+from chat_templates import chat_template_for
+from checkpoint import (
+    Shard,
+    all_infos,
+    check_names,
+    drop_tied_head,
+    embeddings_dtype,
+    find_shards,
+    new_folder,
+    write_shards,
+)
+from configuration_mgm import MGMConfig
+from merge_adapter import AdapterMerger
+from mgm_names import rename_clip, rename_open_clip, rename_original, rename_ours
 from modeling_mgm import MGMForConditionalGeneration
+from original_config import MODEL_TYPES, clip_config, convnext_config, derive_original, text_config
+from original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
 from processing_mgm import MGMProcessor
-from utils import UserError, run_script
+from utils import UserError, load_config, load_processor, run_script
+from weight_files import TensorInfo, find_open_clip_files, find_weight_files, write_index
 
 
-# The original's names and ours, applied in turn. What matches none is the text backbone's.
-TO_OURS = [
-    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
-    (r"^model\.vision_tower_aux\.vision_stem\.0\.", "model.vision_tower_aux.embeddings.patch_embeddings."),
-    (r"^model\.vision_tower_aux\.vision_stem\.1\.", "model.vision_tower_aux.embeddings.layernorm."),
-    (
-        r"^model\.vision_tower_aux\.vision_stages\.(\d+)\.downsample\.(\d)\.",
-        r"model.vision_tower_aux.encoder.stages.\1.downsampling_layer.\2.",
-    ),
-    (r"^model\.vision_tower_aux\.vision_stages\.(\d+)\.blocks\.", r"model.vision_tower_aux.encoder.stages.\1.layers."),
-    (r"^(model\.vision_tower_aux\..*)\.conv_dw\.", r"\1.dwconv."),
-    (r"^(model\.vision_tower_aux\..*)\.norm\.", r"\1.layernorm."),
-    (r"^(model\.vision_tower_aux\..*)\.mlp\.fc(\d)\.", r"\1.pwconv\2."),
-    (r"^(model\.vision_tower_aux\..*)\.gamma$", r"\1.layer_scale_parameter"),
-    (r"^model\.vlm_uni_query_projector\.", "model.patch_info_mining.query_proj."),
-    (r"^model\.vlm_uni_aux_projector\.", "model.patch_info_mining.key_proj."),
-    (r"^model\.vlm_uni_val_projector\.", "model.patch_info_mining.value_proj."),
-    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
-]
-# OpenCLIP keeps the ConvNeXt trunk under visual.trunk; the original MGM gives it the names of the left column above.
-OPEN_CLIP_TO_ORIGINAL = [
-    (r"^visual\.trunk\.stem\.", "model.vision_tower_aux.vision_stem."),
-    (r"^visual\.trunk\.stages\.", "model.vision_tower_aux.vision_stages."),
-]
+CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike
+CONNECTOR = ("multi_modal_projector", "patch_info_mining")
+CONNECTOR_FILE, CONNECTOR_SEED = "projector_and_mining.safetensors", 0
+END_OF_TURN_TOKENS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
 @dataclass(kw_only=True)
 class ConvertConfig:
     from_original: str | None = field(default=None, metadata={"help": "folder of the original checkpoint"})
+    to_original: str | None = field(default=None, metadata={"help": "folder of a converted or fully trained model"})
+    assemble: bool = field(default=False, metadata={"help": "a model for stage 1 from --llm and the two towers"})
     output: str | None = field(default=None, metadata={"help": "new folder to write"})
+    adapter: str | None = field(default=None, metadata={"help": "adapter's folder, to be merged by --to_original"})
+    llm: str | None = field(default=None, metadata={"help": "language model's folder, for --assemble"})
     vision_tower: str | None = field(default=None, metadata={"help": "CLIP's folder, if not inside or beside"})
     vision_tower_aux: str | None = field(default=None, metadata={"help": "ConvNeXt's folder, if not inside or beside"})
 
     def __post_init__(self) -> None:
-        if self.from_original is None or self.output is None:
-            raise UserError("give --from_original DIR and --output DIR")
-        if not (Path(self.from_original) / "config.json").is_file():
-            raise UserError(f"--from_original {self.from_original}: there is no config.json in it")
+        if (self.from_original is not None) + (self.to_original is not None) + self.assemble != 1:
+            raise UserError("give --from_original DIR, --to_original DIR or --assemble: exactly one of the three")
+        if self.output is None:
+            raise UserError("give --output DIR")
+        self.check_companions()
+        for flag in ("from_original", "to_original", "llm"):
+            folder = getattr(self, flag)
+            if folder is not None and not (Path(folder) / "config.json").is_file():
+                raise UserError(f"--{flag} {folder}: there is no config.json in it")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists: choose a new folder")
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file and the new name of each tensor that is taken from it."""
-
-    path: Path
-    names: dict[str, str]  # ours -> the file's
+    def check_companions(self) -> None:
+        """Raise UserError for a flag that the chosen direction lacks, or has no use for."""
+        towers = (CLIP, CONVNEXT)
+        if self.assemble and (missing := [name for name in ("llm", *towers) if getattr(self, name) is None]):
+            raise UserError(f"--assemble needs more: give {', '.join(f'--{name} DIR' for name in missing)}")
+        useless = {"from_original": ("llm", "adapter"), "to_original": ("llm", *towers), "assemble": ("adapter",)}
+        direction = next(name for name in useless if getattr(self, name))
+        for name in useless[direction]:
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name} {getattr(self, name)}: --{direction} has no use for it, leave it out")
 
 
 def main(config: ConvertConfig) -> dict:
-    source, output = Path(config.from_original), Path(config.output)
-    original = json.loads((source / "config.json").read_text())
-    shards = find_shards(source, rename_original)
-    if not any(name.startswith("model.vision_tower_aux.") for shard in shards for name in shard.names):
-        shards += find_shards(find_tower(source, original, "mm_vision_tower_aux", config), rename_open_clip)
-    shapes = read_shapes(shards)
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    mgm_config = build_config(original, shapes, find_tower(source, original, "mm_vision_tower", config), tokenizer)
-    check_names(mgm_config, shapes)
-
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        total_size, dtype = write_shards(shards, partial)
-        mgm_config.dtype = dtype
-        mgm_config.architectures = [MGMForConditionalGeneration.__name__]
-        mgm_config.save_pretrained(partial)
-        build_generation_config(tokenizer).save_pretrained(partial)
-        build_processor(mgm_config, tokenizer, original.get("image_aspect_ratio", "pad")).save_pretrained(partial)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    print(f"{len(shapes)} tensors, {total_size:,} bytes in {len(shards)} files: {output}")
-    return {"status": "done", "output": str(output), "tensors": len(shapes), "total_size": total_size}
+    if config.assemble:
+        return assemble(config)
+    return from_original(config) if config.from_original is not None else to_original(config)
 
 
-def rename_original(name: str) -> str | None:
-    """The original's name of a tensor to ours; None for one that is not kept (a tied head, a rotary buffer)."""
-    if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or name.endswith("position_ids"):
-        return None
-    return _substitute(name, TO_OURS)
+def from_original(config: ConvertConfig) -> dict:
+    """The original's checkpoint in our layout, a tower that it lacks from the tower's own folder."""
+    source = Path(config.from_original)
+    original = read_original(source)
+    folders = {flag: find_tower(source, original, flag, getattr(config, flag)) for flag in (CLIP, CONVNEXT)}
+    backbone = text_config(original)
+    shards = find_shards(find_weight_files(source), rename_original)
+    for flag, folder in folders.items():
+        if not any(name.startswith(f"model.{flag}.") for shard in shards for name in shard.names):
+            shards += tower_shards(flag, folder)
+    shards = drop_tied_head(shards, backbone.tie_word_embeddings)
+    image_size, infos = original.get("image_size_aux", 320), all_infos(shards)
+    mgm_config = joint_config(
+        text_config=backbone,
+        vision_config=clip_config(original["mm_vision_tower"], folders[CLIP]),
+        vision_config_aux=convnext_config(infos, image_size, folders[CONVNEXT]),
+        image_grid=original.get("image_grid", 1),
+        image_global=original.get("image_global", False),
+        original_config=original,
+    )
+    check_names(mgm_config, infos)
+    return write_ours(config.output, mgm_config, shards, source, original.get("image_aspect_ratio", "pad"))
 
 
-def rename_open_clip(name: str) -> str | None:
-    """A name inside an OpenCLIP checkpoint to ours; None for all but the image trunk."""
-    return rename_original(_substitute(name, OPEN_CLIP_TO_ORIGINAL)) if name.startswith("visual.trunk.st") else None
+def assemble(config: ConvertConfig) -> dict:
+    """A language model and two towers as an MGM whose projector and mining are new."""
+    llm = Path(config.llm)
+    backbone = AutoConfig.from_pretrained(llm)
+    if backbone.model_type not in MODEL_TYPES:
+        raise UserError(f"--llm {llm}: a {backbone.model_type} cannot be MGM's: choose {', '.join(MODEL_TYPES)}")
+    backbone.architectures = None
+    shards = find_shards(find_weight_files(llm), rename_original)
+    for flag in (CLIP, CONVNEXT):
+        shards += tower_shards(flag, find_tower(llm, {}, flag, getattr(config, flag)))
+    shards = drop_tied_head(shards, backbone.tie_word_embeddings)
+    infos = all_infos(shards)
+    mgm_config = joint_config(
+        text_config=backbone,
+        vision_config=clip_config(config.vision_tower, Path(config.vision_tower)),
+        vision_config_aux=convnext_config(infos, 768, Path(config.vision_tower_aux)),
+    )
+    connector = new_connector(mgm_config, embeddings_dtype(infos))
+    check_names(mgm_config, infos | {name: TensorInfo(x.dtype, tuple(x.shape)) for name, x in connector.items()})
+    print(f"Projector and patch info mining are new: drawn with seed {CONNECTOR_SEED}")
+    return write_ours(config.output, mgm_config, shards, llm, "pad", connector)
 
 
-def _substitute(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def to_original(config: ConvertConfig) -> dict:
+    """Our folder in the original's layout, an adapter merged."""
+    source, output = Path(config.to_original), Path(config.output)
+    if "text_config" not in json.loads((source / "config.json").read_text()):
+        raise UserError(f"--to_original {source}: it is no folder made by convert_mgm.py or train.py --lora_r 0")
+    mgm_config = load_config(str(source))
+    shards = drop_tied_head(find_shards(find_weight_files(source), lambda name: name), mgm_config.tie_word_embeddings)
+    infos = all_infos(shards)
+    check_names(mgm_config, infos)
+    merger = AdapterMerger(mgm_config, Path(config.adapter)) if config.adapter is not None else None
+    shards = shards_to_hand_back(shards, merger)
+    with new_folder(output) as partial:
+        weight_map, total_size = write_shards(shards, partial, rename_ours, merger)
+        write_index(partial, weight_map, total_size)
+        original = original_config(source, mgm_config, embeddings_dtype(infos))
+        if merger is not None and any(name.startswith(f"model.{CONVNEXT}.") for name in merger.changed):
+            original["optimize_vision_tower_aux"] = True  # the original takes it from the tower's folder otherwise
+        (partial / "config.json").write_text(json.dumps(original, indent=2, sort_keys=True) + "\n")
+        hand_back_files(source, partial)
+    return report(output, len(weight_map), total_size, len(shards))
 
 
-def find_tower(source: Path, original: dict, key: str, config: ConvertConfig) -> Path | None:
+def read_original(folder: Path) -> dict:
+    """The original's config.json. Raises UserError where it is another model's."""
+    original = json.loads((folder / "config.json").read_text())
+    if "text_config" in original:
+        raise UserError(f"--from_original {folder}: it is in transformers' layout already")
+    for key in ("model_type", "mm_vision_tower", "mm_vision_tower_aux"):
+        if key not in original:
+            raise UserError(f"--from_original {folder}: its config.json has no {key}, so it is no MGM's")
+    return original
+
+
+def find_tower(source: Path, original: dict, flag: str, given: str | None) -> Path | None:
     """A tower's folder: the one given, else the config's path inside or beside the checkpoint, or from here."""
-    given = getattr(config, key.removeprefix("mm_"))
     if given is not None:
         if not Path(given).is_dir():
-            raise UserError(f"--{key.removeprefix('mm_')} {given}: no such folder")
+            raise UserError(f"--{flag} {given}: no such folder")
         return Path(given)
-    name = original[key]
+    name = original[f"mm_{flag}"]
     roots = [source, source.parent, source.parent / "towers", Path()]
     candidates = [root / path for root in roots for path in (name, Path(name).name)]
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def find_shards(folder: Path | None, rename: Callable[[str], str | None]) -> list[Shard]:
-    """Every weight file of a folder with the tensors to keep from it; safetensors are preferred to .bin."""
+def tower_shards(flag: str, folder: Path | None) -> list[Shard]:
+    """A tower's weights from its own folder, for files of their own."""
     if folder is None:
-        raise UserError(
-            "the checkpoint holds no ConvNeXt weights and its tower is not beside it: give --vision_tower_aux DIR"
-        )
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise UserError(f"{folder}: there is no *.safetensors or *.bin in it")
-    shards = []
-    for path in files:
-        with open_weights(path) as weights:
-            renamed = {rename(name): name for name in weights.keys()}  # noqa: SIM118 (not a dict)
-        renamed.pop(None, None)
-        if renamed:
-            shards.append(Shard(path, renamed))
+        raise UserError(f"the checkpoint holds no {flag} weights and the tower is not beside it: give --{flag} DIR")
+    if flag == CLIP:
+        shards = find_shards(find_weight_files(folder), rename_clip, tower=flag)
+    else:
+        shards = find_shards(find_open_clip_files(folder), rename_open_clip, tower=flag)
+    if not shards:
+        raise UserError(f"--{flag} {folder}: its files hold no {'CLIP' if flag == CLIP else 'OpenCLIP ConvNeXt'}")
     return shards
 
 
-def open_weights(path: Path):
-    """A context with `keys()`, `get_tensor(name)`; .bin files are read with weights only, never unpickled freely."""
-    return safe_open(path, framework="pt") if path.suffix == ".safetensors" else _TorchFile(path)
+def joint_config(**parts) -> MGMConfig:
+    try:
+        return MGMConfig(**parts)
+    except ValueError as error:
+        raise UserError(f"the parts do not fit together: {error}") from None
 
 
-class _TorchFile:
-    """safe_open's interface over a .bin file."""
-
-    def __init__(self, path: Path) -> None:
-        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    def __enter__(self) -> "_TorchFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.tensors = {}
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def get_slice(self, name: str) -> "_TorchFile._Slice":
-        return self._Slice(self.tensors[name])
-
-    class _Slice:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-
-        def get_shape(self) -> list[int]:
-            return list(self.tensor.shape)
-
-
-def read_shapes(shards: list[Shard]) -> dict[str, tuple[int, ...]]:
-    """Our name of every tensor to its shape, from the files' headers."""
-    shapes = {}
-    for shard in shards:
-        with open_weights(shard.path) as weights:
-            shapes |= {ours: tuple(weights.get_slice(theirs).get_shape()) for ours, theirs in shard.names.items()}
-    return shapes
-
-
-def build_config(
-    original: dict, shapes: dict[str, tuple[int, ...]], clip_folder: Path | None, tokenizer: PreTrainedTokenizerBase
-) -> MGMConfig:
-    """The original's config.json, CLIP's own, and ConvNeXt's as its tensors tell it."""
-    return MGMConfig(
-        text_config=text_config(original),
-        vision_config=clip_config(original, clip_folder),
-        vision_config_aux=convnext_config(shapes, original["image_size_aux"]),
-        image_token_id=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def text_config(original: dict) -> PreTrainedConfig:
-    """The text backbone's part of the original's flat config: mgm_gemma -> gemma."""
-    model_type = original["model_type"].removeprefix("mgm_")
-    default = AutoConfig.for_model(model_type)
-    known = {key: original[key] for key in default.to_dict() if key in original and key != "model_type"}
-    if "rope_theta" in original:
-        known["rope_parameters"] = {"rope_type": "default", "rope_theta": original["rope_theta"]}
-    known.pop("architectures", None)
-    return AutoConfig.for_model(model_type, **known)
-
-
-def clip_config(original: dict, folder: Path | None) -> CLIPVisionConfig:
-    if folder is not None:
-        return CLIPVisionConfig.from_pretrained(folder)
-    if Path(original["mm_vision_tower"]).name == "clip-vit-large-patch14-336":
-        return clip_large_336()
-    raise UserError(f"the tower {original['mm_vision_tower']} is not beside the checkpoint: give --vision_tower DIR")
-
-
-def convnext_config(shapes: dict[str, tuple[int, ...]], image_size: int) -> ConvNextConfig:
-    """Widths and depths as the tensors have them; every OpenCLIP ConvNeXt takes 4x4 patches."""
-    stages = "model.vision_tower_aux.encoder.stages"
-    blocks = [re.fullmatch(rf"{stages}\.(\d+)\.layers\.(\d+)\.dwconv\.bias", name) for name in shapes]
-    blocks = [(int(match[1]), int(match[2])) for match in blocks if match]
-    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
-    hidden_sizes = [shapes[f"{stages}.{i}.layers.0.dwconv.bias"][0] for i in range(4)]
-    return ConvNextConfig(hidden_sizes=hidden_sizes, depths=depths, image_size=image_size, layer_norm_eps=1e-6)
-
-
-def check_names(config: MGMConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The tensors are exactly the model's. Raises UserError with a list of those that are not."""
+def new_connector(config: MGMConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Projector and mining as the model itself draws them, by name."""
     with torch.device("meta"):
         model = MGMForConditionalGeneration(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    problems = [f"missing {name}" for name in expected.keys() - shapes.keys()]
-    problems += [f"unexpected {name}" for name in shapes.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {shapes[name]}, expected {expected[name]}"
-        for name in expected.keys() & shapes.keys()
-        if shapes[name] != expected[name]
-    ]
-    if problems:
-        raise UserError(f"{len(problems)} tensors do not fit the config: " + "; ".join(sorted(problems)))
+    with torch.random.fork_rng():
+        torch.manual_seed(CONNECTOR_SEED)
+        for name in CONNECTOR:
+            model.model.get_submodule(name).to_empty(device="cpu").apply(model._init_weights)
+    tensors = {name: parameter for name, parameter in model.named_parameters() if name.split(".")[1] in CONNECTOR}
+    return {name: parameter.detach().to(dtype) for name, parameter in tensors.items()}
 
 
-def write_shards(shards: list[Shard], output: Path) -> tuple[int, torch.dtype]:
-    """Write each shard under our names, and the index. Returns the bytes of all tensors and the embeddings' dtype."""
-    weight_map, total_size, dtype = {}, 0, torch.float32
-    for i, shard in enumerate(shards, start=1):
-        file_name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        with open_weights(shard.path) as weights:
-            tensors = {ours: weights.get_tensor(theirs).contiguous() for ours, theirs in shard.names.items()}
-        save_file(tensors, output / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file_name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-        if "model.language_model.embed_tokens.weight" in tensors:
-            dtype = tensors["model.language_model.embed_tokens.weight"].dtype
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    return total_size, dtype
+def write_ours(
+    output: str,
+    config: MGMConfig,
+    shards: list[Shard],
+    source: Path,
+    image_aspect_ratio: str,
+    connector: dict[str, torch.Tensor] | None = None,
+) -> dict:
+    """A folder for transformers: shards (and a new connector), configs, the processor over `source`'s tokenizer."""
+    shards = with_index_names(shards, len(shards) + bool(connector))
+    with new_folder(Path(output)) as partial:
+        keep_original_files(source, partial)
+        processor = complete_config(
+            config, load_tokenizer(source), embeddings_dtype(all_infos(shards)), image_aspect_ratio
+        )
+        weight_map, total_size = write_shards(shards, partial)
+        if connector is not None:
+            save_file(connector, partial / CONNECTOR_FILE, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(connector, CONNECTOR_FILE)
+            total_size += sum(tensor.nbytes for tensor in connector.values())
+        write_index(partial, weight_map, total_size)
+        config.save_pretrained(partial)
+        build_generation_config(processor.tokenizer).save_pretrained(partial)
+        processor.save_pretrained(partial)
+    return report(Path(output), len(weight_map), total_size, len(set(weight_map.values())))
+
+
+def with_index_names(shards: list[Shard], num_files: int) -> list[Shard]:
+    """transformers takes a `model.safetensors` for the whole model: beside other files it needs another name."""
+    if num_files == 1:
+        return shards
+    names = {"model.safetensors": "model-00001-of-00001.safetensors"}
+    return [replace(shard, file_name=names.get(shard.file_name, shard.file_name)) for shard in shards]
+
+
+def shards_to_hand_back(shards: list[Shard], merger: AdapterMerger | None) -> list[Shard]:
+    """All but the towers' own files, which the original reads in their folders, unless an adapter changes them."""
+    changed = merger.changed if merger is not None else set()
+    kept = [s for s in shards if not s.file_name.startswith(CLIP) or changed & s.names.keys()]
+    if len(kept) == 1 and kept[0].file_name == "model-00001-of-00001.safetensors":  # see with_index_names
+        return [replace(kept[0], file_name="model.safetensors")]
+    return kept
+
+
+def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype) -> dict:
+    """config.json as the original had it; one of a model trained since then with its type, of another one derived."""
+    if config.original_config is None:
+        processor = load_processor(str(folder))
+        length = processor.tokenizer.model_max_length
+        return derive_original(config, dtype, processor.image_aspect_ratio, length if length < 2**31 else 2048)
+    if (folder / ORIGINAL_FILES).is_dir():
+        return dict(config.original_config)
+    return config.original_config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def complete_config(
+    config: MGMConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, image_aspect_ratio: str
+) -> MGMProcessor:
+    """Fill in what the tokenizer decides. Returns the processor."""
+    processor = build_processor(config, tokenizer, image_aspect_ratio)
+    config.image_token_id = processor.image_token_id
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config.dtype = dtype
+    config.architectures = [MGMForConditionalGeneration.__name__]
+    return processor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A reply ends with <end_of_turn> as well as with <eos>."""
-    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    eos_token_id = [tokenizer.eos_token_id] + ([end_of_turn] if end_of_turn is not None else [])
+    """A reply ends with the end of a turn (<end_of_turn> or what the tokenizer has for it) as well as with <eos>."""
+    vocabulary = tokenizer.get_vocab()
+    end_of_turn = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary]
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *end_of_turn])),
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -302,10 +311,18 @@ def build_processor(
     return MGMProcessor(
         image_processor,
         tokenizer,
+        chat_template=chat_template_for(tokenizer, config.text_config.model_type),
         image_size=config.vision_config.image_size,
         patch_size=config.vision_config.patch_size,
         image_aspect_ratio=image_aspect_ratio,
+        image_grid=config.image_grid,
+        image_global=config.image_global,
     )
+
+
+def report(output: Path, num_tensors: int, total_size: int, num_files: int) -> dict:
+    print(f"{num_tensors} tensors, {total_size:,} bytes in {num_files} files: {output}")
+    return {"status": "done", "output": str(output), "tensors": num_tensors, "total_size": total_size}
 
 
 if __name__ == "__main__":

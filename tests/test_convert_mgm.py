@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configuration_mgm import mgm_2b
-from convert_mgm import ConvertConfig, main, rename_open_clip, rename_original
-from modeling_mgm import MGMForConditionalGeneration
-from utils import UserError
+from convert_mgm import ConvertConfig, main
+from mgm_names import rename_open_clip, rename_original
+from utils import UserError, load_config, load_model, load_processor
+from weight_files import write_safetensors
 
 
-AUX = "model.vision_tower_aux."
+AUX, CLIP = "model.vision_tower_aux.", "model.vision_tower."
 DROPPED = ("model.norm.weight", "model.mm_projector.0.bias")
 
 
@@ -43,31 +45,12 @@ def config(original: Path, towers: dict[str, str], tmp_path: Path) -> ConvertCon
 
 def edit_tensors(folder: Path, edit) -> None:
     """Replace the tensors of every weight file by `edit(tensors)`."""
-    for path in folder.glob("*.safetensors"):
+    for path in sorted(folder.glob("*.safetensors")):
         save_file(edit(load_file(path)), path, metadata={"format": "pt"})
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def test_names_are_the_released_models(reference_folder):
-    """The released MGM-2B's tensors, renamed, with the parameters of the preset: one to one, shapes equal."""
-    listed = {}
-    for line in (reference_folder / "mgm2b_keys.txt").read_text().splitlines():
-        if line.startswith("#"):
-            continue
-        name, shape = line.split("\t")[:2]
-        listed[name] = tuple(int(size) for size in re.findall(r"\d+", shape))
-    assert rename_original("lm_head.weight") is None
-    del listed["lm_head.weight"]
-    assert len(listed) == 911
-    with torch.device("meta"):
-        model = MGMForConditionalGeneration(mgm_2b())
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    renamed = {rename_original(name): shape for name, shape in listed.items()}
-    assert len(renamed) == len(listed)
-    assert renamed == expected
 
 
 def test_tensors_are_renamed_never_changed(reference_folder, reference_model_folder):
@@ -150,7 +133,11 @@ def test_a_tower_folder_without_weights(config, original, tmp_path):
             ["missing model.language_model.norm.weight", "missing model.multi_modal_projector.linear_1.bias"],
         ),
         (
-            lambda tensors: {**tensors, "model.layers.7.mlp.up_proj.weight": torch.zeros(2)},
+            lambda tensors: (
+                {**tensors, "model.layers.7.mlp.up_proj.weight": torch.zeros(2)}
+                if "model.norm.weight" in tensors
+                else tensors
+            ),
             ["unexpected model.language_model.layers.7.mlp.up_proj.weight"],
         ),
         (
@@ -184,29 +171,196 @@ def test_a_failure_while_writing_leaves_no_output(config, monkeypatch):
     """A disk that fills up in the second file: no folder under the output's name."""
     calls = []
 
-    def full_disk(*args, **kwargs):
+    def full_disk(*args):
         calls.append(args)
         if len(calls) == 2:
             raise OSError("No space left on device")
-        save_file(*args, **kwargs)
+        write_safetensors(*args)
 
-    monkeypatch.setattr("convert_mgm.save_file", full_disk)
+    monkeypatch.setattr("checkpoint.write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         main(config)
     assert not Path(config.output).exists()
     assert list(Path(config.output).parent.iterdir()) == []
 
 
+def write_layout(folder: Path, layout: str) -> None:
+    """Store the checkpoint's tensors otherwise, in one file or as .bin, with what trainers leave beside it."""
+    files = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    for path in folder.glob("model*"):
+        path.unlink()
+    if "single" in layout:
+        files = {"model.safetensors": {name: tensor for tensors in files.values() for name, tensor in tensors.items()}}
+    for name, tensors in files.items():
+        if "bin" in layout:
+            path = folder / name.replace("model", "pytorch_model").replace("safetensors", "bin")
+            torch.save(tensors, path, _use_new_zipfile_serialization="old" not in layout)
+        else:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+    torch.save({"learning_rate": object}, folder / "training_args.bin")  # an object, which must not be loaded
+
+
+@pytest.mark.parametrize("layout", ["shards", "single", "bin shards", "bin single", "old bin single"])
+@pytest.mark.parametrize("lacking", [(), (AUX,), (AUX, CLIP)], ids=["towers inside", "no ConvNeXt", "no towers"])
+def test_every_layout(config, original, reference_model_folder, layout, lacking):
+    """One model in five layouts, towers inside or beside: the converted tensors with those of the usual layout, the
+    loaded model's parameters with the same, and what is handed back with what the checkpoint held."""
+    edit_tensors(original, lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(lacking or "-")})
+    for path in original.glob("*.safetensors"):
+        if not load_file(path):
+            path.unlink()
+    held = all_tensors(original)
+    write_layout(original, layout)
+    main(config)
+    output = Path(config.output)
+    expected = all_tensors(reference_model_folder)
+    assert_same(all_tensors(output), expected)
+    names = {path.name for path in output.glob("*.safetensors")}
+    assert ("vision_tower_aux.safetensors" in names, "vision_tower.safetensors" in names) == (
+        AUX in lacking,
+        CLIP in lacking,
+    )
+    loaded = dict(load_model(str(output), torch.float32, "sdpa").named_parameters())
+    assert_same({name: parameter.data for name, parameter in loaded.items()}, expected)
+
+    back = output.with_name("back")
+    main(ConvertConfig(to_original=str(output), output=str(back)))
+    assert_same(all_tensors(back), held)
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == held.keys()
+    assert {path.name for path in back.glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, types and bits."""
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", ["shards", "single"])
+@pytest.mark.parametrize("lacking", [(), (AUX,)], ids=["towers inside", "no ConvNeXt"])
+def test_a_round_trip_is_to_the_byte(config, original, layout, lacking):
+    """Every file there and back with itself: weights, index, tokenizer, generation; config.json key by key."""
+    lacking = lacking or ("no tensor's beginning",)
+    edit_tensors(original, lambda group: {k: v.bfloat16() for k, v in group.items() if not k.startswith(lacking)})
+    if layout == "single":
+        write_layout(original, layout)
+        (original / "training_args.bin").unlink()
+    else:
+        tensors = {path.name: load_file(path) for path in original.glob("*.safetensors")}
+        index = {
+            "metadata": {"total_size": sum(x.nbytes for group in tensors.values() for x in group.values())},
+            "weight_map": {name: file_name for file_name, group in tensors.items() for name in group},
+        }
+        (original / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    main(config)
+    back = Path(config.output).with_name("back")
+    main(ConvertConfig(to_original=config.output, output=str(back)))
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    files_back = {path.name: path.read_bytes() for path in back.iterdir()}
+    assert json.loads(files_back.pop("config.json")) == json.loads(files.pop("config.json"))
+    if layout == "single":
+        del files_back["model.safetensors.index.json"]  # the original needs one, even so
+    assert files_back == files
+
+
+def test_a_head_of_its_own(config, original):
+    """A tied checkpoint that repeats the embeddings loses its lm_head, another head is an error, untied it is kept."""
+    is_last = "model.mm_projector.0.bias"
+    head = all_tensors(original)["model.embed_tokens.weight"]
+    edit_tensors(original, lambda tensors: {**tensors, "lm_head.weight": head} if is_last in tensors else tensors)
+    main(config)
+    assert "lm_head.weight" not in all_tensors(Path(config.output))
+
+    other = head + 1
+    edit_tensors(original, lambda tensors: {**tensors, "lm_head.weight": other} if is_last in tensors else tensors)
+    config = replace(config, output=config.output + "-2")
+    with pytest.raises(UserError, match=r"model-00003.*lm_head\.weight differs from the embeddings"):
+        main(config)
+    edit_config(original, tie_word_embeddings=False)
+    main(config)
+    assert torch.equal(all_tensors(Path(config.output))["lm_head.weight"], other)
+    assert torch.equal(load_model(config.output, torch.float32, "sdpa").lm_head.weight, other)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change keys of config.json; None takes one away."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_hd(config, original, towers, tmp_path):
+    """An HD checkpoint's crops reach the model's config and the processor."""
+    edit_config(original, image_grid=2, image_global=True, image_size_aux=256)
+    main(config)
+    model, processor = load_config(config.output), load_processor(config.output)
+    assert (model.image_grid, model.image_global, model.vision_config_aux.image_size) == (2, True, 256)
+    assert processor.num_image_tokens == model.num_image_tokens == 5 * 16
+
+
 @pytest.mark.parametrize(
-    ("given", "message"), [({}, "give --from_original"), ({"from_original": "x"}, "--output DIR")]
+    ("changes", "message"),
+    [
+        ({"mm_vision_tower_aux": None}, "no mm_vision_tower_aux, so it is no MGM's"),
+        ({"model_type": "mgm_mixtral"}, "model_type 'mgm_mixtral': expected mgm, mgm_gemma"),
+        ({"text_config": {}}, "in transformers' layout already"),
+        ({"image_size_aux": 100}, "image_size as a multiple of 16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_both_folders_are_needed(given, message):
-    """Without the input's or the output's folder the message names the flags."""
+def test_other_configs_are_refused(config, original, changes, message):
+    """Another model's config.json, and one whose sizes do not fit together."""
+    edit_config(original, **changes)
+    with pytest.raises(UserError, match=message):
+        main(config)
+    assert not Path(config.output).parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one"),
+        ({"from_original": "x"}, "give --output DIR"),
+        ({"from_original": "x", "to_original": "x", "output": "y"}, "exactly one"),
+        ({"from_original": "x", "assemble": True, "output": "y"}, "exactly one"),
+        ({"assemble": True, "output": "y", "vision_tower": "x"}, "give --llm DIR, --vision_tower_aux DIR"),
+        ({"from_original": "x", "output": "y", "adapter": "a"}, "--adapter a: --from_original has no use for it"),
+        ({"from_original": "x", "output": "y", "llm": "a"}, "--llm a: --from_original has no use for it"),
+        ({"to_original": "x", "output": "y", "vision_tower": "a"}, "--vision_tower a: --to_original has no use"),
+        (
+            {
+                "assemble": True,
+                "output": "y",
+                "llm": "a",
+                "vision_tower": "b",
+                "vision_tower_aux": "c",
+                "adapter": "d",
+            },
+            "--adapter d: --assemble has no use for it",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(given, message):
+    """Too few, too many, and flags of another direction: the message names them."""
     with pytest.raises(UserError, match=message):
         ConvertConfig(**given)
 
 
-def test_a_folder_without_a_checkpoint(tmp_path):
-    """--from_original has to hold a config.json."""
-    with pytest.raises(UserError, match="there is no config.json in it"):
-        ConvertConfig(from_original=str(tmp_path), output=str(tmp_path / "out"))
+def test_the_command_line(original, tmp_path):
+    """The script itself: wrong flags are one line and exit code 2, the last line of a conversion is JSON."""
+    command = [sys.executable, "convert_mgm.py", "--output", str(tmp_path / "out")]
+    wrong = subprocess.run([*command, "--assemble", "--to_original", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: give --from_original DIR") and wrong.stderr.count("\n") == 1
+    right = subprocess.run([*command, "--to_original", "data/tiny_mgm"], capture_output=True, text=True)
+    assert right.returncode == 0, right.stderr
+    assert json.loads(right.stdout.splitlines()[-1])["status"] == "done"
+
+
+@pytest.mark.parametrize("flag", ["from_original", "to_original"])
+def test_a_folder_without_a_checkpoint(tmp_path, flag):
+    """The input has to hold a config.json."""
+    with pytest.raises(UserError, match=f"--{flag} .*: there is no config.json in it"):
+        ConvertConfig(**{flag: str(tmp_path), "output": str(tmp_path / "out")})

@@ -1,0 +1,130 @@
+"""config.json of the original MGM: to an MGMConfig, and back."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
+
+from configuration_mgm import MGMConfig, clip_large_336
+from utils import UserError
+from weight_files import TensorInfo
+
+
+# Text backbones and the original's classes; its Llama variant was the first and is plain "mgm".
+MODEL_TYPES = {"llama": "mgm", "gemma": "mgm_gemma", "mistral": "mgm_mistral", "qwen2": "mgm_qwen2"}
+CLASS_NAMES = {"llama": "Llama", "gemma": "Gemma", "mistral": "Mistral", "qwen2": "Qwen2"}
+# The original tells towers apart by these words in their paths.
+CLIP_NAME = "model_zoo/OpenAI/clip-vit-large-patch14-336"
+CONVNEXT_NAMES = {
+    192: "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup",
+    128: "model_zoo/OpenAI/openclip-convnext-base-w-320-laion-aesthetic-s13B-b82K",
+    384: "model_zoo/OpenAI/openclip-convnext-xxlarge-laion2B-s34B-b82K-augreg-soup",
+}
+# Keys of transformers 5 that the original's transformers 4.38 spells differently or does not know.
+NEW_KEYS = {"rope_parameters", "layer_types", "use_bidirectional_attention"}
+
+
+def text_config(original: dict) -> PreTrainedConfig:
+    """The text backbone's part of the original's flat config: mgm_gemma -> gemma, mgm -> llama."""
+    model_type = original["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
+    if not original["model_type"].startswith("mgm") or model_type not in MODEL_TYPES:
+        raise UserError(
+            f"config.json has model_type {original['model_type']!r}: expected {', '.join(MODEL_TYPES.values())}"
+        )
+    default = AutoConfig.for_model(model_type)
+    known = {key: original[key] for key in default.to_dict() if key in original and key not in ("model_type", "dtype")}
+    for key in ("architectures", "transformers_version", "_name_or_path"):
+        known.pop(key, None)
+    if "rope_theta" in original or original.get("rope_scaling"):
+        scaling = dict(original.get("rope_scaling") or {"rope_type": "default"})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))
+        known["rope_parameters"] = {"rope_theta": original.get("rope_theta", 10000.0), **scaling}
+    if model_type == "gemma":  # hidden_act is what Gemma's first release got wrong: transformers never read it
+        known["hidden_act"] = original.get("hidden_activation") or "gelu_pytorch_tanh"
+    return AutoConfig.for_model(model_type, **known)
+
+
+def clip_config(name: str, folder: Path | None) -> CLIPVisionConfig:
+    """CLIP's own config, or by the tower's name the one of all released models."""
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--vision_tower {folder}: there is no config.json in it")
+        return CLIPVisionConfig.from_pretrained(folder)
+    if Path(name).name == "clip-vit-large-patch14-336":
+        return clip_large_336()
+    raise UserError(f"the tower {name} is not beside the checkpoint: give --vision_tower DIR")
+
+
+def convnext_config(infos: dict[str, TensorInfo], image_size: int, folder: Path | None = None) -> ConvNextConfig:
+    """Widths and depths as the tensors have them; every OpenCLIP ConvNeXt takes 4x4 patches."""
+    stages = "model.vision_tower_aux.encoder.stages"
+    blocks = [re.fullmatch(rf"{stages}\.(\d+)\.layers\.(\d+)\.dwconv\.bias", name) for name in infos]
+    blocks = [(int(match[1]), int(match[2])) for match in blocks if match]
+    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
+    if missing := [i for i in range(4) if (i, 0) not in blocks]:
+        raise UserError(f"the ConvNeXt weights lack stages {', '.join(map(str, missing))} of 0 to 3")
+    hidden_sizes = [infos[f"{stages}.{i}.layers.0.dwconv.bias"].shape[0] for i in range(4)]
+    return ConvNextConfig(
+        hidden_sizes=hidden_sizes,
+        depths=depths,
+        image_size=image_size,
+        layer_norm_eps=convnext_eps(folder, hidden_sizes),
+    )
+
+
+def convnext_eps(folder: Path | None, hidden_sizes: list[int]) -> float:
+    """The LayerNorms' epsilon, which no tensor tells: timm has 1e-5 in convnext_xxlarge and 1e-6 in all others."""
+    path = folder / "open_clip_config.json" if folder else None
+    if path is not None and path.is_file():
+        open_clip = json.loads(path.read_text())
+        name = open_clip.get("model_cfg", open_clip).get("vision_cfg", {}).get("timm_model_name")
+        if name is not None:
+            return 1e-5 if "xxlarge" in name else 1e-6
+    return 1e-5 if hidden_sizes[0] == 384 else 1e-6
+
+
+def derive_original(
+    config: MGMConfig, dtype: torch.dtype, image_aspect_ratio: str = "pad", tokenizer_model_max_length: int = 2048
+) -> dict:
+    """config.json for the original, of a model that did not come from it."""
+    aux_widths = config.vision_config_aux.hidden_sizes
+    return {
+        **flat_text_config(config.text_config),
+        "image_aspect_ratio": image_aspect_ratio,
+        "image_global": config.image_global,
+        "image_grid": config.image_grid,
+        "image_size_aux": config.vision_config_aux.image_size,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_hidden_size_aux": sum(aux_widths),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": CLIP_NAME,
+        "mm_vision_tower_aux": CONVNEXT_NAMES.get(aux_widths[0], CONVNEXT_NAMES[192]),
+        "optimize_vision_tower": False,
+        "optimize_vision_tower_aux": False,
+        "tokenizer_model_max_length": tokenizer_model_max_length,
+        "tokenizer_padding_side": "right",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_mm_proj": True,
+    }
+
+
+def flat_text_config(config: PreTrainedConfig) -> dict:
+    """A text backbone's config, every value spelled out, as transformers 4.38 wrote it."""
+    unknown = (PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}) | NEW_KEYS
+    flat = {key: value for key, value in config.to_dict().items() if key not in unknown}
+    scaling = dict(config.rope_parameters)
+    flat["rope_theta"] = scaling.pop("rope_theta")
+    flat["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
+    if flat["rope_scaling"]["type"] == "default":
+        flat["rope_scaling"] = None
+    if config.model_type == "gemma":
+        flat["hidden_activation"] = flat["hidden_act"]
+    flat["model_type"] = MODEL_TYPES[config.model_type]
+    flat["architectures"] = [f"MGM{CLASS_NAMES[config.model_type]}ForCausalLM"]
+    return flat

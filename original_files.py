@@ -1,0 +1,70 @@
+"""The original's small files: kept word for word for the way back, or made from what training saved."""
+
+import json
+import shutil
+from pathlib import Path
+
+from processing_mgm import IMAGE_TOKEN
+
+
+# A folder inside the converted one. What transformers 5 writes, the original's transformers may not read.
+ORIGINAL_FILES = "original_files"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+FILE_NAMES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def keep_original_files(source: Path, output: Path) -> None:
+    """Copy the tokenizer's and generation's files of a checkpoint into its converted folder."""
+    copy_files(source, output / ORIGINAL_FILES)
+
+
+def hand_back_files(source: Path, output: Path) -> None:
+    """The files as they were, or where training has saved the model anew its tokenizer without `<image>`."""
+    if (source / ORIGINAL_FILES).is_dir():
+        copy_files(source / ORIGINAL_FILES, output)
+        return
+    copy_files(source, output)
+    if (output / "tokenizer.json").is_file():
+        remove_image_token(output / "tokenizer.json")
+    if (output / "tokenizer_config.json").is_file():
+        restore_tokenizer_config(output / "tokenizer_config.json")
+    (output / "added_tokens.json").unlink(missing_ok=True)  # tokenizer.json has them
+
+
+def copy_files(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in FILE_NAMES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def remove_image_token(path: Path) -> None:
+    """The original marks images by a number that is no token's: its tokenizer has no `<image>`."""
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != IMAGE_TOKEN]
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False))
+
+
+def restore_tokenizer_config(path: Path) -> None:
+    """transformers 5's spelling to that of 4.38."""
+    config = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only", "processor_class"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for key in ("additional_special_tokens",):
+        config[key] = [token for token in config.get(key, []) if token != IMAGE_TOKEN]
+    decoder = config.get("added_tokens_decoder", {})
+    for token_id in [i for i, token in decoder.items() if token["content"] == IMAGE_TOKEN]:
+        del decoder[token_id]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True))

@@ -1,0 +1,173 @@
+"""Merging an adapter tensor by tensor, against PEFT's merge of the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config
+
+from configuration_mgm import MGMConfig, tiny
+from merge_adapter import AdapterMerger
+from modeling_mgm import MGMForConditionalGeneration
+from utils import UserError
+
+
+LORA_TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj|o_proj)"
+
+
+def qwen2() -> MGMConfig:
+    """The preset `tiny` with a language model whose q, k and v have biases and whose head is its own."""
+    config = tiny()
+    text_config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    return MGMConfig(
+        text_config=text_config,
+        vision_config=config.vision_config,
+        vision_config_aux=config.vision_config_aux,
+        image_token_id=64,
+    )
+
+
+def base_model(config: MGMConfig, dtype: torch.dtype = torch.float32) -> MGMForConditionalGeneration:
+    torch.manual_seed(0)
+    return MGMForConditionalGeneration(config).to(dtype)
+
+
+def save_adapter(config: MGMConfig, folder: Path, dtype: torch.dtype = torch.float32, **lora) -> Path:
+    """An adapter as train.py writes it, all of its tensors random."""
+    settings = {"target_modules": LORA_TARGETS, "modules_to_save": ["multi_modal_projector", "patch_info_mining"]}
+    lora_config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **(settings | lora))
+    model = get_peft_model(base_model(config), lora_config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = (torch.randn(parameter.shape) / 10).to(dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merge_all(merger: AdapterMerger, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: merger.merge(k, v.clone()) if k in merger.changed else v for k, v in base.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["fp32", "bf16", "bf16 adapter"],
+)
+@pytest.mark.parametrize(
+    ("make_config", "lora"),
+    [
+        (tiny, {}),
+        (tiny, {"use_dora": True}),
+        (tiny, {"use_rslora": True}),
+        (tiny, {"target_modules": r".*\blanguage_model\..*\.(up_proj|k_proj)", "rank_pattern": {"up_proj": 2}}),
+        (qwen2, {"bias": "lora_only"}),
+        (qwen2, {"bias": "all"}),
+        (qwen2, {"modules_to_save": None}),
+    ],
+    ids=["plain", "DoRA", "rsLoRA", "other targets", "biases of its layers", "all biases", "no modules"],
+)
+def test_like_peft(tmp_path, dtype, adapter_dtype, make_config, lora):
+    """Every tensor with PEFT's `merge_and_unload` of the whole model, bit for bit, type included."""
+    config = make_config()
+    save_adapter(config, tmp_path, adapter_dtype, **lora)
+    base = dict(base_model(config, dtype).state_dict())
+    merger = AdapterMerger(config, tmp_path)
+    merged = merge_all(merger, base)
+
+    expected = PeftModel.from_pretrained(base_model(config, dtype), tmp_path).merge_and_unload().state_dict()
+    assert expected.keys() == merged.keys()
+    for name, tensor in expected.items():
+        assert merged[name].dtype == dtype and torch.equal(merged[name], tensor.to(dtype)), name
+    changed = {name for name in base if not torch.equal(base[name], merged[name])} - {"lm_head.weight"}
+    assert changed and changed <= merger.changed
+
+
+def test_a_tensor_can_be_merged_again(tmp_path):
+    """The second merge of the same layer with the first: nothing of the first stays behind."""
+    save_adapter(tiny(), tmp_path)
+    base = dict(base_model(tiny()).state_dict())
+    merger = AdapterMerger(tiny(), tmp_path)
+    first, second = merge_all(merger, base), merge_all(merger, base)
+    assert all(torch.equal(first[name], second[name]) for name in base)
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def without(word: str):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if word not in name}
+
+
+Q_PROJ = "base_model.model.model.language_model.layers.{}.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: {**tensors, Q_PROJ.format(9): torch.zeros(4, 128), "base_model.model.x": torch.zeros(1)},
+            r"2 tensors do not fit the model: unexpected .*layers\.9\..*; unexpected .*x",
+        ),
+        (without("layers.1.self_attn.q_proj"), r"2 tensors do not fit .*missing .*q_proj\.lora_A.*; missing .*lora_B"),
+        (without("linear_2.bias"), r"it lacks .*multi_modal_projector\.linear_2\.bias"),
+    ],
+    ids=["unexpected", "missing", "module"],
+)
+def test_tensors_that_do_not_fit_are_listed(tmp_path, change, message):
+    """An adapter with a tensor too many or too few: all of them are named."""
+    save_adapter(tiny(), tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        AdapterMerger(tiny(), tmp_path)
+
+
+def test_another_models_adapter(tmp_path):
+    """A language model of another width: the message names a tensor and both shapes."""
+    save_adapter(tiny(), tmp_path)
+    config = tiny()
+    config.text_config.hidden_size = 64
+    with pytest.raises(UserError, match=r"does not fit the model.*size mismatch.*\[4, 128\].*\[4, 64\]"):
+        AdapterMerger(config, tmp_path)
+
+
+def test_no_adapter(tmp_path):
+    with pytest.raises(UserError, match=r"--adapter .*: there is no adapter_config\.json in it"):
+        AdapterMerger(tiny(), tmp_path)
+
+
+def test_an_adapter_without_weights(tmp_path):
+    save_adapter(tiny(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--adapter .*: there is no adapter_model\.safetensors in it"):
+        AdapterMerger(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3", "feedforward_modules": []}, "it is a IA3 adapter"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+    ids=["IA3", "PiSSA"],
+)
+def test_adapters_of_other_kinds(tmp_path, change, message):
+    """Another method's adapter, and one that has changed the base's weights before training."""
+    save_adapter(tiny(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        AdapterMerger(tiny(), tmp_path)
+
+
+def test_lora_with_biases_of_its_own(tmp_path):
+    """LoRA's own biases are refused: of the base's layers not all have a bias to add them to."""
+    save_adapter(qwen2(), tmp_path, lora_bias=True)
+    with pytest.raises(UserError, match="lora_bias"):
+        AdapterMerger(qwen2(), tmp_path)
