@@ -1,0 +1,271 @@
+"""Predicts the peak memory of training from the code that trains, without weights and without a GPU.
+
+    trace = trace_training(TrainConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
+    trace.peak_bytes, trace.breakdown(), trace.phase_peaks(), trace.largest_tensors()
+
+The model is built by train.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
+data; train.training_step runs on them, and a Recorder (memory_record.py) notes what is allocated and released. Where
+CUDA's kernels allocate otherwise than the CPU's stands in memory_kernels.py.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, get_scheduler
+
+import train
+from memory_kernels import kernels_of, use_foreach
+from memory_record import PHASES, Allocation, Record, Recorder
+from processing_mgm import IGNORE_INDEX
+
+
+CATEGORIES = (
+    "weights", "trained", "gradients", "optimizer", "batch", "activations", "loss", "vision", "temporaries",
+    "communication",
+)  # fmt: skip
+LANGUAGE_MODULE, HEAD_MODULE = "language_model", "lm_head"
+
+
+@dataclass
+class Trace:
+    """The record of a steady-state window of training, and what can be said about it. All figures are bytes."""
+
+    record: Record
+
+    def timeline(self) -> list[int]:
+        """Bytes in use after each event."""
+        total, totals = 0, []
+        for nbytes, _ in self.record.events:
+            total += nbytes
+            totals.append(total)
+        return totals
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.timeline())
+
+    @property
+    def peak_index(self) -> int:
+        """The event with which the peak is reached."""
+        timeline = self.timeline()
+        return timeline.index(max(timeline))
+
+    def alive_at(self, index: int) -> list[Allocation]:
+        """What is in use after event `index`, in order of allocation."""
+        started = [allocation for nbytes, allocation in self.record.events[: index + 1] if nbytes >= 0]
+        return [allocation for allocation in started if allocation.end is None or allocation.end > index]
+
+    def breakdown(self) -> dict[str, int]:
+        """The bytes of each category at the peak; they add up to `peak_bytes`."""
+        sums = Counter({category: 0 for category in CATEGORIES})
+        for allocation in self.alive_at(self.peak_index):
+            sums[allocation.category] += allocation.nbytes
+        return dict(sums)
+
+    def phase_peaks(self) -> dict[str, int]:
+        """The most that was in use during each phase."""
+        peaks = dict.fromkeys(PHASES, 0)
+        starts = [*self.record.phase_starts, (len(self.record.events), "")]
+        timeline = self.timeline()
+        for (start, phase), (end, _) in zip(starts, starts[1:], strict=False):
+            in_use = timeline[max(start - 1, 0) : end]
+            peaks[phase] = max([peaks[phase], *in_use])
+        return peaks
+
+    def largest_tensors(self, count: int = 10) -> list[dict[str, object]]:
+        """The largest tensors alive at the peak, largest first."""
+        alive = sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)
+        keys = ("nbytes", "shape", "dtype", "category", "module", "op")
+        return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]
+
+
+def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_per_sample: int = 1) -> Trace:
+    """Trace the updates of a training run in its steady state on the worst case of a batch.
+
+    Args:
+        config: the flags of train.py; `dataset` and `output_dir` play no part.
+        device_type: what is predicted, `cuda` or `cpu`.
+        images_per_sample: of each row of the batch.
+
+    Raises:
+        TraceError: the step does something whose memory depends on data.
+        ValueError: the images take more positions than a row has.
+    """
+    config = copy.copy(config)
+    if config.mixed_precision == "fp16":
+        config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
+    fake_mode = FakeTensorMode()
+    with accelerator_for_tracing(config) as accelerator, kernels_of(device_type) as workspaces:
+        model = build_fake_model(config, fake_mode)
+        with fake_mode:
+            batch = worst_case_batch(model.config, config, images_per_sample)
+            recorder = Recorder(model, workspaces)
+            adopt(recorder, model, batch)
+            optimizer = train.build_optimizer(config, model)
+            if device_type == "cuda":
+                use_foreach(optimizer)
+            PhaseHooks(recorder, accelerator, model, optimizer)
+            # The model is where it belongs: fake parameters refuse to be moved.
+            prepared = accelerator.prepare(model, optimizer, device_placement=[False, True])
+            with recorder:
+                run_window(accelerator, *prepared, batch, config)
+    categorize(recorder.record)
+    return Trace(recorder.record)
+
+
+def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """Record what is there before the first step."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        allocation = recorder.allocated(tensor, "load")
+        allocation.module = name
+        allocation.category = "trained" if tensor.requires_grad else "weights"
+    for name, tensor in batch.items():
+        allocation = recorder.allocated(tensor, "load")
+        allocation.module, allocation.category = name, "batch"
+
+
+@contextmanager
+def accelerator_for_tracing(config: train.TrainConfig) -> Iterator[Accelerator]:
+    """An accelerator of one CPU process, whatever accelerator the caller has: their state is shared and is put back."""
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    saved = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield Accelerator(
+            cpu=True,
+            mixed_precision=config.mixed_precision,
+            # Gradients that wait for the next micro-batch are there from the second one on.
+            gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),
+        )
+    finally:
+        for state, before in zip(states, saved, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode) -> nn.Module:
+    """train.build_model's model, in training mode, of fake tensors on a CPU."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = train.build_model(config, is_deepspeed=False)
+    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
+    with fake_mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if tensor not in replaced:
+                            replaced[tensor] = _fake(tensor)
+                        tensors[name] = replaced[tensor]
+    return model.train()
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """Must run under a FakeTensorMode."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def worst_case_batch(
+    model_config: PreTrainedConfig, config: train.TrainConfig, images_per_sample: int
+) -> dict[str, torch.Tensor]:
+    """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
+
+    A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
+    lacks a token; a single row has no mask, because transformers leaves out one that hides nothing.
+    """
+    rows, length = config.per_device_train_batch_size, config.max_seq_len
+    image_length = images_per_sample * model_config.num_image_tokens
+    if image_length > length:
+        raise ValueError(f"{images_per_sample} images take {image_length} positions, but max_seq_len is {length}")
+    input_ids = torch.zeros(rows, length, dtype=torch.long)
+    input_ids[:, :image_length] = model_config.image_token_id
+    labels = input_ids.clone()
+    labels[:, :image_length] = IGNORE_INDEX
+    batch = {"input_ids": input_ids, "labels": labels}
+    batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
+    if rows > 1:
+        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        batch["attention_mask"][-1, -1] = 0
+    if images_per_sample:
+        for key, tower in (("pixel_values", "vision_config"), ("pixel_values_aux", "vision_config_aux")):
+            size = getattr(model_config, tower).image_size
+            batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
+    return batch
+
+
+def run_window(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    config: train.TrainConfig,
+) -> None:
+    """Two updates, with as many micro-batches each as the accelerator accumulates: the second one finds the
+    optimizer's state in place."""
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, 2)
+    num_items_in_batch = batch["labels"].numel()
+    for _ in range(2 * accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            train.training_step(
+                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+            )
+
+
+class PhaseHooks:
+    """Tells a recorder where training_step is, and which storages turn out to be gradients and optimizer state."""
+
+    def __init__(self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.recorder, self.optimizer = recorder, optimizer
+        model.register_forward_pre_hook(lambda *_: recorder.enter_phase("forward"))
+        backward = accelerator.backward
+
+        def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
+            recorder.enter_phase("backward")
+            backward(loss, **kwargs)
+            recorder.enter_phase("step")
+
+        accelerator.backward = backward_with_phase
+        for parameter in train.trained_parameters(model):
+            parameter.register_post_accumulate_grad_hook(self._mark_gradient)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _mark_gradient(self, parameter: torch.Tensor) -> None:
+        self.recorder.find(parameter.grad).category = "gradients"
+
+    def _before_step(self, *_: object) -> None:
+        self.recorder.counters_are_known = True
+
+    def _after_step(self, *_: object) -> None:
+        self.recorder.counters_are_known = False
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and (allocation := self.recorder.find(value)):
+                    allocation.category = "optimizer"
+
+
+def categorize(record: Record) -> None:
+    """Give each allocation without a category the one that its module and its life tell."""
+    for nbytes, allocation in record.events:
+        if nbytes >= 0 and allocation.category is None:
+            allocation.category = _category(allocation)
+
+
+def _category(allocation: Allocation) -> str:
+    parts = allocation.module.split(".")
+    if allocation.phase == "step":
+        return "temporaries"
+    if LANGUAGE_MODULE in parts:
+        return "activations" if allocation.saved_for_backward else "temporaries"
+    # What wraps the model has no work of its own: the model itself computes the loss, its inner model joins the parts.
+    is_inner_model = parts[-2:] == ["model", "model"] or parts == ["model"]
+    return "loss" if HEAD_MODULE in parts or not (is_inner_model or len(parts) > 3) else "vision"
