@@ -123,6 +123,7 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.modules.__exit__(*error)
+        self._live.clear()  # what is released from now on is none of the record's business
 
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

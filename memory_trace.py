@@ -103,7 +103,7 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     fake_mode = FakeTensorMode()
-    with accelerator_for_tracing(config) as accelerator, kernels_of(device_type) as workspaces:
+    with probe_accelerator(config) as accelerator, kernels_of(device_type) as workspaces:
         model = build_fake_model(config, fake_mode)
         with fake_mode:
             batch = worst_case_batch(model.config, config, images_per_sample)
@@ -113,10 +113,8 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            # The model is where it belongs: fake parameters refuse to be moved.
-            prepared = accelerator.prepare(model, optimizer, device_placement=[False, True])
             with recorder:
-                run_window(accelerator, *prepared, batch, config)
+                run_window(accelerator, model, optimizer, batch, config)
     categorize(recorder.record)
     return Trace(recorder.record)
 
@@ -133,7 +131,7 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) 
 
 
 @contextmanager
-def accelerator_for_tracing(config: train.TrainConfig) -> Iterator[Accelerator]:
+def probe_accelerator(config: train.TrainConfig) -> Iterator[Accelerator]:
     """An accelerator of one CPU process, whatever accelerator the caller has: their state is shared and is put back."""
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved = [dict(state) for state in states]
@@ -211,6 +209,8 @@ def run_window(
 ) -> None:
     """Two updates, with as many micro-batches each as the accelerator accumulates: the second one finds the
     optimizer's state in place."""
+    # The model is where it belongs: fake parameters refuse to be moved.
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, 2)
     num_items_in_batch = batch["labels"].numel()
     for _ in range(2 * accelerator.gradient_accumulation_steps):
