@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,7 +115,9 @@ class Recorder(TorchDispatchMode):
         self.modules = ModuleTracker(model)
         self.phase = PHASES[0]
         self.counters_are_known = False
-        self._live: dict[weakref.ref, Allocation] = {}
+        self._live: dict[int, Allocation] = {}  # by the address of the storage
+        self._references: dict[int, weakref.ref] = {}
+        self._addend = self._sum = 0
 
     def __enter__(self) -> "Recorder":
         self.modules.__enter__()
@@ -123,10 +126,11 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.modules.__exit__(*error)
-        self._live.clear()  # what is released from now on is none of the record's business
+        self._references.clear()  # what is released from now on is none of the record's business
 
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        self._addend = self._sum = 0
         if self.counters_are_known and func is torch.ops.aten._local_scalar_dense.default:
             return 1.0
         try:
@@ -137,33 +141,30 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self.allocated(leaf, str(func))
+        if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
+            self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
         if workspace is not None and (nbytes := workspace(args, kwargs, output)):
-            self._add_temporary(nbytes, str(func))
+            self._end(self._begin(nbytes, (nbytes,), "torch.uint8", str(func)))
         return output
 
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
         """The allocation behind a tensor; a new one when its storage was not known yet."""
         storage = tensor.untyped_storage()
-        key = weakref.ref(storage, self._released)
-        allocation = self._live.get(key)
-        if allocation is not None and allocation.nbytes != storage.nbytes():  # resized in place
+        key = storage._cdata
+        if key in self._live and self._live[key].nbytes != storage.nbytes():  # resized in place
             self._released(key)
-            allocation = None
-        if allocation is None:
-            allocation = self._begin(storage.nbytes(), tuple(tensor.shape), str(tensor.dtype), op)
-            self._live[key] = allocation
-        return allocation
+        if key not in self._live:
+            self._live[key] = self._begin(storage.nbytes(), tuple(tensor.shape), str(tensor.dtype), op)
+            self._references[key] = weakref.ref(storage, lambda _: self._released(key))
+        return self._live[key]
+
+    def find(self, tensor: torch.Tensor) -> Allocation | None:
+        return self._live.get(tensor.untyped_storage()._cdata)
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.record.phase_starts.append((len(self.record.events), phase))
-
-    def find(self, tensor: torch.Tensor) -> Allocation | None:
-        return self._live.get(weakref.ref(tensor.untyped_storage()))
-
-    def _add_temporary(self, nbytes: int, op: str) -> None:
-        self._end(self._begin(nbytes, (nbytes,), "torch.uint8", op))
 
     def _begin(self, nbytes: int, shape: tuple[int, ...], dtype: str, op: str) -> Allocation:
         path, is_forward = self.modules.current()
@@ -179,6 +180,25 @@ class Recorder(TorchDispatchMode):
         allocation.saved_for_backward = allocation.made_in_forward and in_backward
         self.record.events.append((-allocation.nbytes, allocation))
 
-    def _released(self, key: weakref.ref) -> None:
-        if (allocation := self._live.pop(key, None)) is not None:
+    def _released(self, key: int) -> None:
+        self._references.pop(key, None)
+        allocation = self._live.pop(key, None)
+        if allocation is not None and not self._becomes_sum(key, allocation):
             self._end(allocation)
+
+    def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
+        """Autograd adds a gradient to one that waits for it in place, if nothing else holds the waiting one - except
+        for fake tensors, as for all subclasses. Such an addend is released as soon as the sum is made."""
+        same_form = addend.shape == total.shape and addend.dtype == total.dtype
+        if isinstance(addend, FakeTensor) and same_form and is_non_overlapping_and_dense_or_false(addend):
+            self._addend, self._sum = addend.untyped_storage()._cdata, total.untyped_storage()._cdata
+
+    def _becomes_sum(self, key: int, addend: Allocation) -> bool:
+        """Whether what was released is such an addend. Its allocation then goes on as the sum's."""
+        if self._addend != key or self._sum not in self._live:
+            return False
+        total = self._live[self._sum]
+        self.record.events[total.start] = (0, total)  # as if it had never been made
+        total.nbytes, total.end = 0, total.start
+        self._live[self._sum] = addend
+        return True

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, get_scheduler
+from transformers import PreTrainedConfig, get_scheduler, masking_utils
 
 import train
 from memory_kernels import kernels_of, use_foreach
@@ -113,7 +114,7 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            with recorder:
+            with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
                 run_window(accelerator, model, optimizer, batch, config)
     categorize(recorder.record)
     return Trace(recorder.record)
@@ -178,7 +179,7 @@ def worst_case_batch(
     """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
 
     A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
-    lacks a token; a single row has no mask, because transformers leaves out one that hides nothing.
+    lacks a token.
     """
     rows, length = config.per_device_train_batch_size, config.max_seq_len
     image_length = images_per_sample * model_config.num_image_tokens
@@ -190,14 +191,25 @@ def worst_case_batch(
     labels[:, :image_length] = IGNORE_INDEX
     batch = {"input_ids": input_ids, "labels": labels}
     batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
+    batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     if rows > 1:
-        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
         batch["attention_mask"][-1, -1] = 0
     if images_per_sample:
         for key, tower in (("pixel_values", "vision_config"), ("pixel_values_aux", "vision_config_aux")):
             size = getattr(model_config, tower).image_size
             batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
     return batch
+
+
+@contextmanager
+def known_mask(is_full: bool) -> Iterator[None]:
+    """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
+    tensors lack, and then makes the mask in any case; so it is told what worst_case_batch has done."""
+    with (
+        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        patch.object(masking_utils, "fast_all", lambda mask: is_full),
+    ):
+        yield
 
 
 def run_window(
