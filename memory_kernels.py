@@ -26,7 +26,7 @@ CUDA_AUTOCAST_TO_FP32 = (
 # These widen while they add up: no copy of their input is made.
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "prod")
 # cuBLAS keeps one workspace for each handle, 4 MiB x 2 + 16 KiB x 8 (docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG
-# ":4096:2:16:8"), from the first matrix product on. 
+# ":4096:2:16:8"), from the first matrix product on.
 CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 
 

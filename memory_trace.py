@@ -235,7 +235,9 @@ def run_window(
 class PhaseHooks:
     """Tells a recorder where training_step is, and which storages turn out to be gradients and optimizer state."""
 
-    def __init__(self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ):
         self.recorder, self.optimizer = recorder, optimizer
         model.register_forward_pre_hook(lambda *_: recorder.enter_phase("forward"))
         backward = accelerator.backward
