@@ -25,13 +25,13 @@ CUDA_AUTOCAST_TO_FP32 = (
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "prod")
-# cuBLAS keeps one workspace for each handle, 4 MiB x 2 + 16 KiB x 8 (docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG
-# ":4096:2:16:8"), from the first matrix product on.
+# PyTorch gives cuBLAS a workspace at the first matrix product and keeps it: 2 of 4096 KiB and 8 of 16 KiB
+# (CUBLAS_WORKSPACE_CONFIG ":4096:2:16:8", aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB on Hopper).
 CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
 def _flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
-    """The sum of dq in fp32, and dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
+    """The sum of dq in fp32; dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
     _, query, key, *_ = args
     rows, heads, length, head_dim = query.shape
     padded_length, padded_dim = -(-length // 128) * 128, -(-head_dim // 32) * 32

@@ -187,9 +187,10 @@ class Recorder(TorchDispatchMode):
             self._end(allocation)
 
     def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
-        """Autograd adds a gradient to one that waits for it in place, if nothing else holds the waiting one - except
-        for fake tensors, as for all subclasses. Such an addend is released as soon as the sum is made."""
-        same_form = addend.shape == total.shape and addend.dtype == total.dtype
+        """Autograd adds a gradient to one that waits for it in place, if nothing else holds the waiting one (a view is
+        held by its base; torch/csrc/autograd/input_buffer.cpp) - except for fake tensors, as for all subclasses. Such
+        an addend is released as soon as the sum is made."""
+        same_form = addend.shape == total.shape and addend.dtype == total.dtype and not addend._is_view()
         if isinstance(addend, FakeTensor) and same_form and is_non_overlapping_and_dense_or_false(addend):
             self._addend, self._sum = addend.untyped_storage()._cdata, total.untyped_storage()._cdata
 

@@ -133,7 +133,7 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) 
 
 @contextmanager
 def probe_accelerator(config: train.TrainConfig) -> Iterator[Accelerator]:
-    """An accelerator of one CPU process, whatever accelerator the caller has: their state is shared and is put back."""
+    """An accelerator of one CPU process. Accelerators share their state; the caller's is put back in the end."""
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved = [dict(state) for state in states]
     for state in states:
