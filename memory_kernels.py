@@ -53,25 +53,25 @@ def _cpu_convolution(args: tuple, kwargs: dict, output: Any) -> int:
     return args[1].untyped_storage().nbytes()
 
 
-def _cpu_flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
-    return args[1].numel() * args[1].element_size()
-
-
-CPU_WORKSPACES: dict[str, Workspace] = {
-    "convolution": _cpu_convolution,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_flash_backward,
+WORKSPACES: dict[str, dict[str, Workspace]] = {
+    "cpu": {"convolution": _cpu_convolution},
+    "cuda": {
+        "_scaled_dot_product_flash_attention_backward": _flash_backward,
+        "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    },
 }
-CUDA_WORKSPACES: dict[str, Workspace] = {
-    "_scaled_dot_product_flash_attention_backward": _flash_backward,
-    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+# Workspaces that stay, by name. One cuBLAS handle is that of the thread that runs forward, one autograd's.
+KEPT_WORKSPACES: dict[str, dict[str, int]] = {
+    "cpu": {},
+    "cuda": {"cuBLAS, forward": CUBLAS_WORKSPACE_BYTES, "cuBLAS, backward": CUBLAS_WORKSPACE_BYTES},
 }
 
 
 @contextmanager
-def kernels_of(device_type: str) -> Iterator[dict[str, Workspace]]:
-    """Let CPU tensors take the device type's operators; yields its workspaces by operator."""
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Let CPU tensors take the device type's operators."""
     if device_type == "cpu":
-        yield CPU_WORKSPACES
+        yield
         return
     library = torch.library.Library("aten", "IMPL")
     try:
@@ -80,7 +80,7 @@ def kernels_of(device_type: str) -> Iterator[dict[str, Workspace]]:
                 library.impl(name, wrapper(_overload(name)), "AutocastCPU")
         library.impl("dropout", _cuda_dropout, "AutogradCPU")
         library.impl("scaled_dot_product_attention", _cuda_attention, "AutogradCPU")
-        yield CUDA_WORKSPACES
+        yield
     finally:
         library._destroy()
 

@@ -13,7 +13,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from memory_trace import probe_accelerator, run_window, worst_case_batch
+from memory_window import probe_accelerator, run_window, worst_case_batch
 
 
 @dataclass

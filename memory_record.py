@@ -159,6 +159,10 @@ class Recorder(TorchDispatchMode):
             self._references[key] = weakref.ref(storage, lambda _: self._released(key))
         return self._live[key]
 
+    def reserve(self, nbytes: int, op: str) -> Allocation:
+        """Bytes that no tensor holds and that are never released."""
+        return self._begin(nbytes, (nbytes,), "uint8", op)
+
     def find(self, tensor: torch.Tensor) -> Allocation | None:
         return self._live.get(tensor.untyped_storage()._cdata)
 

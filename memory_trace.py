@@ -11,28 +11,27 @@ CUDA's kernels allocate otherwise than the CPU's stands in memory_kernels.py.
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, get_scheduler, masking_utils
+from transformers import masking_utils
 
 import train
-from memory_kernels import kernels_of, use_foreach
+from memory_kernels import KEPT_WORKSPACES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
-from processing_mgm import IGNORE_INDEX
+from memory_window import probe_accelerator, run_window, worst_case_batch
 
 
 CATEGORIES = (
     "weights", "trained", "gradients", "optimizer", "batch", "activations", "loss", "vision", "temporaries",
     "communication",
 )  # fmt: skip
-LANGUAGE_MODULE, HEAD_MODULE = "language_model", "lm_head"
+LANGUAGE_MODULE = "language_model"
 
 
 @dataclass
@@ -104,24 +103,27 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     fake_mode = FakeTensorMode()
-    with probe_accelerator(config) as accelerator, kernels_of(device_type) as workspaces:
+    with probe_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
-        with fake_mode:
+        recorder = Recorder(model, WORKSPACES[device_type])
+        with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
             batch = worst_case_batch(model.config, config, images_per_sample)
-            recorder = Recorder(model, workspaces)
-            adopt(recorder, model, batch)
+            adopt(recorder, model, batch, KEPT_WORKSPACES[device_type])
             optimizer = train.build_optimizer(config, model)
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
             with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
                 run_window(accelerator, model, optimizer, batch, config)
-    categorize(recorder.record)
+    categorize(recorder.record, model)
     return Trace(recorder.record)
 
 
-def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def adopt(
+    recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], kept_workspaces: dict[str, int]
+) -> None:
     """Record what is there before the first step."""
+    recorder.enter_phase("load")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         allocation = recorder.allocated(tensor, "load")
         allocation.module = name
@@ -129,26 +131,8 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) 
     for name, tensor in batch.items():
         allocation = recorder.allocated(tensor, "load")
         allocation.module, allocation.category = name, "batch"
-
-
-@contextmanager
-def probe_accelerator(config: train.TrainConfig) -> Iterator[Accelerator]:
-    """An accelerator of one CPU process. Accelerators share their state; the caller's is put back in the end."""
-    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
-    saved = [dict(state) for state in states]
-    for state in states:
-        state.clear()
-    try:
-        yield Accelerator(
-            cpu=True,
-            mixed_precision=config.mixed_precision,
-            # Gradients that wait for the next micro-batch are there from the second one on.
-            gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),
-        )
-    finally:
-        for state, before in zip(states, saved, strict=True):
-            state.clear()
-            state.update(before)
+    for name, nbytes in kept_workspaces.items():
+        recorder.reserve(nbytes, name)
 
 
 def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode) -> nn.Module:
@@ -173,34 +157,6 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def worst_case_batch(
-    model_config: PreTrainedConfig, config: train.TrainConfig, images_per_sample: int
-) -> dict[str, torch.Tensor]:
-    """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
-
-    A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
-    lacks a token.
-    """
-    rows, length = config.per_device_train_batch_size, config.max_seq_len
-    image_length = images_per_sample * model_config.num_image_tokens
-    if image_length > length:
-        raise ValueError(f"{images_per_sample} images take {image_length} positions, but max_seq_len is {length}")
-    input_ids = torch.zeros(rows, length, dtype=torch.long)
-    input_ids[:, :image_length] = model_config.image_token_id
-    labels = input_ids.clone()
-    labels[:, :image_length] = IGNORE_INDEX
-    batch = {"input_ids": input_ids, "labels": labels}
-    batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
-    batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
-    if rows > 1:
-        batch["attention_mask"][-1, -1] = 0
-    if images_per_sample:
-        for key, tower in (("pixel_values", "vision_config"), ("pixel_values_aux", "vision_config_aux")):
-            size = getattr(model_config, tower).image_size
-            batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
-    return batch
-
-
 @contextmanager
 def known_mask(is_full: bool) -> Iterator[None]:
     """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
@@ -210,26 +166,6 @@ def known_mask(is_full: bool) -> Iterator[None]:
         patch.object(masking_utils, "fast_all", lambda mask: is_full),
     ):
         yield
-
-
-def run_window(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, torch.Tensor],
-    config: train.TrainConfig,
-) -> None:
-    """Two updates, with as many micro-batches each as the accelerator accumulates: the second one finds the
-    optimizer's state in place."""
-    # The model is where it belongs: fake parameters refuse to be moved.
-    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, 2)
-    num_items_in_batch = batch["labels"].numel()
-    for _ in range(2 * accelerator.gradient_accumulation_steps):
-        with accelerator.accumulate(model):
-            train.training_step(
-                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
-            )
 
 
 class PhaseHooks:
@@ -267,19 +203,35 @@ class PhaseHooks:
                     allocation.category = "optimizer"
 
 
-def categorize(record: Record) -> None:
+@contextmanager
+def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
+    """Checkpointing keeps the random state of each region, made where a dispatch mode does not see it. It is in the
+    host's memory; a GPU's peak does not have it."""
+    get_rng_state = torch.get_rng_state
+
+    def get_and_record() -> torch.Tensor:
+        state = get_rng_state()
+        recorder.allocated(state, "get_rng_state")
+        return state
+
+    with patch.object(torch, "get_rng_state", get_and_record) if device_type == "cpu" else nullcontext():
+        yield
+
+
+def categorize(record: Record, model: nn.Module) -> None:
     """Give each allocation without a category the one that its module and its life tell."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == LANGUAGE_MODULE]
+    joint = paths[0].rpartition(".")[0] if paths else None
     for nbytes, allocation in record.events:
         if nbytes >= 0 and allocation.category is None:
-            allocation.category = _category(allocation)
+            allocation.category = _category(allocation, joint)
 
 
-def _category(allocation: Allocation) -> str:
-    parts = allocation.module.split(".")
-    if allocation.phase == "step":
+def _category(allocation: Allocation, joint: str | None) -> str:
+    """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
+    if allocation.phase in ("load", "step"):
         return "temporaries"
-    if LANGUAGE_MODULE in parts:
+    if LANGUAGE_MODULE in allocation.module.split("."):
         return "activations" if allocation.saved_for_backward else "temporaries"
-    # What wraps the model has no work of its own: the model itself computes the loss, its inner model joins the parts.
-    is_inner_model = parts[-2:] == ["model", "model"] or parts == ["model"]
-    return "loss" if HEAD_MODULE in parts or not (is_inner_model or len(parts) > 3) else "vision"
+    in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
+    return "vision" if in_joint else "loss"
