@@ -17,14 +17,14 @@ from memory_record import Workspace
 
 aten = torch.ops.aten
 
-# CUDA's autocast computes these in fp32, the CPU's in the dtype of their inputs
+# CUDA's autocast computes these in fp32, the CPU's in the dtype of their inputs; others do so on both
 # (docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32").
 CUDA_AUTOCAST_TO_FP32 = (
     "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "rsqrt", "reciprocal", "exp", "log",
-    "softplus", "nll_loss", "cosine_similarity", "softmax.int", "log_softmax.int",
+    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int",
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
-CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "prod")
+CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
 # PyTorch gives cuBLAS a workspace at the first matrix product and keeps it: 2 of 4096 KiB and 8 of 16 KiB
 # (CUBLAS_WORKSPACE_CONFIG ":4096:2:16:8", aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB on Hopper).
 CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
@@ -48,13 +48,8 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
-def _cpu_convolution(args: tuple, kwargs: dict, output: Any) -> int:
-    """oneDNN takes a contiguous copy of the weight."""
-    return args[1].untyped_storage().nbytes()
-
-
 WORKSPACES: dict[str, dict[str, Workspace]] = {
-    "cpu": {"convolution": _cpu_convolution},
+    "cpu": {},  # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
     "cuda": {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,

@@ -29,10 +29,10 @@ def measure_training(config: train.TrainConfig, images_per_sample: int = 1) -> M
     """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_measure_on_cpu, config, images_per_sample).result()
+        return pool.submit(measure_on_cpu, config, images_per_sample).result()
 
 
-def _measure_on_cpu(config: train.TrainConfig, images_per_sample: int) -> Measurement:
+def measure_on_cpu(config: train.TrainConfig, images_per_sample: int) -> Measurement:
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
         optimizer = train.build_optimizer(config, model)
@@ -41,7 +41,7 @@ def _measure_on_cpu(config: train.TrainConfig, images_per_sample: int) -> Measur
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run_window(accelerator, model, optimizer, batch, config)
-    baseline_bytes, events = sum(storages.values()), _memory_events(profiler)
+    baseline_bytes, events = sum(storages.values()), memory_events(profiler)
     total = peak = baseline_bytes
     for nbytes in events:
         total += nbytes
@@ -49,7 +49,7 @@ def _measure_on_cpu(config: train.TrainConfig, images_per_sample: int) -> Measur
     return Measurement(peak, baseline_bytes, events)
 
 
-def _memory_events(profiler: profile) -> list[int]:
+def memory_events(profiler: profile) -> list[int]:
     """The allocator's events in the order of time. The profiler hangs them on the operators that made them."""
     pending = list(profiler.profiler.kineto_results.experimental_event_tree())
     found = []
