@@ -1,0 +1,237 @@
+"""Predicts the peak memory of training from the code that trains, without weights and without a GPU.
+
+    trace = trace_training(TrainConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
+    trace.peak_bytes, trace.breakdown(), trace.phase_peaks(), trace.largest_tensors()
+
+The model is built by train.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
+data; train.training_step runs on them, and a Recorder (memory_record.py) notes what is allocated and released. Where
+CUDA's kernels allocate otherwise than the CPU's stands in memory_kernels.py.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
+
+import train
+from memory_kernels import KEPT_WORKSPACES, WORKSPACES, kernels_of, use_foreach
+from memory_record import PHASES, Allocation, Record, Recorder
+from memory_window import probe_accelerator, run_window, worst_case_batch
+
+
+CATEGORIES = (
+    "weights", "trained", "gradients", "optimizer", "batch", "activations", "loss", "vision", "temporaries",
+    "communication",
+)  # fmt: skip
+LANGUAGE_MODULE = "language_model"
+
+
+@dataclass
+class Trace:
+    """The record of a steady-state window of training, and what can be said about it. All figures are bytes."""
+
+    record: Record
+
+    def timeline(self) -> list[int]:
+        """Bytes in use after each event."""
+        total, totals = 0, []
+        for nbytes, _ in self.record.events:
+            total += nbytes
+            totals.append(total)
+        return totals
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.timeline())
+
+    @property
+    def peak_index(self) -> int:
+        """The event with which the peak is reached."""
+        timeline = self.timeline()
+        return timeline.index(max(timeline))
+
+    def alive_at(self, index: int) -> list[Allocation]:
+        """What is in use after event `index`, in order of allocation."""
+        started = [allocation for nbytes, allocation in self.record.events[: index + 1] if nbytes >= 0]
+        return [allocation for allocation in started if allocation.end is None or allocation.end > index]
+
+    def breakdown(self) -> dict[str, int]:
+        """The bytes of each category at the peak; they add up to `peak_bytes`."""
+        sums = Counter({category: 0 for category in CATEGORIES})
+        for allocation in self.alive_at(self.peak_index):
+            sums[allocation.category] += allocation.nbytes
+        return dict(sums)
+
+    def phase_peaks(self) -> dict[str, int]:
+        """The most that was in use during each phase."""
+        peaks = dict.fromkeys(PHASES, 0)
+        starts = [*self.record.phase_starts, (len(self.record.events), "")]
+        timeline = self.timeline()
+        for (start, phase), (end, _) in zip(starts, starts[1:], strict=False):
+            in_use = timeline[max(start - 1, 0) : end]
+            peaks[phase] = max([peaks[phase], *in_use])
+        return peaks
+
+    def largest_tensors(self, count: int = 10) -> list[dict[str, object]]:
+        """The largest tensors alive at the peak, largest first."""
+        alive = sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)
+        keys = ("nbytes", "shape", "dtype", "category", "module", "op")
+        return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]
+
+
+def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_per_sample: int = 1) -> Trace:
+    """Trace the updates of a training run in its steady state on the worst case of a batch.
+
+    Args:
+        config: the flags of train.py; `dataset` and `output_dir` play no part.
+        device_type: what is predicted, `cuda` or `cpu`.
+        images_per_sample: of each row of the batch.
+
+    Raises:
+        TraceError: the step does something whose memory depends on data.
+        ValueError: the images take more positions than a row has.
+    """
+    config = copy.copy(config)
+    if config.mixed_precision == "fp16":
+        config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
+    fake_mode = FakeTensorMode()
+    with probe_accelerator(config) as accelerator:
+        model = build_fake_model(config, fake_mode)
+        recorder = Recorder(model, WORKSPACES[device_type])
+        with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
+            batch = worst_case_batch(model.config, config, images_per_sample)
+            adopt(recorder, model, batch, KEPT_WORKSPACES[device_type])
+            optimizer = train.build_optimizer(config, model)
+            if device_type == "cuda":
+                use_foreach(optimizer)
+            PhaseHooks(recorder, accelerator, model, optimizer)
+            with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+                run_window(accelerator, model, optimizer, batch, config)
+    categorize(recorder.record, model)
+    return Trace(recorder.record)
+
+
+def adopt(
+    recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], kept_workspaces: dict[str, int]
+) -> None:
+    """Record what is there before the first step."""
+    recorder.enter_phase("load")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        allocation = recorder.allocated(tensor, "load")
+        allocation.module = name
+        allocation.category = "trained" if tensor.requires_grad else "weights"
+    for name, tensor in batch.items():
+        allocation = recorder.allocated(tensor, "load")
+        allocation.module, allocation.category = name, "batch"
+    for name, nbytes in kept_workspaces.items():
+        recorder.reserve(nbytes, name)
+
+
+def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode) -> nn.Module:
+    """train.build_model's model, in training mode, of fake tensors on a CPU."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = train.build_model(config, is_deepspeed=False)
+    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
+    with fake_mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if tensor not in replaced:
+                            replaced[tensor] = _fake(tensor)
+                        tensors[name] = replaced[tensor]
+    return model.train()
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """Must run under a FakeTensorMode."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+@contextmanager
+def known_mask(is_full: bool) -> Iterator[None]:
+    """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
+    tensors lack, and then makes the mask in any case; so it is told what worst_case_batch has done."""
+    with (
+        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        patch.object(masking_utils, "fast_all", lambda mask: is_full),
+    ):
+        yield
+
+
+class PhaseHooks:
+    """Tells a recorder where training_step is, and which storages turn out to be gradients and optimizer state."""
+
+    def __init__(
+        self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ):
+        self.recorder, self.optimizer = recorder, optimizer
+        model.register_forward_pre_hook(lambda *_: recorder.enter_phase("forward"))
+        backward = accelerator.backward
+
+        def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
+            recorder.enter_phase("backward")
+            backward(loss, **kwargs)
+            recorder.enter_phase("step")
+
+        accelerator.backward = backward_with_phase
+        for parameter in train.trained_parameters(model):
+            parameter.register_post_accumulate_grad_hook(self._mark_gradient)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _mark_gradient(self, parameter: torch.Tensor) -> None:
+        self.recorder.find(parameter.grad).category = "gradients"
+
+    def _before_step(self, *_: object) -> None:
+        self.recorder.counters_are_known = True
+
+    def _after_step(self, *_: object) -> None:
+        self.recorder.counters_are_known = False
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and (allocation := self.recorder.find(value)):
+                    allocation.category = "optimizer"
+
+
+@contextmanager
+def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
+    """Checkpointing keeps the random state of each region, made where a dispatch mode does not see it. It is in the
+    host's memory; a GPU's peak does not have it."""
+    get_rng_state = torch.get_rng_state
+
+    def get_and_record() -> torch.Tensor:
+        state = get_rng_state()
+        recorder.allocated(state, "get_rng_state")
+        return state
+
+    with patch.object(torch, "get_rng_state", get_and_record) if device_type == "cpu" else nullcontext():
+        yield
+
+
+def categorize(record: Record, model: nn.Module) -> None:
+    """Give each allocation without a category the one that its module and its life tell."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == LANGUAGE_MODULE]
+    joint = paths[0].rpartition(".")[0] if paths else None
+    for nbytes, allocation in record.events:
+        if nbytes >= 0 and allocation.category is None:
+            allocation.category = _category(allocation, joint)
+
+
+def _category(allocation: Allocation, joint: str | None) -> str:
+    """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
+    if allocation.phase in ("load", "step"):
+        return "temporaries"
+    if LANGUAGE_MODULE in allocation.module.split("."):
+        return "activations" if allocation.saved_for_backward else "temporaries"
+    in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
+    return "vision" if in_joint else "loss"

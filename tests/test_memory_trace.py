@@ -1,0 +1,294 @@
+"""The prediction against the real allocator on the CPU, against sums worked out by hand, and its parts one by one."""
+
+import functools
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from memory_allocator import replay_events
+from memory_kernels import CUBLAS_WORKSPACE_BYTES, WORKSPACES, kernels_of
+from memory_measure import measure_on_cpu, measure_training, memory_events
+from memory_record import Recorder, TraceError
+from memory_trace import Trace, trace_training
+from train import TrainConfig
+
+
+TINY_LORA = {"q_proj": 128 + 128, "v_proj": 128 + 32, "o_proj": 128 + 128}  # inputs + outputs, for each unit of rank
+
+
+def tiny_config(**flags: object) -> TrainConfig:
+    defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
+    return TrainConfig(output_dir="none", **(defaults | {"lora_r": 8} | flags))
+
+
+@functools.cache
+def traced(device_type: str, **flags: object) -> Trace:
+    """The trace of a tiny run with one image a row. Tests only read it, so that they can share it."""
+    return trace_training(tiny_config(**flags), device_type)
+
+
+def started(trace: Trace, **attributes: object) -> list:
+    """The allocations of a trace whose attributes have these values."""
+    allocations = [allocation for nbytes, allocation in trace.record.events if nbytes > 0]
+    return [a for a in allocations if all(getattr(a, key) == value for key, value in attributes.items())]
+
+
+def test_prediction_is_what_the_allocator_does() -> None:
+    """LoRA, checkpointing, sdpa, two rows with an image each: within 0.01 % of the profiler's memory events."""
+    config = tiny_config(per_device_train_batch_size=2)
+    measured_bytes = measure_on_cpu(config, images_per_sample=1).peak_bytes
+    assert trace_training(config, "cpu").peak_bytes == pytest.approx(measured_bytes, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("images", "flags"),
+    [
+        (0, {"gradient_checkpointing": False, "per_device_train_batch_size": 3}),
+        (2, {"attn_implementation": "eager", "max_seq_len": 100}),
+        (1, {"lora_r": 0, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
+        (1, {"lora_r": 0, "gradient_checkpointing": False, "attn_implementation": "eager", "max_seq_len": 300}),
+        (1, {"gradient_checkpointing": False, "max_seq_len": 400, "lora_dropout": 0.0}),
+    ],
+)
+def test_prediction_of_every_kind_of_run(images: int, flags: dict) -> None:
+    """No images and several, eager attention, full fine-tuning, accumulation: within 0.02 % of a fresh process."""
+    config = tiny_config(**flags)
+    measured_bytes = measure_training(config, images).peak_bytes
+    assert trace_training(config, "cpu", images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
+
+
+def test_breakdown_adds_up_and_holds_what_is_known() -> None:
+    """By hand, in bytes of fp32: trained = 4 layers x LoRA of rank 8 + projector and mining; AdamW keeps two moments
+    of it and a step count of 4 bytes a tensor; the categories add up to the peak."""
+    trace = traced("cpu")
+    lora = 4 * 8 * sum(TINY_LORA.values())
+    projector = 64 * 128 + 128 + 128 * 128 + 128
+    mining = (2 * 64 + 64 * 64 + 64) + 2 * (2 * 208 + 208 * 64 + 64)
+    breakdown = trace.breakdown()
+    assert breakdown["trained"] == 4 * (lora + projector + mining)
+    num_tensors = 4 * 3 * 2 + 4 + 3 * 4
+    assert breakdown["optimizer"] == 2 * breakdown["trained"] + 4 * num_tensors
+    assert sum(breakdown.values()) == trace.peak_bytes == max(trace.phase_peaks().values())
+    assert sum(tensor["nbytes"] for tensor in trace.largest_tensors(10**6)) == trace.peak_bytes
+
+
+def test_gradients_and_state_are_found() -> None:
+    """Full fine-tuning: the gradients of each of two updates are as many bytes as the trained parameters; the peak of
+    the step is all that is trained four times, weights and batch, and what a CPU's AdamW needs for one tensor."""
+    trace = traced("cpu", lora_r=0)
+    sums = {
+        category: sum(a.nbytes for a in started(trace, category=category))
+        for category in ("trained", "weights", "gradients", "optimizer", "batch")
+    }
+    assert sums["gradients"] == 2 * sums["trained"]
+    resident = 2 * sums["trained"] + sums["weights"] + sums["optimizer"] + sums["batch"]
+    assert resident < trace.phase_peaks()["step"] < resident + 4 * 512 * 128 * 4  # the largest is the embedding
+
+
+def test_cuda_steps_all_parameters_at_once() -> None:
+    """The foreach optimizer of a GPU has temporaries of the size of everything trained, a CPU's of one tensor."""
+    temporary_bytes = {}
+    for device_type in ("cpu", "cuda"):
+        trace = traced(device_type, lora_r=0)
+        trained = sum(a.nbytes for a in started(trace, category="trained"))
+        in_step = [a.phase == "step" and a.category == "temporaries" for _, a in trace.record.events]
+        sizes = [nbytes for (nbytes, _), counts in zip(trace.record.events, in_step, strict=True) if counts]
+        temporary_bytes[device_type] = max(itertools.accumulate(sizes))
+    assert temporary_bytes["cpu"] < 0.5 * trained <= trained <= temporary_bytes["cuda"]
+
+
+def test_backward_and_recomputation_are_attributed_to_modules() -> None:
+    """A weight's gradient comes from that weight's module, and a recomputed activation from the recomputed one."""
+    trace = traced("cpu", lora_r=0)
+    gradients = {a.module for a in started(trace, category="gradients")}
+    # Embedding and head are one parameter: the head's share is there first, the embedding makes the sum.
+    assert {"model.language_model.embed_tokens", "model.language_model.layers.2.mlp.down_proj"} <= gradients
+    assert started(trace, phase="backward", op="aten.mm.default", module="lm_head", shape=(512, 128))
+    recomputed = started(trace, phase="backward", op="aten.gelu.default")
+    assert {f"model.language_model.layers.{i}.mlp.act_fn" for i in range(4)} <= {a.module for a in recomputed}
+    assert all(a.category == "activations" for a in recomputed)
+
+
+def test_a_mask_is_made_only_where_rows_are_padded() -> None:
+    """One row needs no mask, whatever fake tensors look like to transformers; of two the shorter one is padded."""
+    for rows in (1, 2):
+        trace = traced("cpu", per_device_train_batch_size=rows)
+        masks = [a for a in started(trace, dtype="bool") if a.shape[-2:] == (48, 48)]
+        assert bool(masks) == (rows == 2)
+
+
+def test_accumulated_gradients_wait_during_forward() -> None:
+    """With accumulation the gradients are there in the next forward pass, without they are not."""
+    in_use = []
+    for steps in (1, 2):
+        trace = traced("cpu", lora_r=0, gradient_accumulation_steps=steps)
+        in_use.append(trace.phase_peaks()["forward"])
+    trained = sum(a.nbytes for a in started(trace, category="trained"))
+    assert in_use[1] - in_use[0] == trained
+
+
+def test_autocast_of_cuda_and_of_the_cpu() -> None:
+    """In bf16 under autocast a layer norm and a softmax are fp32 on CUDA, bf16 on the CPU, and a matrix product is
+    bf16 on both. Afterwards everything is the CPU's again."""
+    x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for device_type, expected in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+            with kernels_of(device_type):
+                assert nn.functional.layer_norm(x, (8,), weight.bfloat16()).dtype == expected
+                assert x.softmax(-1).dtype == expected
+                assert nn.functional.linear(x.float(), weight[None]).dtype == torch.bfloat16
+        assert nn.functional.layer_norm(x, (8,), weight.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:
+    """What autograd saves: a mask of bools on CUDA; on the CPU the noise, in x's dtype."""
+    x = torch.ones(100, requires_grad=True)
+    for device_type, expected in (("cuda", torch.bool), ("cpu", torch.float32)):
+        saved = []
+        with kernels_of(device_type), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+            nn.functional.dropout(x, 0.5)
+        assert [tensor.dtype for tensor in saved if tensor is not x] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "expected"),
+    [("bf16", 1, "flash"), ("bf16", 2, "efficient"), ("no", 2, "efficient"), ("no", 1, "bmm")],
+)
+def test_attention_kernel_of_cuda(dtype: str, rows: int, expected: str) -> None:
+    """Flash in 16 bits without a mask, memory-efficient with one. In fp32 without a mask transformers leaves the
+    shared keys to the kernel, of which only the step-by-step attention takes them."""
+    trace = traced("cuda", mixed_precision=dtype, per_device_train_batch_size=rows)
+    attention = [a for a in started(trace, phase="backward") if a.module.endswith("self_attn")]
+    assert any(expected in a.op for a in attention)
+    assert not any("for_cpu" in a.op for a in started(trace))
+
+
+def test_fp16_takes_as_much_as_bf16() -> None:
+    """Both are two bytes; the fake run must not ask for the GPU that fp16 training needs."""
+    config = tiny_config(mixed_precision="bf16")
+    config.mixed_precision = "fp16"  # as a flag it is refused where there is no GPU
+    assert trace_training(config, "cuda").peak_bytes == traced("cuda", mixed_precision="bf16").peak_bytes
+
+
+def test_folder_is_not_read_for_weights(tmp_path: Path) -> None:
+    """A folder with nothing but the config gives the prediction."""
+    shutil.copy("data/tiny_mgm/config.json", tmp_path)
+    assert trace_training(tiny_config(model=str(tmp_path)), "cpu").peak_bytes > 2**20
+
+
+def test_the_callers_accelerator_is_left_alone() -> None:
+    """Accelerate's state is shared by all accelerators of a process: a trace in another precision lets it be."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=7)
+    trace_training(tiny_config(mixed_precision="bf16"), "cuda")
+    assert accelerator.mixed_precision == AcceleratorState().mixed_precision == "no"
+    assert accelerator.gradient_accumulation_steps == 7
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_record_of_single_tensors() -> None:
+    """1024 bytes and a view of them are one allocation, which lives until the last of them is gone; 100 bytes more."""
+    with FakeTensorMode(), Recorder(nn.Identity()) as recorder:
+        x = torch.empty(256)
+        view = x.view(16, 16)[3:]
+        y = torch.empty(100, dtype=torch.uint8)
+        del x
+        view.add_(1)
+        del view, y
+    assert [nbytes for nbytes, _ in recorder.record.events] == [1024, 100, -1024, -100]
+
+
+def summed_gradients(weight: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tensor:
+    uses = {
+        "products": lambda: (weight * 2).sum() + (weight * 3).sum(),
+        "layers": lambda: (
+            nn.functional.linear(weight[:4], weight).sum() + nn.functional.linear(weight[:2], weight).sum()
+        ),
+        "tied": lambda: nn.functional.linear(nn.functional.embedding(ids, weight), weight).sum(),
+    }
+    return uses[kind]()
+
+
+@pytest.mark.parametrize("kind", ["products", "layers", "tied"])
+def test_sums_of_gradients(kind: str) -> None:
+    """Two gradients of one weight of 256,000 bytes: the profiler's events of real tensors and the record of fake ones.
+    Autograd sums those of products in place, those of linear layers (views) not."""
+    weight, ids = nn.Parameter(torch.ones(1000, 64)), torch.arange(16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        summed_gradients(weight, ids, kind).backward()
+    with FakeTensorMode() as fake_mode:
+        fake_weight = nn.Parameter(torch.empty(1000, 64))
+        fake_ids = fake_mode.from_tensor(ids)
+        with Recorder(nn.Identity()) as recorder:
+            recorder.allocated(fake_weight, "load")
+            loss = summed_gradients(fake_weight, fake_ids, kind)
+            recorder.enter_phase("backward")
+            loss.backward()
+    recorded = [nbytes for nbytes, _ in recorder.record.events[1:]]
+    assert [n for n in recorded if abs(n) >= 256_000] == [n for n in memory_events(profiler) if abs(n) >= 256_000]
+
+
+def test_workspaces_of_attention() -> None:
+    """By hand: 8 heads of 256 on one key head, 2048 positions in bf16. dq is summed in fp32, 8 x 2048 x (256 + 1) x 4
+    bytes with the row sums; dk and dv are made for all 8 heads, 2 x 8 x 2048 x 256 x 2 bytes."""
+    query, key = torch.empty(1, 8, 2048, 256, dtype=torch.bfloat16), torch.empty(1, 1, 2048, 256, dtype=torch.bfloat16)
+    workspaces = WORKSPACES["cuda"]
+    flash = workspaces["_scaled_dot_product_flash_attention_backward"]
+    efficient = workspaces["_scaled_dot_product_efficient_attention_backward"]
+    assert flash((query, query, key), {}, None) == 8 * 2048 * 257 * 4 + 2 * 8 * 2048 * 256 * 2
+    assert flash((query, query, query), {}, None) == 8 * 2048 * 257 * 4
+    assert efficient((query, query, query), {}, None) == 8 * 2048 * (3 * 256 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("operation", "op"),
+    [(torch.nonzero, "aten.nonzero.default"), (torch.Tensor.item, "aten._local_scalar_dense.default")],
+)
+def test_what_depends_on_data_is_an_error(operation: object, op: str) -> None:
+    """It names the operator: the memory of nonzero depends on the values, what follows item() may."""
+    with FakeTensorMode(), Recorder(nn.Identity()), pytest.raises(TraceError, match=op):
+        operation(torch.ones(()) if op.startswith("aten._") else torch.ones(3))
+
+
+def test_images_must_fit_the_row() -> None:
+    """The tiny model's image takes 16 positions: three fit 48, four do not."""
+    trace_training(tiny_config(), "cpu", images_per_sample=3)
+    with pytest.raises(ValueError, match="4 images take 64 positions, but max_seq_len is 48"):
+        trace_training(tiny_config(), "cpu", images_per_sample=4)
+
+
+def test_replay_of_a_trace() -> None:
+    """The allocator's peak is the trace's, rounded up: at most 512 bytes a tensor more, and 1 MiB a large block."""
+    trace = traced("cuda", mixed_precision="bf16")
+    replay = replay_events(trace.record.events)
+    num_alive = len(trace.alive_at(trace.peak_index))
+    assert trace.peak_bytes <= replay.peak_allocated_bytes < trace.peak_bytes + 512 * num_alive + 8 * 2**20
+    assert replay.peak_reserved_bytes >= replay.peak_allocated_bytes
+
+
+@pytest.mark.slow
+def test_mgm_2b(tmp_path: Path) -> None:
+    """MGM-2B, LoRA r=16 in bf16, 2048 tokens, in at most 30 s. By hand: the 3,019,166,144 parameters in bf16 and, in
+    fp32, 3,022,848 of LoRA and 13,259,008 of projector and mining; the loss needs 2048 x 256,000 logits three times in
+    fp32 at its backward."""
+    start = time.monotonic()
+    config = TrainConfig(
+        model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, output_dir=str(tmp_path / "none")
+    )
+    trace = trace_training(config, "cuda")
+    assert time.monotonic() - start < 30
+    breakdown = trace.breakdown()
+    assert breakdown["trained"] == 4 * (3_022_848 + 13_259_008)
+    assert breakdown["weights"] == pytest.approx(2 * 3_019_166_144, rel=1e-5)  # and a few buffers
+    assert breakdown["loss"] == pytest.approx(3 * 4 * 2048 * 256_000, rel=1e-4)
+    assert CUBLAS_WORKSPACE_BYTES * 2 <= breakdown["temporaries"]
