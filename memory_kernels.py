@@ -25,9 +25,6 @@ CUDA_AUTOCAST_TO_FP32 = (
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
-# PyTorch gives cuBLAS a workspace at the first matrix product and keeps it: 2 of 4096 KiB and 8 of 16 KiB
-# (CUBLAS_WORKSPACE_CONFIG ":4096:2:16:8", aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB on Hopper).
-CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
 def _flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
@@ -54,11 +51,6 @@ WORKSPACES: dict[str, dict[str, Workspace]] = {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
     },
-}
-# Workspaces that stay, by name. One cuBLAS handle is that of the thread that runs forward, one autograd's.
-KEPT_WORKSPACES: dict[str, dict[str, int]] = {
-    "cpu": {},
-    "cuda": {"cuBLAS, forward": CUBLAS_WORKSPACE_BYTES, "cuBLAS, backward": CUBLAS_WORKSPACE_BYTES},
 }
 
 

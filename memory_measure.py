@@ -1,6 +1,6 @@
 """Measures the peak memory of the steps that memory_trace.py predicts: the same code on the same batch, for real.
 
-    measurement = measure_training(TrainConfig(model="tiny", mixed_precision="no"))
+    measurement = measure_training(StepConfig(model="tiny", mixed_precision="no"))
 
 Each measurement runs in a process of its own, so that nothing of an earlier one is in its way.
 """
@@ -25,17 +25,17 @@ class Measurement:
     events: list[int]
 
 
-def measure_training(config: train.TrainConfig, images_per_sample: int = 1) -> Measurement:
+def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Measurement:
     """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(measure_on_cpu, config, images_per_sample).result()
 
 
-def measure_on_cpu(config: train.TrainConfig, images_per_sample: int) -> Measurement:
+def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurement:
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
-        optimizer = train.build_optimizer(config, model)
+        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         batch = worst_case_batch(model.config, config, images_per_sample)
         tensors = [*model.parameters(), *model.buffers(), *batch.values()]
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}

@@ -1,6 +1,6 @@
 """Predicts the peak memory of training from the code that trains, without weights and without a GPU.
 
-    trace = trace_training(TrainConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
+    trace = trace_training(StepConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
     trace.peak_bytes, trace.breakdown(), trace.phase_peaks(), trace.largest_tensors()
 
 The model is built by train.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import train
-from memory_kernels import KEPT_WORKSPACES, WORKSPACES, kernels_of, use_foreach
+from memory_kernels import WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
 from memory_window import probe_accelerator, run_window, worst_case_batch
 
@@ -87,13 +87,16 @@ class Trace:
         return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]
 
 
-def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_per_sample: int = 1) -> Trace:
+def trace_training(
+    config: train.StepConfig, device_type: str = "cuda", images_per_sample: int = 1, cublas_workspace_bytes: int = 0
+) -> Trace:
     """Trace the updates of a training run in its steady state on the worst case of a batch.
 
     Args:
-        config: the flags of train.py; `dataset` and `output_dir` play no part.
+        config: the flags of a step.
         device_type: what is predicted, `cuda` or `cpu`.
         images_per_sample: of each row of the batch.
+        cublas_workspace_bytes: of each of two handles, that of the thread that runs forward and autograd's.
 
     Raises:
         TraceError: the step does something whose memory depends on data.
@@ -108,8 +111,10 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
         recorder = Recorder(model, WORKSPACES[device_type])
         with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
             batch = worst_case_batch(model.config, config, images_per_sample)
-            adopt(recorder, model, batch, KEPT_WORKSPACES[device_type])
-            optimizer = train.build_optimizer(config, model)
+            adopt(recorder, model, batch)
+            for thread in ("forward", "backward") if cublas_workspace_bytes else ():
+                recorder.reserve(cublas_workspace_bytes, f"cuBLAS, {thread}")
+            optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
@@ -119,9 +124,7 @@ def trace_training(config: train.TrainConfig, device_type: str = "cuda", images_
     return Trace(recorder.record)
 
 
-def adopt(
-    recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], kept_workspaces: dict[str, int]
-) -> None:
+def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     """Record what is there before the first step."""
     recorder.enter_phase("load")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -131,11 +134,9 @@ def adopt(
     for name, tensor in batch.items():
         allocation = recorder.allocated(tensor, "load")
         allocation.module, allocation.category = name, "batch"
-    for name, nbytes in kept_workspaces.items():
-        recorder.reserve(nbytes, name)
 
 
-def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode) -> nn.Module:
+def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode) -> nn.Module:
     """train.build_model's model, in training mode, of fake tensors on a CPU."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = train.build_model(config, is_deepspeed=False)

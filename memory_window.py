@@ -14,7 +14,7 @@ from processing_mgm import IGNORE_INDEX
 
 
 @contextmanager
-def probe_accelerator(config: train.TrainConfig) -> Iterator[Accelerator]:
+def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
     """An accelerator of one CPU process. Accelerators share their state; the caller's is put back in the end."""
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved = [dict(state) for state in states]
@@ -34,7 +34,7 @@ def probe_accelerator(config: train.TrainConfig) -> Iterator[Accelerator]:
 
 
 def worst_case_batch(
-    model_config: PreTrainedConfig, config: train.TrainConfig, images_per_sample: int
+    model_config: PreTrainedConfig, config: train.StepConfig, images_per_sample: int
 ) -> dict[str, torch.Tensor]:
     """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
 
@@ -66,13 +66,13 @@ def run_window(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
-    config: train.TrainConfig,
+    config: train.StepConfig,
 ) -> None:
     """Two updates, with as many micro-batches each as the accelerator accumulates: the second one finds the
     optimizer's state in place."""
     # The model is where it belongs: fake parameters refuse to be moved.
     model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, 2)
+    scheduler = get_scheduler("constant", optimizer)
     num_items_in_batch = batch["labels"].numel()
     for _ in range(2 * accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):

@@ -59,7 +59,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)
         check_choice("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
-        self.mixed_precision = resolve_mixed_precision(self.mixed_precision)
+        self.mixed_precision = self.resolve_precision()
+
+    def resolve_precision(self) -> str:
+        return resolve_mixed_precision(self.mixed_precision)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -130,8 +133,8 @@ def _raise_user_error(message: str) -> NoReturn:
     raise UserError(message)
 
 
-def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> None:
-    """Run a script: the last line on stdout is main's result as JSON (None: another process prints it).
+def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> dict | None:
+    """Run a script and return main's result, which is the last line on stdout (None: another process prints it).
 
     Bad input is one line on stderr and exit code 2; any other exception keeps its traceback and exit code 1.
     """
@@ -143,6 +146,7 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
         sys.exit(2)
     if result is not None:
         print(json.dumps(result), flush=True)
+    return result
 
 
 def quiet_libraries() -> None:

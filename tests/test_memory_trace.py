@@ -19,15 +19,15 @@ from memory_kernels import CUBLAS_WORKSPACE_BYTES, WORKSPACES, kernels_of
 from memory_measure import measure_on_cpu, measure_training, memory_events
 from memory_record import Recorder, TraceError
 from memory_trace import Trace, trace_training
-from train import TrainConfig
+from train import StepConfig
 
 
 TINY_LORA = {"q_proj": 128 + 128, "v_proj": 128 + 32, "o_proj": 128 + 128}  # inputs + outputs, for each unit of rank
 
 
-def tiny_config(**flags: object) -> TrainConfig:
+def tiny_config(**flags: object) -> StepConfig:
     defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
-    return TrainConfig(output_dir="none", **(defaults | {"lora_r": 8} | flags))
+    return StepConfig(**(defaults | {"lora_r": 8} | flags))
 
 
 @functools.cache
@@ -282,7 +282,7 @@ def test_mgm_2b(tmp_path: Path) -> None:
     fp32, 3,022,848 of LoRA and 13,259,008 of projector and mining; the loss needs 2048 x 256,000 logits three times in
     fp32 at its backward."""
     start = time.monotonic()
-    config = TrainConfig(
+    config = StepConfig(
         model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, output_dir=str(tmp_path / "none")
     )
     trace = trace_training(config, "cuda")

@@ -1,0 +1,54 @@
+"""One configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
+
+from typing import Any
+
+from memory_allocator import replay_events
+from memory_gpus import GPUS
+from memory_record import TraceError
+from memory_trace import Trace, trace_training
+from train import StepConfig
+from utils import UserError
+
+
+def predict(config: StepConfig) -> dict[str, Any]:
+    """A ProbeConfig's peak in bytes, what is in it, and what the device has to have.
+
+    Raises:
+        UserError: the images do not fit into a row, or the step does what cannot be traced.
+    """
+    trace = trace_step(config)
+    return describe(trace) | device_memory(trace, config)
+
+
+def trace_step(config: StepConfig) -> Trace:
+    workspace_bytes = GPUS[config.gpu].family.cublas_workspace_bytes if config.device == "cuda" else 0
+    try:
+        return trace_training(config, config.device, config.images_per_sample, workspace_bytes)
+    except TraceError as error:
+        raise UserError(f"--model {config.model}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """What is alive at the peak."""
+    largest = [{"bytes": tensor.pop("nbytes")} | tensor for tensor in trace.largest_tensors()]
+    return {
+        "peak_allocated_bytes": trace.peak_bytes,
+        "breakdown": trace.breakdown(),
+        "phases": trace.phase_peaks(),
+        "largest_tensors": largest,
+    }
+
+
+def device_memory(trace: Trace, config: StepConfig) -> dict[str, int]:
+    """What the allocator reserves, and what nvidia-smi would show: that has to fit."""
+    if config.device == "cpu":  # no pool, no context
+        return {"peak_reserved_bytes": trace.peak_bytes, "device_bytes": trace.peak_bytes}
+    replay = replay_events((nbytes, id(allocation)) for nbytes, allocation in trace.record.events)
+    family = GPUS[config.gpu].family
+    overhead_bytes = family.context_bytes + family.kernels_bytes
+    return {
+        "peak_reserved_bytes": replay.peak_reserved_bytes,
+        "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
+    }

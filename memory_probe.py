@@ -1,0 +1,104 @@
+"""Say what memory a training step needs before it runs, or measure it: predict needs no GPU, no weights, no download.
+
+    python memory_probe.py --lora-r 16
+    python memory_probe.py --model mgm-7b --gpu rtx3060 --max_seq_len 1024 --explain
+    python memory_probe.py --mode both --device cpu --model tiny --max_seq_len 64
+    python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output results/sweep
+
+The last line on stdout is a JSON object. Exit code 3: it does not fit.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from memory_gpus import GIB, GPUS
+from memory_predict import predict
+from memory_report import report
+from memory_sweep import parse_sweep, run_sweep
+from train import StepConfig
+from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
+
+
+@dataclass(kw_only=True)
+class ProbeConfig(StepConfig):
+    model: str = field(default="mgm-2b", metadata={"help": "preset name, folder or hub id"})
+    per_device_train_batch_size: int = 1
+    images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
+    mode: str | None = field(
+        default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda | cpu; predict defaults to cuda"})
+    strategy: str = field(default="single", metadata={"help": "single | ddp | zero1 | zero2 | zero3"})
+    offload: str = field(default="none", metadata={"help": "none | optimizer | param"})
+    world_size: int = 1
+    config_file: str | None = field(
+        default=None, metadata={"help": "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there"}
+    )
+    gpu: str = field(default="rtx4090", metadata={"help": " | ".join(GPUS)})
+    budget_gib: float | None = field(default=None, metadata={"help": "instead of the GPU's capacity"})
+    sweep: list[str] | None = field(default=None, metadata={"help": "KEY=V1,V2 ...: every combination"})
+    output: str | None = field(default=None, metadata={"help": "folder for a sweep's rows, table and charts"})
+    explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
+
+    def __post_init__(self) -> None:
+        has_gpu = torch.cuda.is_available()
+        self.mode = self.mode or ("measure" if has_gpu else "predict")
+        check_choice("mode", self.mode, ("predict", "measure", "both"))
+        self.device = self.device or ("cuda" if has_gpu or self.mode == "predict" else "cpu")
+        check_choice("device", self.device, ("cuda", "cpu"))
+        if self.device == "cuda" and self.mode != "predict" and not has_gpu:
+            raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
+        super().__post_init__()
+        check_choice("gpu", self.gpu, tuple(GPUS))
+        check_minimum(self, images_per_sample=0, world_size=1)
+        if self.budget_gib is not None and self.budget_gib <= 0:
+            raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0")
+
+    def resolve_precision(self) -> str:
+        """A prediction for a GPU is not bound to what this machine can do: `auto` is then bf16."""
+        if self.device == "cuda" and self.mode == "predict":
+            return "bf16" if self.mixed_precision == "auto" else self.mixed_precision
+        return resolve_mixed_precision(self.mixed_precision)
+
+    @property
+    def budget_bytes(self) -> int:
+        return GPUS[self.gpu].capacity_bytes if self.budget_gib is None else int(self.budget_gib * GIB)
+
+
+def main(config: ProbeConfig) -> dict:
+    if config.sweep:
+        return run_sweep(config, parse_sweep(config), probe)
+    result = probe(config)
+    print(report(result), flush=True)
+    return result
+
+
+def probe(config: ProbeConfig) -> dict:
+    """One configuration's memory: predicted, measured or both, in the contract's keys."""
+    start = time.monotonic()
+    result = {"mode": config.mode, "model": config.model, "config": asdict(config)}
+    if config.mode != "measure":
+        result |= predict(config)
+    if config.mode != "predict":
+        from memory_measure import measure  # it may take the GPU
+
+        predicted_bytes = result.get("peak_allocated_bytes")
+        result |= measure(config)
+        if predicted_bytes is not None:
+            measured_bytes = result["peak_allocated_bytes"]
+            result |= {
+                "predicted_peak_allocated_bytes": predicted_bytes,
+                "measured_peak_allocated_bytes": measured_bytes,
+                "error": predicted_bytes / measured_bytes - 1,
+            }
+    result["budget_bytes"] = config.budget_bytes
+    result["fits"] = result["device_bytes"] <= config.budget_bytes
+    return result | {"seconds": time.monotonic() - start}
+
+
+if __name__ == "__main__":
+    outcome = run_script(main, ProbeConfig)
+    sys.exit(3 if outcome.get("fits") is False else 0)

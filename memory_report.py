@@ -1,0 +1,77 @@
+"""What people read: the verdict and a table for one configuration, Markdown for many."""
+
+from memory_gpus import GIB, GPUS
+
+
+MIB = 2**20
+BAR_WIDTH = 24  # characters
+WORDS = {  # the categories of a breakdown, as a reader calls them
+    "weights": "frozen weights",
+    "trained": "trained parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "batch": "batch",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "vision": "vision side",
+    "temporaries": "temporaries",
+    "communication": "communication",
+}
+
+
+def report(result: dict) -> str:
+    """A few lines that tell at a glance what fills the memory and whether it fits."""
+    lines = [title(result), "", *breakdown_lines(result), "", *total_lines(result), "", verdict(result)]
+    if "error" in result:
+        lines.append(
+            f"predicted {gib(result['predicted_peak_allocated_bytes'])}, "
+            f"measured {gib(result['measured_peak_allocated_bytes'])}: {result['error']:+.2%}"
+        )
+    return "\n".join(lines)
+
+
+def title(result: dict) -> str:
+    config = result["config"]
+    lora = f"LoRA r={config['lora_r']}" if config["lora_r"] else "full fine-tuning"
+    rows = f"{config['per_device_train_batch_size']} x {config['max_seq_len']} tokens"
+    images = f"{config['images_per_sample']} image{'s' * (config['images_per_sample'] != 1)} a row"
+    checkpointing = "checkpointing" if config["gradient_checkpointing"] else "no checkpointing"
+    how = {"predict": "predicted", "measure": "measured", "both": "predicted and measured"}[result["mode"]]
+    parts = [lora, config["mixed_precision"], rows, images, checkpointing, config["attn_implementation"]]
+    return f"{result['model']}, {', '.join(parts)}, {config['strategy']}: {how} for {config['device']}"
+
+
+def breakdown_lines(result: dict) -> list[str]:
+    """At the peak, largest first, with the tensors that make up most of it."""
+    total = result["peak_allocated_bytes"]
+    lines = ["At the peak:"]
+    for category, nbytes in sorted(result["breakdown"].items(), key=lambda pair: -pair[1]):
+        if nbytes >= total / 1000:
+            bar = "#" * round(BAR_WIDTH * nbytes / total)
+            lines.append(f"  {WORDS[category]:<20}{gib(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
+    lines.append("Largest tensors:")
+    for tensor in result["largest_tensors"][:5]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        lines.append(
+            f"  {tensor['bytes'] / MIB:>9.2f} MiB  {shape} {tensor['dtype']}, {tensor['module'] or 'the step'}"
+        )
+    return lines
+
+
+def total_lines(result: dict) -> list[str]:
+    rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
+    rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
+    return [f"  {what:<28}{gib(result[key]):>12}" for what, key in rows if key in result]
+
+
+def verdict(result: dict) -> str:
+    budget, needed = result["budget_bytes"], result["device_bytes"]
+    config = result["config"]
+    card = GPUS[config["gpu"]].title if config["budget_gib"] is None else "the budget"
+    if result["fits"]:
+        return f"FITS {card} ({gib(budget)}): {gib(budget - needed)} to spare."
+    return f"DOES NOT FIT {card} ({gib(budget)}): {gib(needed - budget)} too much."
+
+
+def gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB"
