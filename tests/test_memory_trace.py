@@ -280,9 +280,9 @@ def test_replay_of_a_trace() -> None:
 
 @pytest.mark.slow
 def test_mgm_2b(tmp_path: Path) -> None:
-    """MGM-2B, LoRA r=16 in bf16, 2048 tokens, in at most 30 s of one core. By hand: the 3,019,166,144 parameters in bf16 and, in
-    fp32, 3,022,848 of LoRA and 13,259,008 of projector and mining; the loss needs 2048 x 256,000 logits three times in
-    fp32 at its backward."""
+    """MGM-2B, LoRA r=16 in bf16, 2048 tokens, in at most 30 s of one core. By hand: the 3,019,166,144 parameters in
+    bf16; in fp32 3,022,848 of LoRA and 13,259,008 of projector and mining; the loss needs 2048 x 256,000 logits three
+    times in fp32 at its backward."""
     start = time.process_time()  # other work on the machine does not count
     config = TrainConfig(
         model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, output_dir=str(tmp_path / "none")
