@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from memory_allocator import MIN_BLOCK_BYTES
 from memory_record import Workspace
 
 
@@ -45,6 +46,7 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
+BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
 WORKSPACES: dict[str, dict[str, Workspace]] = {
     "cpu": {},  # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
     "cuda": {

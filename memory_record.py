@@ -106,12 +106,16 @@ class ModuleTracker:
 
 
 class Recorder(TorchDispatchMode):
-    """See the module's docstring. Set `phase` as the run goes on; `workspaces` adds what kernels hide, by operator."""
+    """See the module's docstring. Set `phase` as the run goes on; `workspaces` adds what kernels hide, by operator.
 
-    def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None) -> None:
+    `block_bytes`: what the device's allocator hands out is a multiple of it.
+    """
+
+    def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None, block_bytes: int = 1) -> None:
         super().__init__()
         self.record = Record()
         self.workspaces = workspaces or {}
+        self.block_bytes = block_bytes
         self.modules = ModuleTracker(model)
         self.phase = PHASES[0]
         self.counters_are_known = False
@@ -152,10 +156,11 @@ class Recorder(TorchDispatchMode):
         """The allocation behind a tensor; a new one when its storage was not known yet."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live and self._live[key].nbytes != storage.nbytes():  # resized in place
+        nbytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        if key in self._live and self._live[key].nbytes != nbytes:  # resized in place
             self._released(key)
         if key not in self._live:
-            self._live[key] = self._begin(storage.nbytes(), tuple(tensor.shape), str(tensor.dtype), op)
+            self._live[key] = self._begin(nbytes, tuple(tensor.shape), str(tensor.dtype), op)
             self._references[key] = weakref.ref(storage, lambda _: self._released(key))
         return self._live[key]
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import train
-from memory_kernels import WORKSPACES, kernels_of, use_foreach
+from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
 from memory_window import probe_accelerator, run_window, worst_case_batch
 
@@ -108,7 +108,7 @@ def trace_training(
     fake_mode = FakeTensorMode()
     with probe_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
-        recorder = Recorder(model, WORKSPACES[device_type])
+        recorder = Recorder(model, WORKSPACES[device_type], BLOCK_BYTES[device_type])
         with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
             batch = worst_case_batch(model.config, config, images_per_sample)
             adopt(recorder, model, batch)
