@@ -41,7 +41,7 @@ from original_config import MODEL_TYPES, clip_config, convnext_config, derive_or
 from original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
 from processing_mgm import MGMProcessor
 from utils import UserError, load_config, load_processor, run_script
-from weight_files import TensorInfo, find_open_clip_files, find_weight_files, write_index
+from weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
 
 
 CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike
@@ -119,10 +119,10 @@ def from_original(config: ConvertConfig) -> dict:
 def assemble(config: ConvertConfig) -> dict:
     """A language model and two towers as an MGM whose projector and mining are new."""
     llm = Path(config.llm)
-    backbone = AutoConfig.from_pretrained(llm)
-    if backbone.model_type not in MODEL_TYPES:
-        raise UserError(f"--llm {llm}: a {backbone.model_type} cannot be MGM's: choose {', '.join(MODEL_TYPES)}")
-    backbone.architectures = None
+    model_type = read_json(llm / "config.json").get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"--llm {llm}: a {model_type} cannot be MGM's: choose {', '.join(MODEL_TYPES)}")
+    backbone = AutoConfig.from_pretrained(llm, architectures=None)
     shards = find_shards(find_weight_files(llm), rename_original)
     for flag in (CLIP, CONVNEXT):
         shards += tower_shards(flag, find_tower(llm, {}, flag, getattr(config, flag)))
@@ -142,7 +142,7 @@ def assemble(config: ConvertConfig) -> dict:
 def to_original(config: ConvertConfig) -> dict:
     """Our folder in the original's layout, an adapter merged."""
     source, output = Path(config.to_original), Path(config.output)
-    if "text_config" not in json.loads((source / "config.json").read_text()):
+    if "text_config" not in read_json(source / "config.json"):
         raise UserError(f"--to_original {source}: it is no folder made by convert_mgm.py or train.py --lora_r 0")
     mgm_config = load_config(str(source))
     shards = drop_tied_head(find_shards(find_weight_files(source), lambda name: name), mgm_config.tie_word_embeddings)
@@ -163,7 +163,7 @@ def to_original(config: ConvertConfig) -> dict:
 
 def read_original(folder: Path) -> dict:
     """The original's config.json. Raises UserError where it is another model's."""
-    original = json.loads((folder / "config.json").read_text())
+    original = read_json(folder / "config.json")
     if "text_config" in original:
         raise UserError(f"--from_original {folder}: it is in transformers' layout already")
     for key in ("model_type", "mm_vision_tower", "mm_vision_tower_aux"):
@@ -208,7 +208,7 @@ def new_connector(config: MGMConfig, dtype: torch.dtype) -> dict[str, torch.Tens
     """Projector and mining as the model itself draws them, by name."""
     with torch.device("meta"):
         model = MGMForConditionalGeneration(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(CONNECTOR_SEED)
         for name in CONNECTOR:
             model.model.get_submodule(name).to_empty(device="cpu").apply(model._init_weights)

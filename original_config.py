@@ -1,6 +1,5 @@
 """config.json of the original MGM: to an MGMConfig, and back."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTraine
 
 from configuration_mgm import MGMConfig, clip_large_336
 from utils import UserError
-from weight_files import TensorInfo
+from weight_files import TensorInfo, read_json
 
 
 # Text backbones and the original's classes; its Llama variant was the first and is plain "mgm".
@@ -78,7 +77,7 @@ def convnext_eps(folder: Path | None, hidden_sizes: list[int]) -> float:
     """The LayerNorms' epsilon, which no tensor tells: timm has 1e-5 in convnext_xxlarge and 1e-6 in all others."""
     path = folder / "open_clip_config.json" if folder else None
     if path is not None and path.is_file():
-        open_clip = json.loads(path.read_text())
+        open_clip = read_json(path)
         name = open_clip.get("model_cfg", open_clip).get("vision_cfg", {}).get("timm_model_name")
         if name is not None:
             return 1e-5 if "xxlarge" in name else 1e-6

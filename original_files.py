@@ -33,7 +33,7 @@ def hand_back_files(source: Path, output: Path) -> None:
         return
     copy_files(source, output)
     if (output / "tokenizer.json").is_file():
-        remove_image_token(output / "tokenizer.json")
+        restore_tokenizer(output / "tokenizer.json")
     if (output / "tokenizer_config.json").is_file():
         restore_tokenizer_config(output / "tokenizer_config.json")
     (output / "added_tokens.json").unlink(missing_ok=True)  # tokenizer.json has them
@@ -46,9 +46,13 @@ def copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def remove_image_token(path: Path) -> None:
-    """The original marks images by a number that is no token's: its tokenizer has no `<image>`."""
+def restore_tokenizer(path: Path) -> None:
+    """The original marks images by a number that is no token's: its tokenizer has no `<image>`. Merges are pairs in
+    newer files, and lines that a space divides in those that transformers 4.38 reads."""
     tokenizer = json.loads(path.read_text())
+    merges = tokenizer["model"].get("merges", [])
+    if all(isinstance(pair, list) and " " not in pair[0] + pair[1] for pair in merges) and merges:
+        tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != IMAGE_TOKEN]
     path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False))
 
@@ -60,10 +64,8 @@ def restore_tokenizer_config(path: Path) -> None:
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if "extra_special_tokens" in config:
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    for key in ("additional_special_tokens",):
-        config[key] = [token for token in config.get(key, []) if token != IMAGE_TOKEN]
+    tokens = config.pop("extra_special_tokens", []) or config.get("additional_special_tokens", [])
+    config["additional_special_tokens"] = [token for token in tokens if token != IMAGE_TOKEN]
     decoder = config.get("added_tokens_decoder", {})
     for token_id in [i for i, token in decoder.items() if token["content"] == IMAGE_TOKEN]:
         del decoder[token_id]

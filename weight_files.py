@@ -152,7 +152,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         if (folder / f"{stem}.{suffix}").is_file():
             return [folder / f"{stem}.{suffix}"]
         if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
             if missing := [path.name for path in files if not path.is_file()]:
                 raise UserError(f"{folder}: {index.name} names files that are not there: {', '.join(missing)}")
             return files
@@ -167,6 +167,13 @@ def find_open_clip_files(folder: Path) -> list[Path]:
         if files := sorted(folder.glob(pattern)):
             return files
     raise UserError(f"{folder}: there is no *.safetensors or *.bin in it")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

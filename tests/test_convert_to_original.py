@@ -157,6 +157,8 @@ def test_the_tokenizer_without_the_originals_files(original, converted):
     assert len(tokenizers[0]) == len(tokenizers[1]) == 512
     assert tokenizers[0].all_special_tokens == tokenizers[1].all_special_tokens
     assert (back / "generation_config.json").is_file()
+    merges = json.loads((back / "tokenizer.json").read_text())["model"].get("merges", [])
+    assert all(isinstance(merge, str) for merge in merges)
 
 
 def edit_tensors(folder: Path, change) -> None:

@@ -156,3 +156,10 @@ def test_open_clip_files(tmp_path):
     ):
         touch(tmp_path, name)
         assert [path.name for path in find_open_clip_files(tmp_path)] == [name]
+
+
+def test_broken_json(tmp_path):
+    """An index that was cut off is named."""
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {')
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: cannot be read as JSON"):
+        find_weight_files(tmp_path)
