@@ -1,5 +1,6 @@
-"""One configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
+"""A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
+import re
 from typing import Any
 
 from memory_allocator import replay_events
@@ -8,6 +9,9 @@ from memory_record import TraceError
 from memory_trace import Trace, trace_training
 from train import StepConfig
 from utils import UserError
+
+
+PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
 
 
 def predict(config: StepConfig) -> dict[str, Any]:
@@ -33,6 +37,8 @@ def trace_step(config: StepConfig) -> Trace:
 def describe(trace: Trace) -> dict[str, Any]:
     """What is alive at the peak."""
     largest = [{"bytes": tensor.pop("nbytes")} | tensor for tensor in trace.largest_tensors()]
+    for tensor in largest:
+        tensor["module"] = PEFT_NAMES.sub("", tensor["module"])
     return {
         "peak_allocated_bytes": trace.peak_bytes,
         "breakdown": trace.breakdown(),

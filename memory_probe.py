@@ -17,7 +17,7 @@ import torch
 from memory_gpus import GIB, GPUS
 from memory_predict import predict
 from memory_report import report
-from memory_sweep import parse_sweep, run_sweep
+from memory_sweep import run_sweep
 from train import StepConfig
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
 
@@ -70,7 +70,7 @@ class ProbeConfig(StepConfig):
 
 def main(config: ProbeConfig) -> dict:
     if config.sweep:
-        return run_sweep(config, parse_sweep(config), probe)
+        return run_sweep(config, probe)
     result = probe(config)
     print(report(result), flush=True)
     return result

@@ -73,5 +73,17 @@ def verdict(result: dict) -> str:
     return f"DOES NOT FIT {card} ({gib(budget)}): {gib(needed - budget)} too much."
 
 
+def markdown_table(rows: list[dict], keys: list[str]) -> str:
+    """A row for each configuration: the flags that set it apart, what it needs, and whether that is there."""
+    columns = [*keys, "allocated", "reserved", "device", "host", "budget", "fits"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        flags = [str(row["config"][key]) for key in keys]
+        names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
+        sizes = [gib(row[name]) if name in row else "" for name in names]
+        lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
+    return "\n".join(lines)
+
+
 def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:.2f} GiB"

@@ -73,8 +73,13 @@ class StepConfig(ModelConfig):
         check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
-        if self.trainable_modules is None:
-            self.trainable_modules = VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+
+    @property
+    def modules_trained_in_full(self) -> list[str]:
+        """`trainable_modules`, or its default, which depends on the rank."""
+        if self.trainable_modules is not None:
+            return self.trainable_modules
+        return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
 
 
 @dataclass(kw_only=True)
@@ -229,14 +234,14 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    check_modules(model, "trainable_modules", config.trainable_modules)
+    check_modules(model, "trainable_modules", config.modules_trained_in_full)
     check_modules(model.model.language_model, "lora_target_modules", config.lora_target_modules)
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
         model = get_peft_model(model, lora_config(config))
     else:
-        for module in select_modules(model, config.trainable_modules):
+        for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
@@ -252,7 +257,7 @@ def lora_config(config: StepConfig) -> LoraConfig:
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
         target_modules=rf".*\blanguage_model\..*\.({'|'.join(map(re.escape, config.lora_target_modules))})",
-        modules_to_save=config.trainable_modules,
+        modules_to_save=config.modules_trained_in_full,
         task_type="CAUSAL_LM",
     )
 

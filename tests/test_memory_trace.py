@@ -279,8 +279,8 @@ def test_replay_of_a_trace() -> None:
 
 @pytest.mark.slow
 def test_mgm_2b() -> None:
-    """MGM-2B, LoRA r=16 in bf16, 2048 tokens. By hand: the 3,019,166,144 parameters in bf16; in fp32 3,022,848 of LoRA
-    and 13,259,008 of projector and mining; the loss needs 2048 x 256,000 logits three times in fp32 at its backward."""
+    """MGM-2B, LoRA r=16 in bf16, 2048 tokens. By hand: the 3,019,166,144 parameters in bf16; in fp32 3,022,848 of
+    LoRA, 13,259,008 of projector and mining; the loss's backward has 2048 x 256,000 logits three times in fp32."""
     trace = trace_training(StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1), "cuda")
     breakdown = trace.breakdown()
     assert breakdown["trained"] == pytest.approx(4 * (3_022_848 + 13_259_008), rel=1e-4)  # blocks of 512 bytes
