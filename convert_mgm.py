@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from chat_templates import chat_template_for
-from checkpoint import (
+from configuration_mgm import MGMConfig
+from conversion.checkpoint import (
     Shard,
     all_infos,
     check_names,
@@ -33,15 +34,14 @@ from checkpoint import (
     new_folder,
     write_shards,
 )
-from configuration_mgm import MGMConfig
-from merge_adapter import AdapterMerger
-from mgm_names import rename_clip, rename_open_clip, rename_original, rename_ours
+from conversion.merge_adapter import AdapterMerger
+from conversion.names import rename_clip, rename_open_clip, rename_original, rename_ours
+from conversion.original_config import MODEL_TYPES, clip_config, convnext_config, derive_original, text_config
+from conversion.original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
+from conversion.weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
 from modeling_mgm import MGMForConditionalGeneration
-from original_config import MODEL_TYPES, clip_config, convnext_config, derive_original, text_config
-from original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
 from processing_mgm import MGMProcessor
 from utils import UserError, load_config, load_processor, run_script
-from weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
 
 
 CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike

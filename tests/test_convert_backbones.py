@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from configuration_mgm import MGMConfig, tiny
+from conversion.names import rename_clip, rename_open_clip, rename_ours
 from convert_mgm import ConvertConfig, main
-from mgm_names import rename_clip, rename_open_clip, rename_ours
 from modeling_mgm import MGMForConditionalGeneration
 from utils import UserError, load_config, load_model, load_processor
 

@@ -14,9 +14,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from configuration_mgm import mgm_2b
-from mgm_names import rename_ours
+from conversion.names import rename_ours
+from conversion.original_config import derive_original
 from modeling_mgm import MGMForConditionalGeneration
-from original_config import derive_original
 
 
 SHARD_BYTES = 5 * 10**9  # where transformers starts a new file

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.names import rename_open_clip, rename_original
+from conversion.weight_files import write_safetensors
 from convert_mgm import ConvertConfig, main
-from mgm_names import rename_open_clip, rename_original
 from utils import UserError, load_config, load_model, load_processor
-from weight_files import write_safetensors
 
 
 AUX, CLIP = "model.vision_tower_aux.", "model.vision_tower."
@@ -177,7 +177,7 @@ def test_a_failure_while_writing_leaves_no_output(config, monkeypatch):
             raise OSError("No space left on device")
         write_safetensors(*args)
 
-    monkeypatch.setattr("checkpoint.write_safetensors", full_disk)
+    monkeypatch.setattr("conversion.checkpoint.write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         main(config)
     assert not Path(config.output).exists()

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from conversion.names import rename_ours
+from conversion.original_files import ORIGINAL_FILES
 from convert_mgm import ConvertConfig, main
-from mgm_names import rename_ours
-from original_files import ORIGINAL_FILES
 from utils import UserError, load_model, load_processor
 
 

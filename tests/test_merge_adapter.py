@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
 from configuration_mgm import MGMConfig, tiny
-from merge_adapter import AdapterMerger
+from conversion.merge_adapter import AdapterMerger
 from modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from configuration_mgm import PRESETS
-from original_config import clip_config, convnext_config, derive_original, text_config
+from conversion.original_config import clip_config, convnext_config, derive_original, text_config
+from conversion.weight_files import TensorInfo
 from utils import UserError
-from weight_files import TensorInfo
 
 
 @pytest.mark.parametrize("preset", PRESETS)

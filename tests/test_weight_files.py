@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import weight_files
+import conversion.weight_files
+from conversion.weight_files import find_open_clip_files, find_weight_files, open_weights, write_safetensors
 from utils import UserError
-from weight_files import find_open_clip_files, find_weight_files, open_weights, write_safetensors
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def copy(source: Path, target: Path) -> None:
 @pytest.mark.parametrize("chunk_bytes", [2**24, 13])
 def test_copies_are_to_the_byte(tensors, tmp_path, monkeypatch, chunk_bytes):
     """A file written by safetensors, copied in pieces of two sizes, with itself."""
-    monkeypatch.setattr(weight_files, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(conversion.weight_files, "CHUNK_BYTES", chunk_bytes)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "a.safetensors", metadata={"format": "pt"})
     copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
 
 from configuration_mgm import MGMConfig, clip_large_336
+from conversion.weight_files import TensorInfo, read_json
 from utils import UserError
-from weight_files import TensorInfo, read_json
 
 
 # Text backbones and the original's classes; its Llama variant was the first and is plain "mgm".

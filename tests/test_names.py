@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from configuration_mgm import mgm_2b, tiny
-from mgm_names import rename_clip, rename_open_clip, rename_original, rename_ours
+from conversion.names import rename_clip, rename_open_clip, rename_original, rename_ours
 from modeling_mgm import MGMForConditionalGeneration
 
 

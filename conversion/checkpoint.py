@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from configuration_mgm import MGMConfig
-from merge_adapter import AdapterMerger
+from conversion.merge_adapter import AdapterMerger
+from conversion.weight_files import TensorInfo, WeightFile, open_weights, tensor_bytes, write_safetensors
 from modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
-from weight_files import TensorInfo, WeightFile, open_weights, tensor_bytes, write_safetensors
 
 
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
