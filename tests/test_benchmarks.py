@@ -50,7 +50,7 @@ def test_the_loader_is_measured(source: str):
     """Both kinds of source, without a worker and with one: rates and memory of each, at MGM-2B's sizes."""
     config = LoaderConfig(seconds=1, num_workers=1, batch_size=2, num_images=4, source=source)
     result = loader.main(config)
-    assert [run["num_workers"] for run in result["runs"]] == [0, 1]
+    assert [run["num_workers"] for run in result["runs"]] == [1, 0]
     for run in result["runs"]:
         assert 0 < run["images_per_second_per_worker"] < 500 and 0.001 < run["cpu_seconds_per_image"] < 2
         assert [len(mark["workers_rss_bytes"]) for mark in run["memory"]] == [run["num_workers"]] * 3
