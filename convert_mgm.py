@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chat_templates import chat_template_for
+from chat_templates import END_OF_TURN_TOKENS, chat_template_for
 from configuration_mgm import MGMConfig
 from conversion.checkpoint import (
     Shard,
@@ -47,7 +47,6 @@ from utils import UserError, load_config, load_processor, run_script
 CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike
 CONNECTOR = ("multi_modal_projector", "patch_info_mining")
 CONNECTOR_FILE, CONNECTOR_SEED = "projector_and_mining.safetensors", 0
-END_OF_TURN_TOKENS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
 @dataclass(kw_only=True)

@@ -78,6 +78,9 @@ class MGMModel(MGMPreTrainedModel):
         # A ConvNeXt has no attention, and refuses every implementation but the default.
         self.vision_tower_aux = AutoModel.from_config(config.vision_config_aux, attn_implementation="eager")
         self.vision_tower_aux.layernorm = nn.Identity()  # MGM reads the stages: this is the classifier's norm
+        for module in self.vision_tower_aux.modules():
+            if isinstance(module, nn.LayerNorm):  # transformers builds all but the last with 1e-6, whatever is asked
+                module.eps = config.vision_config_aux.layer_norm_eps
         self.patch_info_mining = MGMPatchInfoMining(config)
         self.multi_modal_projector = MGMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)

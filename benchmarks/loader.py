@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader --seconds 60 --num_workers 2
 
-It makes photographs of 1024 x 768 and a data set over them, and runs the loader of train.py with 0, 1, ... workers,
+It makes photographs of 1024 x 768 and a data set over them, and runs the loader of train.py with ..., 1, 0 workers,
 each as long. The views have the released sizes; the tokenizer is the tiny model's. The last line on stdout is JSON.
 """
 
@@ -52,7 +52,7 @@ def main(config: LoaderConfig) -> dict:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         path = write_dataset(Path(folder), config)
-        for num_workers in range(config.num_workers + 1):
+        for num_workers in range(config.num_workers, -1, -1):  # workers start out as a copy of this process
             runs.append(soak(path, num_workers, config))
             resident = [
                 f"{sum(mark['workers_rss_bytes'], mark['main_rss_bytes']) / 2**30:.2f}" for mark in runs[-1]["memory"]

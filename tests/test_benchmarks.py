@@ -56,7 +56,7 @@ def test_the_loader_is_measured(source: str):
     command = [sys.executable, "-m", "benchmarks.loader", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert [run["num_workers"] for run in result["runs"]] == [0, 1]
+    assert [run["num_workers"] for run in result["runs"]] == [1, 0]
     for run in result["runs"]:
         assert 0 < run["images_per_second_per_worker"] < 500 and 0.001 < run["cpu_seconds_per_image"] < 2
         assert [len(mark["workers_rss_bytes"]) for mark in run["memory"]] == [run["num_workers"]] * 3

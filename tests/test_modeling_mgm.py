@@ -134,12 +134,20 @@ def test_a_wrong_norm_epsilon_is_seen(reference, reference_model_folder, part, n
 
 @torch.no_grad()
 def test_a_wrong_convnext_epsilon_is_seen(reference, reference_model):
-    """The same for ConvNeXt, whose epsilon transformers does not take from the config: 1e-6, the original's."""
-    norms = [module for module in reference_model.model.vision_tower_aux.modules() if hasattr(module, "eps")]
-    assert {norm.eps for norm in norms} == {1e-6}
-    for norm in norms:
-        norm.eps = 1e-5
-    assert_logits_differ(reference_model, reference)
+    """The same for ConvNeXt: its config's epsilon, 1e-6 here, reaches every norm; transformers would leave it there."""
+    config = reference_model.config
+    assert (
+        {norm.eps for norm in convnext_norms(reference_model)} == {config.vision_config_aux.layer_norm_eps} == {1e-6}
+    )
+    config.vision_config_aux.layer_norm_eps = 1e-5  # the xxlarge form's
+    wrong = MGMForConditionalGeneration(config).eval()
+    wrong.load_state_dict(reference_model.state_dict())
+    assert {norm.eps for norm in convnext_norms(wrong)} == {1e-5}
+    assert_logits_differ(wrong, reference)
+
+
+def convnext_norms(model: MGMForConditionalGeneration) -> list[torch.nn.LayerNorm]:
+    return [module for module in model.model.vision_tower_aux.modules() if isinstance(module, torch.nn.LayerNorm)]
 
 
 def test_mgm_2b_has_the_released_models_size():
