@@ -134,7 +134,7 @@ def test_a_wrong_norm_epsilon_is_seen(reference, reference_model_folder, part, n
 
 @torch.no_grad()
 def test_a_wrong_convnext_epsilon_is_seen(reference, reference_model):
-    """The same for ConvNeXt: its config's epsilon, 1e-6 here, reaches every norm; transformers would leave it there."""
+    """The same for ConvNeXt: its config's epsilon reaches every norm; transformers would leave them at 1e-6."""
     config = reference_model.config
     assert (
         {norm.eps for norm in convnext_norms(reference_model)} == {config.vision_config_aux.layer_norm_eps} == {1e-6}
