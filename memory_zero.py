@@ -82,12 +82,12 @@ def trace_deepspeed(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deepspeed.json"
         path.write_text(json.dumps(deepspeed_config))
-        with patch.dict(os.environ, _launch_environment(path, world_size)):
+        with patch.dict(os.environ, launch_environment(path, world_size)):
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
                 return pool.submit(_trace, config, world_size, device_type, images_per_sample).result()
 
 
-def _launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str, str]:
+def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str, str]:
     """What accelerate's launcher would set for rank 0. No GPU is seen, whatever the computer has."""
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
