@@ -77,6 +77,7 @@ def trace_deepspeed(
     Raises:
         TraceError: the step does something whose memory depends on data.
         ValueError: DeepSpeed or the batch refuses the configuration.
+        RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +106,11 @@ def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str
 
 def _trace(config: train.TrainConfig, world_size: int, device_type: str, images_per_sample: int) -> PlacedTrace:
     with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
-        return _trace_in_this_process(config, world_size, device_type, images_per_sample)
+        try:
+            return _trace_in_this_process(config, world_size, device_type, images_per_sample)
+        except (ValueError, RuntimeError) as error:  # those of libraries do not survive the way to another process
+            plain_type = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise plain_type(str(error)) from None
 
 
 def _trace_in_this_process(
@@ -145,7 +150,8 @@ class PlacedRecorder(Recorder):
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
         allocation = super().allocated(tensor, op)
         if allocation not in self.places:
-            self.places[allocation] = "device" if tensor.device == self.device else "host"
+            is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
+            self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
             allocation.category = self.purpose
         return allocation
 
