@@ -1,0 +1,79 @@
+"""The other wall: what training takes of the host's memory, all processes of one computer together.
+
+    host_breakdown(trace_strategy(config, strategy), config, strategy.world_size)    # bytes by purpose
+
+What DeepSpeed offloads comes from its trace. Page-locked ("pinned") memory comes in blocks of a power of two, which is
+where an offloaded run takes more than its tensors.
+"""
+
+from collections import Counter
+
+import train
+from memory_record import Record
+from memory_trace import Trace
+from memory_zero import PlacedTrace
+
+
+# Resident memory of a process that has imported torch, transformers, peft and deepspeed, before it loads a model:
+# measured with Python 3.11 and the CPU's PyTorch 2.13. A build for CUDA maps some hundred MiB more.
+PROCESS_BYTES = 531 * 2**20
+# A data worker is forked and shares its parent's pages until it writes to them: 9 MiB of its own at its first batch,
+# more as reference counts change. An allowance, not a measurement.
+WORKER_BYTES = 64 * 2**20
+PREFETCH_FACTOR = 2  # torch.utils.data.DataLoader: batches that each worker has ready
+
+
+def host_breakdown(
+    trace: PlacedTrace, config: train.TrainConfig, world_size: int = 1, device_type: str = "cuda"
+) -> dict[str, int]:
+    """Bytes of host memory by purpose while the steps run, for `world_size` processes on one host.
+
+    The tensors are those of the peaks of page-locked and of ordinary memory. On a CPU the device's are the host's too.
+    Raises KeyError for a trace without a batch.
+    """
+    in_host = [trace.pinned, trace.host] + ([trace.device] if device_type == "cpu" else [])
+    sums = Counter({"process": PROCESS_BYTES})
+    for part in in_host:
+        if part.record.events:
+            sums.update(part.breakdown())
+    live_pinned_bytes = trace.pinned.peak_bytes if trace.pinned.record.events else 0
+    sums["pinned_rounding"] = pinned_blocks_bytes(trace.pinned.record) - live_pinned_bytes
+    sums["workers"] = config.dataloader_num_workers * WORKER_BYTES
+    sums["batches"] = config.dataloader_num_workers * PREFETCH_FACTOR * batch_bytes(trace.device)
+    return {purpose: world_size * nbytes for purpose, nbytes in sums.items() if nbytes}
+
+
+def loading_bytes(trace: PlacedTrace, weight_bytes: int, world_size: int, is_split: bool) -> int:
+    """The most host memory that loading the weights takes, `weight_bytes` being the checkpoint's.
+
+    With `zero3_init_flag` (`is_split`) rank 0 has the checkpoint's tensors beside what is offloaded already
+    (transformers' _load_state_dict_into_zero3_model); pages of a safetensors file can be dropped under pressure.
+    Else each process reads the whole model before it goes to its device.
+    """
+    if not is_split:
+        return world_size * (PROCESS_BYTES + weight_bytes)
+    return world_size * (PROCESS_BYTES + pinned_blocks_bytes(trace.pinned.record)) + weight_bytes
+
+
+def batch_bytes(trace: Trace) -> int:
+    """Bytes of one batch on the device."""
+    return sum(nbytes for nbytes, allocation in trace.record.events if nbytes > 0 and allocation.category == "batch")
+
+
+def pinned_blocks_bytes(record: Record) -> int:
+    """Bytes that PyTorch's pinned-memory allocator holds at the end of a record.
+
+    It rounds each request up to a power of two and keeps what is released for the next request of that size
+    (ATen/core/CachingHostAllocator.h, allocate and free; `pinned_max_round_threshold` is without limit by default). In
+    MiB: 3, 5, release of 3, 4, 2 take blocks of 4, 8, none (the first one again) and 2.
+    """
+    total, unused = 0, Counter()
+    for nbytes, allocation in record.events:
+        block_bytes = 1 << max(allocation.nbytes - 1, 0).bit_length()
+        if nbytes < 0:
+            unused[block_bytes] += 1
+        elif nbytes > 0 and unused[block_bytes]:
+            unused[block_bytes] -= 1
+        elif nbytes > 0:
+            total += block_bytes
+    return total

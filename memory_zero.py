@@ -1,0 +1,368 @@
+"""Traces train.py's steps under DeepSpeed, for any number of processes, on one computer without a GPU.
+
+    trace = trace_deepspeed(TrainConfig(model="mgm-2b", mixed_precision="bf16"), deepspeed_config, world_size=4)
+    trace.device.peak_bytes, trace.pinned.peak_bytes, trace.host.peak_bytes
+
+Nothing here knows what ZeRO gathers, keeps, splits or frees: DeepSpeed's own engine runs, of the installed version and
+on the launch config's own values, over fake tensors. What it believes to see is made of three parts:
+
+- PyTorch's fake process group: as many processes as wanted, and collectives that return at once;
+- a stand-in for DeepSpeed's accelerator, which says that there is one device;
+- fake tensors on two devices, `cpu:0` for the GPU and `cpu` for the host. They are told apart like a GPU and its host:
+  `.to` copies from one to the other, and what mixes them fails.
+
+What is not seen: a GPU frees a gathered weight only when the stream that used it has got there (record_stream), so a
+real peak can lie above the prediction by what is released while the stream still works on it; NCCL's own buffers.
+"""
+
+import copy
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import get_scheduler
+
+import train
+from memory_kernels import KEPT_WORKSPACES, WORKSPACES, kernels_of, use_foreach
+from memory_record import Allocation, Record, Recorder
+from memory_trace import Trace, adopt, categorize, known_mask, random_states
+from memory_window import worst_case_batch
+
+
+HOST = "cpu"
+STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory for both
+# DeepSpeed records the order of the modules in the first step and fetches ahead from the second one on, so that the
+# third is the first one like all others.
+NUM_UPDATES = 3
+
+
+@dataclass
+class PlacedTrace:
+    """The device's memory, and the host's: page-locked and ordinary. A trace for a CPU run is all `device`."""
+
+    device: Trace
+    pinned: Trace
+    host: Trace
+
+
+def trace_deepspeed(
+    config: train.TrainConfig,
+    deepspeed_config: dict[str, Any],
+    world_size: int = 1,
+    device_type: str = "cuda",
+    images_per_sample: int = 1,
+) -> PlacedTrace:
+    """Trace the updates of rank 0 in their steady state, on the worst case of a batch, in a process of its own.
+
+    Args:
+        config: the flags of train.py; `dataset` and `output_dir` play no part.
+        deepspeed_config: what `deepspeed_config_file` holds, "auto" included.
+        world_size: processes, each with a device of its own.
+        device_type: what is predicted, `cuda` or `cpu`.
+        images_per_sample: of each row of the batch.
+
+    Raises:
+        TraceError: the step does something whose memory depends on data.
+        ValueError: DeepSpeed or the batch refuses the configuration.
+        RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
+    """
+    context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deepspeed.json"
+        path.write_text(json.dumps(deepspeed_config))
+        with patch.dict(os.environ, launch_environment(path, world_size)):
+            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+                return pool.submit(_trace, config, world_size, device_type, images_per_sample).result()
+
+
+def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str, str]:
+    """What accelerate's launcher would set for rank 0. No GPU is seen, whatever the computer has."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(deepspeed_config_path),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",  # the model is made before the engine is there
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def _trace(config: train.TrainConfig, world_size: int, device_type: str, images_per_sample: int) -> PlacedTrace:
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
+        try:
+            return _trace_in_this_process(config, world_size, device_type, images_per_sample)
+        except (ValueError, RuntimeError) as error:  # those of libraries do not survive the way to another process
+            plain_type = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise plain_type(str(error)) from None
+
+
+def _trace_in_this_process(
+    config: train.TrainConfig, world_size: int, device_type: str, images_per_sample: int
+) -> PlacedTrace:
+    config = copy.copy(config)
+    # Gradients that wait for the next micro-batch are there from the second one on.
+    config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
+    device = STAND_IN_DEVICE[device_type]
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_in = install_stand_in(device, world_size)
+    model = build_fake_model(config, fake_mode, device)
+    recorder = stand_in.recorder = PlacedRecorder(model, device, WORKSPACES[device_type])
+    accelerator = train.build_accelerator(config)
+    with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
+        batch = worst_case_batch(model.config, config, images_per_sample)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        adopt(recorder, model, batch, KEPT_WORKSPACES[device_type])
+        optimizer = train.build_optimizer(config, model)
+        with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+            engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
+            num_events_before_steps = len(recorder.record.events)
+            run_steps(accelerator, engine, optimizer, batch, config)
+    categorize(recorder.record, model)
+    return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
+
+
+class PlacedRecorder(Recorder):
+    """A recorder that also notes in which memory each allocation lies. While `purpose` is set, it is the category."""
+
+    def __init__(self, model: nn.Module, device: str, workspaces: dict) -> None:
+        super().__init__(model, workspaces)
+        self.device = torch.device(device)
+        self.places: dict[Allocation, str] = {}
+        self.purpose: str | None = None
+
+    def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
+        allocation = super().allocated(tensor, op)
+        if allocation not in self.places:
+            is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
+            self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
+            allocation.category = self.purpose
+        return allocation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        is_flag = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype in (torch.bool, torch.uint8)
+        if self.counters_are_known and is_flag:
+            return False  # no overflow, no invalid norm: the step is taken
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def install_stand_in(device: str, world_size: int) -> Any:
+    """Make torch.distributed and DeepSpeed believe in `world_size` processes with a device each. Returns the
+    accelerator; its `recorder` is to be set."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class StandIn(CPU_Accelerator):
+        recorder: PlacedRecorder
+
+        def communication_backend_name(self) -> str:
+            return "gloo"  # the CPU's own name would compile an operator
+
+        def create_op_builder(self, class_name: str) -> None:
+            return None
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return device
+
+        def current_device_name(self) -> str:
+            return device
+
+        def device_count(self) -> int:
+            return world_size
+
+        def is_fp16_supported(self) -> bool:
+            return True
+
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.device == torch.device(device)
+
+        def FloatTensor(self, values: list) -> torch.Tensor:  # noqa: N802 (DeepSpeed's name)
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def ByteTensor(self, values: list) -> torch.Tensor:  # noqa: N802
+            return torch.tensor(values, dtype=torch.uint8, device=device)
+
+        def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
+            if device == HOST:
+                return tensor
+            pinned = tensor.clone()
+            self.recorder.places[self.recorder.find(pinned)] = "pinned"
+            return pinned
+
+    stand_in = StandIn()
+    set_accelerator(stand_in)
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # there is nobody to compare with
+    return stand_in
+
+
+def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode, device: str) -> nn.Module:
+    """train.build_model's model, in training mode, of fake tensors on the device."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = train.build_model(config, is_deepspeed=True)
+    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+
+    with fake_mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if tensor not in replaced:
+                            replaced[tensor] = fake(tensor)
+                        tensors[name] = replaced[tensor]
+    # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
+    model._apply = lambda fn, recurse=True: model
+    return model.train()
+
+
+def prepare(
+    recorder: PlacedRecorder,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device_type: str,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """accelerator.prepare, with the engine's phases and purposes told to the recorder."""
+    recorder.counters_are_known = True
+    with _purpose(recorder, "optimizer"):
+        engine, optimizer = accelerator.prepare(model, optimizer)
+    zero = engine.optimizer
+    if device_type == "cuda" and not getattr(zero, "offload_optimizer", False):
+        use_foreach(zero.optimizer)
+    zero.optimizer.register_step_post_hook(lambda *_: _name_optimizer_state(recorder, zero.optimizer))
+    _name_what_stays(recorder, engine)
+    _tell_phases(recorder, engine)
+    if hasattr(zero, "parameter_offload"):
+        _tell_purpose(recorder, zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "weights")
+        _tell_purpose(recorder, zero, "_post_step", "weights")
+    return engine, optimizer
+
+
+def run_steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    config: train.TrainConfig,
+) -> None:
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, NUM_UPDATES)
+    num_items_in_batch = batch["labels"].numel()
+    for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            train.training_step(
+                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+            )
+
+
+def _tell_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
+    def told(phase: str, function: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recorder.enter_phase(phase)
+            recorder.counters_are_known = phase == "step"
+            result = function(*args, **kwargs)
+            recorder.counters_are_known = True  # between the phases the norm is read
+            return result
+
+        return run
+
+    engine.forward = told("forward", engine.forward)
+    engine.backward = told("backward", engine.backward)
+    engine.step = told("step", engine.step)
+
+
+@contextmanager
+def _purpose(recorder: PlacedRecorder, purpose: str) -> Iterator[None]:
+    before, recorder.purpose = recorder.purpose, purpose
+    try:
+        yield
+    finally:
+        recorder.purpose = before
+
+
+def _tell_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: str) -> None:
+    function = getattr(owner, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _purpose(recorder, purpose):
+            return function(*args, **kwargs)
+
+    setattr(owner, name, run)
+
+
+def _name_what_stays(recorder: PlacedRecorder, engine: nn.Module) -> None:
+    """The categories of what DeepSpeed has made before the first step: by default it is the optimizer's."""
+    zero = engine.optimizer
+    for parameter in engine.module.parameters():
+        category = "trained" if parameter.requires_grad else "weights"
+        _name(recorder, category, [parameter, getattr(parameter, "ds_tensor", None)])
+    _name(recorder, "gradients", [getattr(zero, "grad_partitions_flat_buffer", None)])
+    _name(recorder, "gradients", [master.grad for master in getattr(zero, "fp32_partitioned_groups_flat", [])])
+    buckets = getattr(zero, "ipg_buckets", {}).values()
+    _name(recorder, "communication", [getattr(bucket, "buffer", None) for bucket in buckets])
+
+
+def _name_optimizer_state(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:
+    _name(recorder, "optimizer", [value for state in optimizer.state.values() for value in state.values()])
+
+
+def _name(recorder: PlacedRecorder, category: str, tensors: list[Any]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and (allocation := recorder.find(tensor)):
+            allocation.category = category
+
+
+def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedTrace:
+    """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
+    split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
+
+    def trace_of(place: str, first: int = 0) -> Trace:
+        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first))
+
+    first_on_device = num_events_before_steps if is_split else 0
+    return PlacedTrace(
+        device=trace_of("device", first_on_device),
+        pinned=trace_of("pinned"),
+        host=trace_of("host", num_events_before_steps),
+    )
+
+
+def _select(record: Record, is_wanted: Callable[[Allocation], bool], first: int) -> Record:
+    """The events of some allocations. Of those before `first` only what is still alive then is kept, made at once."""
+    selected, copies = Record(), {}
+    phase_starts = dict(record.phase_starts)
+    for index, (nbytes, allocation) in enumerate(record.events):
+        if index in phase_starts:
+            selected.phase_starts.append((len(selected.events), phase_starts[index]))
+        was_released = allocation.end is not None and allocation.end < first
+        if was_released or not is_wanted(allocation):
+            continue
+        if index == allocation.start:
+            copies[allocation] = replace(allocation, start=len(selected.events), end=None)
+        else:
+            copies[allocation].end = len(selected.events)
+        selected.events.append((nbytes, copies[allocation]))
+    return selected

@@ -1,0 +1,229 @@
+"""Strategies against sums worked out by hand, against each other, and against real DeepSpeed and DDP on the CPU."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_host import host_breakdown, loading_bytes, pinned_blocks_bytes
+from memory_measure_strategy import measure_strategy
+from memory_record import Allocation, Record
+from memory_strategies import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
+from memory_zero import PlacedTrace
+from train import TrainConfig, build_model
+from utils import UserError
+
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+MIB = 2**20
+
+
+def tiny_config(**flags: object) -> TrainConfig:
+    defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
+    return TrainConfig(output_dir="none", **(defaults | {"lora_r": 8} | flags))
+
+
+def small_buckets(strategy: Strategy) -> Strategy:
+    """The strategy with sizes that suit the tiny model: its weights are gathered and its buckets do not cover all."""
+    strategy.deepspeed_config["zero_optimization"] |= {
+        "reduce_bucket_size": 50_000,
+        "allgather_bucket_size": 50_000,
+        "stage3_prefetch_bucket_size": 50_000,
+        "stage3_max_live_parameters": 200_000,
+        "stage3_max_reuse_distance": 100_000,
+        "stage3_param_persistence_threshold": 1_000,
+        "sub_group_size": 100_000,
+    }
+    return strategy
+
+
+@functools.cache
+def traced(name: str, offload: str = "none", world_size: int = 1, lora_r: int = 8) -> PlacedTrace:
+    """The trace of a tiny run on GPUs. Tests only read it, so that they can share it."""
+    strategy = Strategy.from_flags(name, offload, world_size)
+    if name.startswith("zero"):
+        strategy = small_buckets(strategy)
+    return trace_strategy(tiny_config(lora_r=lora_r), strategy)
+
+
+def parameter_bytes(lora_r: int = 8) -> dict[bool, int]:
+    """Bytes of the tiny model's trained (True) and frozen (False) parameters in fp32."""
+    with torch.device("meta"):
+        model = build_model(tiny_config(lora_r=lora_r), is_deepspeed=True)
+    sums = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sums[parameter.requires_grad] += parameter.numel() * 4
+    return sums
+
+
+def host_bytes(trace: PlacedTrace) -> int:
+    return trace.pinned.peak_bytes + trace.host.peak_bytes
+
+
+def record_of(*sizes: int) -> Record:
+    """A record from bytes: positive ones allocate, negative ones release the last allocation of that size."""
+    record, live = Record(), {}
+    for nbytes in sizes:
+        if nbytes > 0:
+            live[nbytes] = Allocation(nbytes, (nbytes,), "uint8", "", "", "load", len(record.events))
+        record.events.append((nbytes, live[abs(nbytes)]))
+        if nbytes < 0:
+            live[-nbytes].end = len(record.events) - 1
+    return record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("zero4",), ("--strategy", "zero4", "zero3")),
+        (("zero2", "param"), ("--offload param", "zero2", "zero3")),
+        (("ddp", "optimizer"), ("--offload optimizer", "ddp")),
+        (("zero3", "nvme"), ("--offload", "nvme", "optimizer")),
+        (("single", "none", 2), ("--world_size 2", "ddp")),
+        (("ddp", "none", 0), ("--world_size 0", "at least 1")),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: tuple, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        Strategy.from_flags(*arguments)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_strategy_of_each_launch_config() -> None:
+    """Name, offload and DeepSpeed's actual values of the configs in accelerate_configs."""
+    read = {name: Strategy.from_config_file(CONFIGS / f"{name}.yaml") for name in ("single", "ddp", "zero2", "zero3")}
+    expected = {"single": "none", "ddp": "none", "zero2": "none", "zero3": "param"}
+    assert {s.name: s.offload for s in read.values()} == expected
+    assert all(s.world_size == 1 for s in read.values())
+    for name in ("zero2", "zero3"):
+        assert read[name].deepspeed_config == json.loads((CONFIGS / f"deepspeed_{name}.json").read_text())
+    assert Strategy.from_config_file(CONFIGS / "zero3.yaml", world_size=4).world_size == 4
+
+
+def test_flags_give_the_launch_configs_strategy() -> None:
+    """--strategy zero3 --offload param is zero3.yaml; the other offloads only lack its keys."""
+    strategy = Strategy.from_flags("zero3", "param")
+    assert strategy.deepspeed_config == Strategy.from_config_file(CONFIGS / "zero3.yaml").deepspeed_config
+    zero = Strategy.from_flags("zero3", "optimizer").deepspeed_config["zero_optimization"]
+    assert "offload_optimizer" in zero and "offload_param" not in zero
+    zero = Strategy.from_flags("zero1").deepspeed_config["zero_optimization"]
+    assert zero["stage"] == 1 and not any(key.startswith("offload") for key in zero)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("distributed_type: FSDP", "FSDP"),
+        ("no: config", "distributed_type"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "deepspeed_config_file"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: nowhere.json}", "nowhere.json"),
+    ],
+)
+def test_launch_configs_that_cannot_be_predicted(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=word) as error:
+        Strategy.from_config_file(path)
+    assert f"--config_file {path}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ddp_buckets_by_hand() -> None:
+    """From the last parameter on: 0.75 + 0.5 MiB pass 1 MiB, 10 + 20 MiB pass 25 MiB, what is left is the last one."""
+    sizes = [nbytes * MIB // 4 for nbytes in (4, 80, 40, 2, 3)]
+    assert ddp_bucket_sizes(sizes) == [5 * MIB // 4, 30 * MIB, MIB]
+    assert ddp_bucket_sizes([]) == []
+
+
+def test_ddp_buckets_are_torchs() -> None:
+    """torch assigns parameters to buckets in the order it is given; DDP reverses its result."""
+    parameters = [torch.empty(size) for size in (300_000, 7_000_000, 1, 200_000, 9_000_000, 400_000, 10_000)]
+    limits = [MIB, DDP_BUCKET_BYTES]
+    indices, _ = torch.distributed._compute_bucket_assignment_by_size(parameters[::-1], limits)
+    expected = [sum(parameters[::-1][i].nbytes for i in bucket) for bucket in indices]
+    assert ddp_bucket_sizes([parameter.nbytes for parameter in parameters]) == expected
+
+
+def test_ddp_adds_the_trained_parameters_once_more() -> None:
+    """Every gradient is there by itself and in a bucket; the rest is a single process's."""
+    single, ddp = traced("single").device, traced("ddp").device
+    assert ddp.peak_bytes - single.peak_bytes == parameter_bytes()[True]
+    assert ddp.breakdown()["communication"] == parameter_bytes()[True]
+    for nbytes, allocation in ddp.record.events:
+        at = allocation.start if nbytes > 0 else allocation.end
+        assert nbytes == 0 or ddp.record.events[at] == (nbytes, allocation)
+
+
+def test_ddp_leaves_the_given_record_alone() -> None:
+    record = traced("single").device.record
+    before = [(nbytes, a.start, a.end) for nbytes, a in record.events]
+    with_ddp_buckets(record)
+    assert [(nbytes, a.start, a.end) for nbytes, a in record.events] == before
+
+
+@pytest.mark.slow
+def test_offload_moves_bytes_from_the_device_to_the_host() -> None:
+    """Each step of offload takes from the device and gives to the host; frozen weights have no masters anywhere."""
+    traces = [traced("zero3", offload) for offload in ("none", "optimizer", "param")]
+    device = [trace.device.peak_bytes for trace in traces]
+    assert device[0] > device[1] > device[2]
+    assert traces[0].pinned.record.events == []
+    assert host_bytes(traces[1]) < host_bytes(traces[2])
+    # The persistent device share of the weights goes down by what the host gains.
+    assert traces[2].pinned.breakdown()["weights"] > parameter_bytes()[False] * 0.9
+
+
+@pytest.mark.slow
+def test_optimizer_has_masters_and_states_of_the_trained_only() -> None:
+    """Offloaded: fp32 masters and two Adam moments of 4 bytes for each trained parameter, and gradients twice (the
+    partitions' buffer and the masters'), whatever is frozen."""
+    trace = traced("zero3", "param")
+    trained_bytes = parameter_bytes()[True]
+    assert trace.host.breakdown()["optimizer"] == pytest.approx(3 * trained_bytes, rel=0.01)
+    assert trace.pinned.breakdown()["gradients"] == pytest.approx(2 * trained_bytes, rel=0.01)
+
+
+@pytest.mark.slow
+def test_processes_share_what_stage_3_splits() -> None:
+    """Two processes keep half of the weights and of the optimizer's memory each."""
+    one, two = traced("zero3", "param"), traced("zero3", "param", 2)
+    assert two.pinned.peak_bytes == pytest.approx(one.pinned.peak_bytes / 2, rel=0.02)
+    assert two.host.breakdown()["optimizer"] == pytest.approx(one.host.breakdown()["optimizer"] / 2, rel=0.02)
+
+
+def test_pinned_blocks_by_hand() -> None:
+    """3 -> 4 MiB, 5 -> 8 MiB, the released 4 MiB block serves the 4 MiB, 2 -> 2 MiB: 14 MiB, of which 11 are used."""
+    record = record_of(3 * MIB, 5 * MIB, -3 * MIB, 4 * MIB, 2 * MIB)
+    assert pinned_blocks_bytes(record) == 14 * MIB
+    assert pinned_blocks_bytes(record_of(MIB + 1)) == 2 * MIB
+    assert pinned_blocks_bytes(Record()) == 0
+
+
+@pytest.mark.slow
+def test_host_breakdown_counts_processes_and_workers() -> None:
+    """Twice the processes, twice all; a worker more costs its memory and its batches; all parts are positive."""
+    config, trace = tiny_config(dataloader_num_workers=1), traced("zero3", "param")
+    one = host_breakdown(trace, config)
+    assert host_breakdown(trace, config, world_size=2) == {key: 2 * nbytes for key, nbytes in one.items()}
+    assert min(one.values()) > 0 and {"weights", "optimizer", "workers", "batches", "process"} <= one.keys()
+    more = host_breakdown(trace, tiny_config(dataloader_num_workers=3))
+    assert {key for key in one if more[key] != one[key]} == {"workers", "batches"}
+    assert sum(one.values()) >= pinned_blocks_bytes(trace.pinned.record) + trace.host.peak_bytes
+    assert loading_bytes(trace, 100, 1, is_split=True) - loading_bytes(trace, 0, 1, is_split=True) == 100
+
+
+ZERO3_OFFLOAD = ("zero3", "param", 1, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "offload", "world_size", "lora_r", "error"),
+    [(*ZERO3_OFFLOAD, 0.01), ("zero2", "none", 1, 0, 0.01)],
+)
+def test_prediction_of_a_deepspeed_run(name: str, offload: str, world_size: int, lora_r: int, error: float) -> None:
+    """Device and host bytes together against what the same steps allocate under real DeepSpeed on the CPU."""
+    strategy, config = small_buckets(Strategy.from_flags(name, offload, world_size)), tiny_config(lora_r=lora_r)
+    measured_bytes = measure_strategy(config, strategy)
+    predicted_bytes = trace_strategy(config, strategy, "cpu").device.peak_bytes
+    assert predicted_bytes == pytest.approx(measured_bytes, rel=error)
