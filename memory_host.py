@@ -1,6 +1,6 @@
 """The other wall: what training takes of the host's memory, all processes of one computer together.
 
-    host_breakdown(trace_strategy(config, strategy), config, strategy.world_size)    # bytes by purpose
+    host_breakdown(trace_strategy(config, strategy), strategy.world_size)    # bytes by purpose
 
 What DeepSpeed offloads comes from its trace. Page-locked ("pinned") memory comes in blocks of a power of two, which is
 where an offloaded run takes more than its tensors.
@@ -8,7 +8,6 @@ where an offloaded run takes more than its tensors.
 
 from collections import Counter
 
-import train
 from memory_record import Record
 from memory_trace import Trace
 from memory_zero import PlacedTrace
@@ -20,13 +19,15 @@ PROCESS_BYTES = 531 * 2**20
 # A data worker is forked and shares its parent's pages until it writes to them: 9 MiB of its own at its first batch,
 # more as reference counts change. An allowance, not a measurement.
 WORKER_BYTES = 64 * 2**20
+NUM_WORKERS = 2  # train.py's default
 PREFETCH_FACTOR = 2  # torch.utils.data.DataLoader: batches that each worker has ready
 
 
 def host_breakdown(
-    trace: PlacedTrace, config: train.TrainConfig, world_size: int = 1, device_type: str = "cuda"
+    trace: PlacedTrace, world_size: int = 1, device_type: str = "cuda", num_workers: int = NUM_WORKERS
 ) -> dict[str, int]:
-    """Bytes of host memory by purpose while the steps run, for `world_size` processes on one host.
+    """Bytes of host memory by purpose while the steps run, for `world_size` processes on one host, each with
+    `num_workers` data workers.
 
     The tensors are those of the peaks of page-locked and of ordinary memory. On a CPU the device's are the host's too.
     Raises KeyError for a trace without a batch.
@@ -38,8 +39,8 @@ def host_breakdown(
             sums.update(part.breakdown())
     live_pinned_bytes = trace.pinned.peak_bytes if trace.pinned.record.events else 0
     sums["pinned_rounding"] = pinned_blocks_bytes(trace.pinned.record) - live_pinned_bytes
-    sums["workers"] = config.dataloader_num_workers * WORKER_BYTES
-    sums["batches"] = config.dataloader_num_workers * PREFETCH_FACTOR * batch_bytes(trace.device)
+    sums["workers"] = num_workers * WORKER_BYTES
+    sums["batches"] = num_workers * PREFETCH_FACTOR * batch_bytes(trace.device)
     return {purpose: world_size * nbytes for purpose, nbytes in sums.items() if nbytes}
 
 

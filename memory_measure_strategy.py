@@ -1,6 +1,6 @@
 """Measures on the CPU what memory_strategies.py predicts: real DeepSpeed or DDP over real processes, joined by gloo.
 
-    measure_strategy(TrainConfig(model="tiny", mixed_precision="no"), Strategy.from_flags("zero3", "param"))
+    measure_strategy(StepConfig(model="tiny", mixed_precision="no"), Strategy.from_flags("zero3", "param"))
 
 Tensors that gloo's threads are the last to hold are released where the profiler does not see it. So what is there when
 a step begins is counted by walking over all tensors, and only what the step adds comes from the profiler.
@@ -30,7 +30,7 @@ from memory_window import worst_case_batch
 from memory_zero import NUM_UPDATES, launch_environment
 
 
-def measure_strategy(config: train.TrainConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
+def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
     """Bytes at the peak of rank 0's steady state, device and host together: a CPU has one memory for both."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free_port:
@@ -51,16 +51,16 @@ def measure_strategy(config: train.TrainConfig, strategy: Strategy, images_per_s
                 return [run.result() for run in runs][0]
 
 
-def _measure(config: train.TrainConfig, rank: int, world_size: int, images_per_sample: int) -> int:
+def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sample: int) -> int:
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     with redirect_stdout(sys.stderr):
         accelerator = train.build_accelerator(config)
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
         model = train.build_model(config, is_deepspeed).train()
-        optimizer = train.build_optimizer(config, model)
+        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         batch = worst_case_batch(model.config, config, images_per_sample)
         model, optimizer = accelerator.prepare(model, optimizer)
-        scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, NUM_UPDATES)
+        scheduler = get_scheduler("constant", optimizer)
         peaks = []
         for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
             before_bytes = _bytes_in_use(model)

@@ -5,8 +5,11 @@ from typing import Any
 
 from memory_allocator import replay_events
 from memory_gpus import GPUS
+from memory_host import host_breakdown
 from memory_record import TraceError
-from memory_trace import Trace, trace_training
+from memory_strategies import Strategy, trace_strategy
+from memory_trace import Trace
+from memory_zero import PlacedTrace
 from train import StepConfig
 from utils import UserError
 
@@ -15,19 +18,27 @@ PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.bas
 
 
 def predict(config: StepConfig) -> dict[str, Any]:
-    """A ProbeConfig's peak in bytes, what is in it, and what the device has to have.
+    """A ProbeConfig's peak in bytes, what is in it, and what device and host have to have.
 
     Raises:
-        UserError: the images do not fit into a row, or the step does what cannot be traced.
+        UserError: there is no such strategy, the images do not fit into a row, or the step does what cannot be traced.
     """
-    trace = trace_step(config)
-    return describe(trace) | device_memory(trace, config)
+    strategy = strategy_of(config)
+    trace = trace_step(config, strategy)
+    host = host_breakdown(trace, strategy.world_size, config.device)
+    return describe(trace.device) | device_memory(trace.device, config) | {"host_bytes": sum(host.values())}
 
 
-def trace_step(config: StepConfig) -> Trace:
+def strategy_of(config: StepConfig) -> Strategy:
+    if config.config_file is not None:
+        return Strategy.from_config_file(config.config_file, config.world_size)
+    return Strategy.from_flags(config.strategy, config.offload, config.world_size)
+
+
+def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
     workspace_bytes = GPUS[config.gpu].family.cublas_workspace_bytes if config.device == "cuda" else 0
     try:
-        return trace_training(config, config.device, config.images_per_sample, workspace_bytes)
+        return trace_strategy(config, strategy, config.device, config.images_per_sample, workspace_bytes)
     except TraceError as error:
         raise UserError(f"--model {config.model}: {error}") from None
     except ValueError as error:

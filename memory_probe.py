@@ -17,6 +17,7 @@ import torch
 from memory_gpus import GIB, GPUS
 from memory_predict import predict
 from memory_report import report
+from memory_strategies import Strategy
 from memory_sweep import run_sweep
 from train import StepConfig
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
@@ -52,6 +53,10 @@ class ProbeConfig(StepConfig):
         if self.device == "cuda" and self.mode != "predict" and not has_gpu:
             raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
         super().__post_init__()
+        if self.config_file is not None:
+            world_size = self.world_size if self.world_size > 1 else None
+            launch = Strategy.from_config_file(self.config_file, world_size)
+            self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
         check_choice("gpu", self.gpu, tuple(GPUS))
         check_minimum(self, images_per_sample=0, world_size=1)
         if self.budget_gib is not None and self.budget_gib <= 0:

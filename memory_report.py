@@ -38,7 +38,11 @@ def title(result: dict) -> str:
     checkpointing = "checkpointing" if config["gradient_checkpointing"] else "no checkpointing"
     how = {"predict": "predicted", "measure": "measured", "both": "predicted and measured"}[result["mode"]]
     parts = [lora, config["mixed_precision"], rows, images, checkpointing, config["attn_implementation"]]
-    return f"{result['model']}, {', '.join(parts)}, {config['strategy']}: {how} for {config['device']}"
+    strategy = config["strategy"]
+    if strategy != "single":
+        offload = "" if config["offload"] == "none" else f", {config['offload']} offloaded"
+        strategy += f" on {config['world_size']} process{'es' * (config['world_size'] > 1)}{offload}"
+    return f"{result['model']}, {', '.join(parts)}, {strategy}: {how} for {config['device']}"
 
 
 def breakdown_lines(result: dict) -> list[str]:

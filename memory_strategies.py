@@ -2,7 +2,7 @@
 
     strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")          # its actual bucket sizes
     strategy = Strategy.from_flags("zero3", offload="param", world_size=2)         # accelerate_configs' JSON, adapted
-    trace = trace_strategy(TrainConfig(model="mgm-2b", mixed_precision="bf16"), strategy)
+    trace = trace_strategy(StepConfig(model="mgm-2b", mixed_precision="bf16"), strategy)
     trace.device.peak_bytes, trace.pinned.peak_bytes, trace.host.peak_bytes
 
 ZeRO is not modelled here but run (memory_zero.py). DDP adds its buckets to the record of one process.
@@ -113,17 +113,19 @@ def _from_deepspeed(cls: type[Strategy], path: str | Path, launch: dict, world_s
     return cls(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)
 
 
-def trace_strategy(
-    config: train.TrainConfig, strategy: Strategy, device_type: str = "cuda", images_per_sample: int = 1
-) -> PlacedTrace:
-    """Trace the steps of one of the strategy's processes. Raises what trace_training and trace_deepspeed raise."""
+def trace_strategy(config: train.StepConfig, strategy: Strategy, *settings: Any) -> PlacedTrace:
+    """Trace the steps of one of the strategy's processes.
+
+    `settings` are those of trace_training: device_type, images_per_sample and cublas_workspace_bytes. Raises what
+    trace_training and trace_deepspeed raise.
+    """
     if strategy.name.startswith("zero"):
         # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
         deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
-        return trace_deepspeed(config, deepspeed_config, strategy.world_size, device_type, images_per_sample)
-    trace = trace_training(config, device_type, images_per_sample)
+        return trace_deepspeed(config, deepspeed_config, strategy.world_size, *settings)
+    trace = trace_training(config, *settings)
     # accelerate wraps the model on GPUs even for one process, on a CPU for several.
-    if strategy.name == "ddp" and (strategy.world_size > 1 or device_type == "cuda"):
+    if strategy.name == "ddp" and (strategy.world_size > 1 or settings[:1] != ("cpu",)):
         trace = Trace(with_ddp_buckets(trace.record))
     return PlacedTrace(device=trace, pinned=Trace(Record()), host=Trace(Record()))
 

@@ -111,9 +111,7 @@ def trace_training(
         recorder = Recorder(model, WORKSPACES[device_type], BLOCK_BYTES[device_type])
         with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
             batch = worst_case_batch(model.config, config, images_per_sample)
-            adopt(recorder, model, batch)
-            for thread in ("forward", "backward") if cublas_workspace_bytes else ():
-                recorder.reserve(cublas_workspace_bytes, f"cuBLAS, {thread}")
+            adopt(recorder, model, batch, cublas_workspace_bytes)
             optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
             if device_type == "cuda":
                 use_foreach(optimizer)
@@ -124,7 +122,7 @@ def trace_training(
     return Trace(recorder.record)
 
 
-def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], cublas_workspace_bytes: int) -> None:
     """Record what is there before the first step."""
     recorder.enter_phase("load")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -134,6 +132,8 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor]) 
     for name, tensor in batch.items():
         allocation = recorder.allocated(tensor, "load")
         allocation.module, allocation.category = name, "batch"
+    for thread in ("forward", "backward") if cublas_workspace_bytes else ():
+        recorder.reserve(cublas_workspace_bytes, f"cuBLAS, {thread}")
 
 
 def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode) -> nn.Module:

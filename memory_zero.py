@@ -1,6 +1,6 @@
 """Traces train.py's steps under DeepSpeed, for any number of processes, on one computer without a GPU.
 
-    trace = trace_deepspeed(TrainConfig(model="mgm-2b", mixed_precision="bf16"), deepspeed_config, world_size=4)
+    trace = trace_deepspeed(StepConfig(model="mgm-2b", mixed_precision="bf16"), deepspeed_config, world_size=4)
     trace.device.peak_bytes, trace.pinned.peak_bytes, trace.host.peak_bytes
 
 Nothing here knows what ZeRO gathers, keeps, splits or frees: DeepSpeed's own engine runs, of the installed version and
@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import get_scheduler
 
 import train
-from memory_kernels import KEPT_WORKSPACES, WORKSPACES, kernels_of, use_foreach
+from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_trace import Trace, adopt, categorize, known_mask, random_states
 from memory_window import worst_case_batch
@@ -59,20 +59,22 @@ class PlacedTrace:
 
 
 def trace_deepspeed(
-    config: train.TrainConfig,
+    config: train.StepConfig,
     deepspeed_config: dict[str, Any],
     world_size: int = 1,
     device_type: str = "cuda",
     images_per_sample: int = 1,
+    cublas_workspace_bytes: int = 0,
 ) -> PlacedTrace:
     """Trace the updates of rank 0 in their steady state, on the worst case of a batch, in a process of its own.
 
     Args:
-        config: the flags of train.py; `dataset` and `output_dir` play no part.
+        config: the flags of a step.
         deepspeed_config: what `deepspeed_config_file` holds, "auto" included.
         world_size: processes, each with a device of its own.
         device_type: what is predicted, `cuda` or `cpu`.
         images_per_sample: of each row of the batch.
+        cublas_workspace_bytes: as in trace_training.
 
     Raises:
         TraceError: the step does something whose memory depends on data.
@@ -85,7 +87,9 @@ def trace_deepspeed(
         path.write_text(json.dumps(deepspeed_config))
         with patch.dict(os.environ, launch_environment(path, world_size)):
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                return pool.submit(_trace, config, world_size, device_type, images_per_sample).result()
+                return pool.submit(
+                    _trace, config, world_size, device_type, images_per_sample, cublas_workspace_bytes
+                ).result()
 
 
 def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str, str]:
@@ -104,17 +108,17 @@ def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str
     }
 
 
-def _trace(config: train.TrainConfig, world_size: int, device_type: str, images_per_sample: int) -> PlacedTrace:
+def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
     with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
         try:
-            return _trace_in_this_process(config, world_size, device_type, images_per_sample)
+            return _trace_in_this_process(config, *settings)
         except (ValueError, RuntimeError) as error:  # those of libraries do not survive the way to another process
             plain_type = ValueError if isinstance(error, ValueError) else RuntimeError
             raise plain_type(str(error)) from None
 
 
 def _trace_in_this_process(
-    config: train.TrainConfig, world_size: int, device_type: str, images_per_sample: int
+    config: train.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
 ) -> PlacedTrace:
     config = copy.copy(config)
     # Gradients that wait for the next micro-batch are there from the second one on.
@@ -123,13 +127,13 @@ def _trace_in_this_process(
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)
     model = build_fake_model(config, fake_mode, device)
-    recorder = stand_in.recorder = PlacedRecorder(model, device, WORKSPACES[device_type])
+    recorder = stand_in.recorder = PlacedRecorder(model, device, WORKSPACES[device_type], BLOCK_BYTES[device_type])
     accelerator = train.build_accelerator(config)
     with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
         batch = worst_case_batch(model.config, config, images_per_sample)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        adopt(recorder, model, batch, KEPT_WORKSPACES[device_type])
-        optimizer = train.build_optimizer(config, model)
+        adopt(recorder, model, batch, cublas_workspace_bytes)
+        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
@@ -141,8 +145,8 @@ def _trace_in_this_process(
 class PlacedRecorder(Recorder):
     """A recorder that also notes in which memory each allocation lies. While `purpose` is set, it is the category."""
 
-    def __init__(self, model: nn.Module, device: str, workspaces: dict) -> None:
-        super().__init__(model, workspaces)
+    def __init__(self, model: nn.Module, device: str, workspaces: dict, block_bytes: int) -> None:
+        super().__init__(model, workspaces, block_bytes)
         self.device = torch.device(device)
         self.places: dict[Allocation, str] = {}
         self.purpose: str | None = None
@@ -215,7 +219,7 @@ def install_stand_in(device: str, world_size: int) -> Any:
     return stand_in
 
 
-def build_fake_model(config: train.TrainConfig, fake_mode: FakeTensorMode, device: str) -> nn.Module:
+def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode, device: str) -> nn.Module:
     """train.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = train.build_model(config, is_deepspeed=True)
@@ -267,9 +271,9 @@ def run_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
-    config: train.TrainConfig,
+    config: train.StepConfig,
 ) -> None:
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, 0, NUM_UPDATES)
+    scheduler = get_scheduler("constant", optimizer)
     num_items_in_batch = batch["labels"].numel()
     for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):

@@ -116,7 +116,7 @@ class TrainConfig(StepConfig):
 
 
 def main(config: TrainConfig) -> dict | None:
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config, config.output_dir)
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
@@ -176,16 +176,16 @@ def main(config: TrainConfig) -> dict | None:
         return log.finish(global_step)
 
 
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The strategy is the launch config's; precision and accumulation are the flags'."""
+def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Accelerator:
+    """The strategy is the launch config's; precision and accumulation are the flags'. `project_dir` takes the logs."""
     on_cpu = not torch.cuda.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     accelerator = Accelerator(
         cpu=on_cpu and not uses_deepspeed,  # DeepSpeed finds the CPU itself; this flag would switch it off
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with="tensorboard",
-        project_dir=config.output_dir,
+        log_with="tensorboard" if project_dir else None,
+        project_dir=project_dir,
         # The sampler has made the processes' shares even; accelerate's way would repeat samples.
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
         # Without a GPU DeepSpeed would ask for a backend of its own and count one process.

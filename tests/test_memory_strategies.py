@@ -12,7 +12,7 @@ from memory_measure_strategy import measure_strategy
 from memory_record import Allocation, Record
 from memory_strategies import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
 from memory_zero import PlacedTrace
-from train import TrainConfig, build_model
+from train import StepConfig, build_model
 from utils import UserError
 
 
@@ -20,9 +20,9 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 MIB = 2**20
 
 
-def tiny_config(**flags: object) -> TrainConfig:
+def tiny_config(**flags: object) -> StepConfig:
     defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
-    return TrainConfig(output_dir="none", **(defaults | {"lora_r": 8} | flags))
+    return StepConfig(**(defaults | {"lora_r": 8} | flags))
 
 
 def small_buckets(strategy: Strategy) -> Strategy:
@@ -203,11 +203,11 @@ def test_pinned_blocks_by_hand() -> None:
 @pytest.mark.slow
 def test_host_breakdown_counts_processes_and_workers() -> None:
     """Twice the processes, twice all; a worker more costs its memory and its batches; all parts are positive."""
-    config, trace = tiny_config(dataloader_num_workers=1), traced("zero3", "param")
-    one = host_breakdown(trace, config)
-    assert host_breakdown(trace, config, world_size=2) == {key: 2 * nbytes for key, nbytes in one.items()}
+    trace = traced("zero3", "param")
+    one = host_breakdown(trace, num_workers=1)
+    assert host_breakdown(trace, world_size=2, num_workers=1) == {key: 2 * nbytes for key, nbytes in one.items()}
     assert min(one.values()) > 0 and {"weights", "optimizer", "workers", "batches", "process"} <= one.keys()
-    more = host_breakdown(trace, tiny_config(dataloader_num_workers=3))
+    more = host_breakdown(trace, num_workers=3)
     assert {key for key in one if more[key] != one[key]} == {"workers", "batches"}
     assert sum(one.values()) >= pinned_blocks_bytes(trace.pinned.record) + trace.host.peak_bytes
     assert loading_bytes(trace, 100, 1, is_split=True) - loading_bytes(trace, 0, 1, is_split=True) == 100
