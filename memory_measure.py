@@ -1,61 +1,40 @@
-"""Measures the peak memory of the steps that memory_trace.py predicts: the same code on the same batch, for real.
+"""Measures what memory_predict.py predicts: on a GPU by its allocator's counters, on a CPU by the profiler."""
 
-    measurement = measure_training(StepConfig(model="tiny", mixed_precision="no"))
+from typing import Any
 
-Each measurement runs in a process of its own, so that nothing of an earlier one is in its way.
-"""
+import torch
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
-
-import train
-from memory_window import probe_accelerator, run_window, worst_case_batch
+from memory_measure_cpu import measure_training
+from memory_measure_gpu import measure_gpu
+from memory_measure_strategy import measure_strategy
+from memory_strategies import strategy_of
+from train import StepConfig
 
 
-@dataclass
-class Measurement:
-    """`events`: bytes of each allocation (positive) and release (negative) after the model and batch were there."""
+def measure(config: StepConfig) -> dict[str, Any]:
+    """A ProbeConfig's peak in bytes and what the device has to have. Running out of memory is a result: `oom` tells.
 
-    peak_bytes: int
-    baseline_bytes: int
-    events: list[int]
-
-
-def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Measurement:
-    """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measure_on_cpu, config, images_per_sample).result()
-
-
-def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurement:
-    with probe_accelerator(config) as accelerator:
-        model = train.build_model(config, is_deepspeed=False).train()
-        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        batch = worst_case_batch(model.config, config, images_per_sample)
-        tensors = [*model.parameters(), *model.buffers(), *batch.values()]
-        storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run_window(accelerator, model, optimizer, batch, config)
-    baseline_bytes, events = sum(storages.values()), memory_events(profiler)
-    total = peak = baseline_bytes
-    for nbytes in events:
-        total += nbytes
-        peak = max(peak, total)
-    return Measurement(peak, baseline_bytes, events)
+    Raises:
+        UserError: the GPU is in use, or the strategy cannot be measured here.
+    """
+    strategy = strategy_of(config)
+    if config.device == "cuda":
+        return measure_gpu(config, strategy, config.images_per_sample, emulated_limit(config))
+    if strategy.name == "single":
+        peak_bytes = measure_training(config, config.images_per_sample).peak_bytes
+    else:
+        peak_bytes = measure_strategy(config, strategy, config.images_per_sample)
+    return {
+        "peak_allocated_bytes": peak_bytes,
+        "peak_reserved_bytes": peak_bytes,
+        "device_bytes": peak_bytes,
+        "breakdown": {},
+        "phases": {},
+        "largest_tensors": [],
+    }
 
 
-def memory_events(profiler: profile) -> list[int]:
-    """The allocator's events in the order of time. The profiler hangs them on the operators that made them."""
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
-    found = []
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return [nbytes for _, nbytes in sorted(found, key=lambda pair: pair[0])]
+def emulated_limit(config: StepConfig) -> int | None:
+    """The budget, where it is smaller than the card that is there."""
+    capacity_bytes = torch.cuda.get_device_properties(0).total_memory
+    return config.budget_bytes if config.budget_bytes < capacity_bytes else None

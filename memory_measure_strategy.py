@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 import train
-from memory_measure import memory_events
+from memory_measure_cpu import memory_events
 from memory_strategies import Strategy
 from memory_window import worst_case_batch
 from memory_zero import NUM_UPDATES, launch_environment

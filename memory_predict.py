@@ -7,7 +7,7 @@ from memory_allocator import replay_events
 from memory_gpus import GPUS
 from memory_host import host_breakdown
 from memory_record import TraceError
-from memory_strategies import Strategy, trace_strategy
+from memory_strategies import Strategy, strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
@@ -27,12 +27,6 @@ def predict(config: StepConfig) -> dict[str, Any]:
     trace = trace_step(config, strategy)
     host = host_breakdown(trace, strategy.world_size, config.device)
     return describe(trace.device) | device_memory(trace.device, config) | {"host_bytes": sum(host.values())}
-
-
-def strategy_of(config: StepConfig) -> Strategy:
-    if config.config_file is not None:
-        return Strategy.from_config_file(config.config_file, config.world_size)
-    return Strategy.from_flags(config.strategy, config.offload, config.world_size)
 
 
 def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:

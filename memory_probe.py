@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from memory_gpus import GIB, GPUS
+from memory_measure import measure
 from memory_predict import predict
 from memory_report import report
 from memory_strategies import Strategy
@@ -88,20 +89,22 @@ def probe(config: ProbeConfig) -> dict:
     if config.mode != "measure":
         result |= predict(config)
     if config.mode != "predict":
-        from memory_measure import measure  # it may take the GPU
-
-        predicted_bytes = result.get("peak_allocated_bytes")
-        result |= measure(config)
-        if predicted_bytes is not None:
-            measured_bytes = result["peak_allocated_bytes"]
-            result |= {
-                "predicted_peak_allocated_bytes": predicted_bytes,
-                "measured_peak_allocated_bytes": measured_bytes,
-                "error": predicted_bytes / measured_bytes - 1,
-            }
+        measured = measure(config)
+        if config.mode == "both":
+            result |= compare(result["peak_allocated_bytes"], measured["peak_allocated_bytes"])
+            measured = {"measured": measured}
+        result |= measured
     result["budget_bytes"] = config.budget_bytes
-    result["fits"] = result["device_bytes"] <= config.budget_bytes
+    result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
     return result | {"seconds": time.monotonic() - start}
+
+
+def compare(predicted_bytes: int, measured_bytes: int) -> dict[str, float]:
+    return {
+        "predicted_peak_allocated_bytes": predicted_bytes,
+        "measured_peak_allocated_bytes": measured_bytes,
+        "error": predicted_bytes / measured_bytes - 1,
+    }
 
 
 if __name__ == "__main__":

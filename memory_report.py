@@ -21,7 +21,12 @@ WORDS = {  # the categories of a breakdown, as a reader calls them
 
 def report(result: dict) -> str:
     """A few lines that tell at a glance what fills the memory and whether it fits."""
-    lines = [title(result), "", *breakdown_lines(result), "", *total_lines(result), "", verdict(result)]
+    lines = [title(result), ""]
+    if result.get("breakdown"):
+        lines += [*breakdown_lines(result), ""]
+    lines += [*total_lines(result), "", verdict(result)]
+    if result.get("oom"):
+        lines.append(result["oom"])
     if "error" in result:
         lines.append(
             f"predicted {gib(result['predicted_peak_allocated_bytes'])}, "

@@ -113,6 +113,13 @@ def _from_deepspeed(cls: type[Strategy], path: str | Path, launch: dict, world_s
     return cls(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)
 
 
+def strategy_of(config: train.StepConfig) -> Strategy:
+    """The strategy that a ProbeConfig's flags choose. Raises UserError for what cannot be."""
+    if config.config_file is not None:
+        return Strategy.from_config_file(config.config_file, config.world_size)
+    return Strategy.from_flags(config.strategy, config.offload, config.world_size)
+
+
 def trace_strategy(config: train.StepConfig, strategy: Strategy, *settings: Any) -> PlacedTrace:
     """Trace the steps of one of the strategy's processes.
 

@@ -24,7 +24,7 @@ from transformers import masking_utils
 import train
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
-from memory_window import probe_accelerator, run_window, worst_case_batch
+from memory_window import probe_accelerator, run_updates, watch_phases, worst_case_batch
 
 
 CATEGORIES = (
@@ -117,7 +117,9 @@ def trace_training(
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
             with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
-                run_window(accelerator, model, optimizer, batch, config)
+                # The model is where it belongs: fake parameters refuse to be moved.
+                wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+                run_updates(accelerator, wrapped, optimizer, batch, config)
     categorize(recorder.record, model)
     return Trace(recorder.record)
 
@@ -176,15 +178,7 @@ class PhaseHooks:
         self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ):
         self.recorder, self.optimizer = recorder, optimizer
-        model.register_forward_pre_hook(lambda *_: recorder.enter_phase("forward"))
-        backward = accelerator.backward
-
-        def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
-            recorder.enter_phase("backward")
-            backward(loss, **kwargs)
-            recorder.enter_phase("step")
-
-        accelerator.backward = backward_with_phase
+        watch_phases(accelerator, model, recorder.enter_phase)
         for parameter in train.trained_parameters(model):
             parameter.register_post_accumulate_grad_hook(self._mark_gradient)
         optimizer.register_step_pre_hook(self._before_step)

@@ -1,6 +1,6 @@
 """What is predicted and measured alike: the worst case of a batch, and a few of train.py's steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -61,21 +61,33 @@ def worst_case_batch(
     return batch
 
 
-def run_window(
+def run_updates(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
     config: train.StepConfig,
+    num_updates: int = 2,
 ) -> None:
-    """Two updates, with as many micro-batches each as the accelerator accumulates: the second one finds the
-    optimizer's state in place."""
-    # The model is where it belongs: fake parameters refuse to be moved.
-    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+    """Updates of the prepared model, with as many micro-batches each as the accelerator accumulates. The second one
+    finds the optimizer's state in place."""
     scheduler = get_scheduler("constant", optimizer)
     num_items_in_batch = batch["labels"].numel()
-    for _ in range(2 * accelerator.gradient_accumulation_steps):
+    for _ in range(num_updates * accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):
             train.training_step(
                 accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
             )
+
+
+def watch_phases(accelerator: Accelerator, model: nn.Module, enter_phase: Callable[[str], None]) -> None:
+    """Tell `enter_phase` whenever training_step goes on to `forward`, `backward` or `step`."""
+    model.register_forward_pre_hook(lambda *_: enter_phase("forward"))
+    backward = accelerator.backward
+
+    def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
+        enter_phase("backward")
+        backward(loss, **kwargs)
+        enter_phase("step")
+
+    accelerator.backward = backward_with_phase

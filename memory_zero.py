@@ -33,13 +33,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import get_scheduler
 
 import train
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_trace import Trace, adopt, categorize, known_mask, random_states
-from memory_window import worst_case_batch
+from memory_window import run_updates, worst_case_batch
 
 
 HOST = "cpu"
@@ -137,7 +136,7 @@ def _trace_in_this_process(
         with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
-            run_steps(accelerator, engine, optimizer, batch, config)
+            run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
     categorize(recorder.record, model)
     return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
 
@@ -264,22 +263,6 @@ def prepare(
         _tell_purpose(recorder, zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "weights")
         _tell_purpose(recorder, zero, "_post_step", "weights")
     return engine, optimizer
-
-
-def run_steps(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, torch.Tensor],
-    config: train.StepConfig,
-) -> None:
-    scheduler = get_scheduler("constant", optimizer)
-    num_items_in_batch = batch["labels"].numel()
-    for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
-        with accelerator.accumulate(model):
-            train.training_step(
-                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
-            )
 
 
 def _tell_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:

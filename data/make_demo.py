@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
@@ -59,6 +58,13 @@ class Scan:
     index: int
     image: Image.Image
     label: int
+
+
+def load_digits():
+    """scikit-learn's Bunch. Imported late: whoever brings a data set of their own does not wait for scikit-learn."""
+    from sklearn import datasets
+
+    return datasets.load_digits()
 
 
 @cache

@@ -1,0 +1,124 @@
+"""Measure on a GPU what memory_probe.py predicts of MGM-2B, row by row, and set the predictions beside it.
+
+    python -m benchmarks.gpu_matrix --mode measure    # where the GPU is: rows, and one run's allocator history
+    python -m benchmarks.gpu_matrix --mode predict    # anywhere, again whenever the prediction has changed
+
+Both write results/gpu/matrix.json; history.json.gz is for tests/test_memory_allocator.py. A row that runs out of memory
+is a row.
+"""
+
+import gzip
+import json
+import multiprocessing
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory_measure import measure
+from memory_measure_gpu import measure_in_this_process
+from memory_probe import ProbeConfig, probe
+from utils import check_choice, run_script
+
+
+ROWS = [
+    *({"lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (16, 0, 8, 32)),
+    {"attn_implementation": "eager"},
+    {"gradient_checkpointing": False, "max_seq_len": 1024},
+    {"gradient_checkpointing": False},
+    {"per_device_train_batch_size": 2},
+    {"images_per_sample": 3},
+    {"images_per_sample": 0},
+    {"gradient_accumulation_steps": 2},
+    {"lora_r": 0, "optim": "sgd"},
+    {"config_file": "accelerate_configs/zero3.yaml"},
+    {"config_file": "accelerate_configs/zero3.yaml", "max_seq_len": 1024},
+    {"config_file": "accelerate_configs/zero2.yaml"},
+    {"lora_r": 0, "budget_gib": 23.63},  # the story: full fine-tuning with full logits on a 24 GB card
+]
+HISTORY_ROW = {"max_seq_len": 1024}
+
+
+FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
+
+
+@dataclass(kw_only=True)
+class MatrixConfig:
+    mode: str = field(default="predict", metadata={"help": "measure | predict"})
+    model: str = "mgm-2b"
+    gpu: str = field(default="h100", metadata={"help": "the card's name in memory_gpus.py"})
+    output: str = "results/gpu"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("measure", "predict"))
+
+
+def main(config: MatrixConfig) -> dict[str, Any]:
+    path = Path(config.output) / "matrix.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if config.mode == "measure":
+        result = {"machine": machine(), "rows": []}
+        for flags in ROWS:
+            result["rows"].append({"flags": flags, "measured": measure_row(config, flags)})
+            print(flags, result["rows"][-1]["measured"], flush=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+        with gzip.open(path.parent / "history.json.gz", "wt") as file:
+            json.dump(record_history(row_config(config, HISTORY_ROW)), file)
+    else:
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            predicted = probe(row_config(config, row["flags"]))
+            row["predicted"] = {name: predicted[name] for name in FIGURES}
+            print(describe(row), flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return {"rows": len(result["rows"]), "output": config.output}
+
+
+def row_config(config: MatrixConfig, flags: dict[str, Any]) -> ProbeConfig:
+    return ProbeConfig(**({"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda"} | flags))
+
+
+def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:
+    """What fails is told in its row: the others are not to be lost."""
+    try:
+        return measure(row_config(config, flags))
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def describe(row: dict[str, Any]) -> str:
+    measured, predicted = row["measured"], row["predicted"]
+    if "failed" in measured or measured["oom"]:
+        return f"{row['flags']}: {measured.get('failed') or measured['oom']}"
+    errors = [f"{name} {predicted[name] / measured[name] - 1:+.3%}" for name in FIGURES]
+    return f"{row['flags']}: {measured['peak_allocated_bytes'] / 2**30:.3f} GiB, {', '.join(errors)}"
+
+
+def record_history(config: ProbeConfig) -> dict[str, Any]:
+    """What the allocator did in a run, in order: bytes and address of every block and segment."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_record_history, config).result()
+
+
+def _record_history(config: ProbeConfig) -> dict[str, Any]:
+    torch.cuda.memory._record_memory_history(max_entries=2**21, context=None)
+    measured = measure_in_this_process(config, config.images_per_sample, limit_bytes=None)
+    events = torch.cuda.memory._snapshot()["device_traces"][0]
+    trace = [(event["action"], event["addr"], event["size"]) for event in events]
+    return {"machine": machine(), "config": asdict(config), "measured": measured, "events": trace}
+
+
+def machine() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, MatrixConfig)
