@@ -1,5 +1,6 @@
 """From conversations to batches: how long each sample is, which samples make up an update, and their collation."""
 
+import ctypes
 import inspect
 import os
 from bisect import bisect_left
@@ -19,6 +20,7 @@ from utils import UserError
 
 RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
 MAX_PROCESSES = 16
+M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
 
 
@@ -189,6 +191,17 @@ class UpdateBatchSampler:
         if self._num_micro_batches(num_samples) > num_samples:
             return num_samples // self.num_processes * self.num_processes
         return num_samples
+
+
+def start_worker(worker_id: int) -> None:
+    """DataLoader's worker_init_fn: give the memory of an image back when it is freed.
+
+    glibc raises its threshold for that to 32 MiB once a large buffer was freed, and its heap then holds hundreds of
+    megabytes of gaps. A threshold that is set stays (mallopt(3)). Where there is no mallopt nothing needs to be done.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
