@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths, start_worker
+from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
@@ -123,7 +123,6 @@ def main(config: TrainConfig) -> dict | None:
         batch_sampler=sampler,
         collate_fn=TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio),
         num_workers=config.dataloader_num_workers,
-        worker_init_fn=start_worker,
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

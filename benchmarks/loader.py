@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths, start_worker
+from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
 from processing_mgm import MGMProcessor
 from utils import check_choice, check_minimum, load_processor, run_script
@@ -117,7 +117,6 @@ def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
         batch_sampler=sampler,
         collate_fn=TrainCollator(processor, 2048, "pad"),
         num_workers=num_workers,
-        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
     )
     batches = endless(loader, sampler)

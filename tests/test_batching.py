@@ -359,24 +359,21 @@ def test_sum_of_micro_batch_losses_is_the_updates_mean(dataset_path, processor, 
     assert sum(losses) == pytest.approx(whole, rel=1e-5)
 
 
-def grown_by_a_freed_buffer(start: bool) -> int:
-    """Bytes by which a process of its own grows when it frees large buffers that lie below one still in use."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mends what glibc does")
+def test_freed_memory_is_returned():
+    """In a process of its own, two hundred megabytes in buffers of a view's size, all but the last freed."""
     code = """
 import psutil, torch
-from data.batching import start_worker
-START
-torch.ones(5_000_000)  # freed: glibc's threshold rises
+from data.batching import return_freed_memory
+torch.ones(5_000_000)  # freed: from now on glibc takes such buffers from its heap
 before = psutil.Process().memory_info().rss
 buffers = [torch.ones(1_000_000) for _ in range(50)]
 del buffers[:-1]
-print(psutil.Process().memory_info().rss - before)
+kept = psutil.Process().memory_info().rss - before
+return_freed_memory()
+print(kept, psutil.Process().memory_info().rss - before)
 """
-    code = code.replace("START", "start_worker(0)" if start else "")
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mends what glibc does")
-def test_workers_give_memory_back():
-    """Two hundred megabytes in buffers of a view's size, all but one freed: kept by glibc alone, given back here."""
-    assert grown_by_a_freed_buffer(start=False) > 150e6
-    assert grown_by_a_freed_buffer(start=True) < 30e6
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 150e6, "glibc needs no help any more"
+    assert left < 30e6
