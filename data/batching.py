@@ -195,7 +195,7 @@ class UpdateBatchSampler:
 def return_freed_memory() -> None:
     """Give the memory of images that are done with back to the system.
 
-    glibc's heap would hold up to hundreds of megabytes of it in gaps. Asking for its return at every batch costs little;
+    glibc's heap would hold up to hundreds of megabytes of it in gaps. Asking for them at every batch costs little;
     keeping large buffers out of the heap (mallopt) doubles the time an image takes. Other C libraries need neither.
     """
     libc = ctypes.CDLL(None)
