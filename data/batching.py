@@ -1,5 +1,6 @@
 """From conversations to batches: how long each sample is, which samples make up an update, and their collation."""
 
+import ctypes
 import inspect
 import os
 from bisect import bisect_left
@@ -186,6 +187,17 @@ class UpdateBatchSampler:
         return num_samples
 
 
+def return_freed_memory() -> None:
+    """Give the memory of images that are done with back to the system.
+
+    glibc's heap would hold up to hundreds of megabytes of it in gaps. Asking for them at every batch costs little;
+    keeping large buffers out of the heap (mallopt) doubles the time an image takes. Other C libraries need neither.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers as an array, without a Python object for each."""
     return dataset.select_columns(name).with_format("numpy")[:][name]
@@ -200,6 +212,7 @@ class TrainCollator:
         self.image_aspect_ratio = image_aspect_ratio
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        return_freed_memory()  # of the batch before
         batch = self.processor(
             conversations=[sample["conversations"] for sample in samples],
             images=[sample["images"] for sample in samples],
