@@ -25,9 +25,10 @@ from transformers import get_scheduler
 
 import train
 from memory_measure_cpu import memory_events
+from memory_stand_in import launch_environment
 from memory_strategies import Strategy
 from memory_window import worst_case_batch
-from memory_zero import NUM_UPDATES, launch_environment
+from memory_zero import NUM_UPDATES
 
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:

@@ -27,6 +27,8 @@ def tiny_config(**flags: object) -> StepConfig:
 
 def small_buckets(strategy: Strategy) -> Strategy:
     """The strategy with sizes that suit the tiny model: its weights are gathered and its buckets do not cover all."""
+    if not strategy.name.startswith("zero"):
+        return strategy
     strategy.deepspeed_config["zero_optimization"] |= {
         "reduce_bucket_size": 50_000,
         "allgather_bucket_size": 50_000,
@@ -42,9 +44,7 @@ def small_buckets(strategy: Strategy) -> Strategy:
 @functools.cache
 def traced(name: str, offload: str = "none", world_size: int = 1, lora_r: int = 8) -> PlacedTrace:
     """The trace of a tiny run on GPUs. Tests only read it, so that they can share it."""
-    strategy = Strategy.from_flags(name, offload, world_size)
-    if name.startswith("zero"):
-        strategy = small_buckets(strategy)
+    strategy = small_buckets(Strategy.from_flags(name, offload, world_size))
     return trace_strategy(tiny_config(lora_r=lora_r), strategy)
 
 
@@ -130,9 +130,9 @@ def test_launch_configs_that_cannot_be_predicted(tmp_path: Path, text: str, word
 
 
 def test_ddp_buckets_by_hand() -> None:
-    """From the last parameter on: 0.75 + 0.5 MiB pass 1 MiB, 10 + 20 MiB pass 25 MiB, what is left is the last one."""
-    sizes = [nbytes * MIB // 4 for nbytes in (4, 80, 40, 2, 3)]
-    assert ddp_bucket_sizes(sizes) == [5 * MIB // 4, 30 * MIB, MIB]
+    """From the last parameter on: 0.75 + 0.5 MiB pass 1 MiB, 10 + 16 MiB pass 25 MiB, what is left is the last one."""
+    sizes = [nbytes * MIB // 4 for nbytes in (4, 64, 40, 2, 3)]
+    assert ddp_bucket_sizes(sizes) == [5 * MIB // 4, 26 * MIB, MIB]
     assert ddp_bucket_sizes([]) == []
 
 
@@ -213,17 +213,15 @@ def test_host_breakdown_counts_processes_and_workers() -> None:
     assert loading_bytes(trace, 100, 1, is_split=True) - loading_bytes(trace, 0, 1, is_split=True) == 100
 
 
-ZERO3_OFFLOAD = ("zero3", "param", 1, 8)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "offload", "world_size", "lora_r", "error"),
-    [(*ZERO3_OFFLOAD, 0.01), ("zero2", "none", 1, 0, 0.01)],
+    ("name", "offload", "world_size", "lora_r"),
+    [("zero3", "param", 1, 8), ("zero2", "none", 1, 0), ("ddp", "none", 2, 8)],
 )
-def test_prediction_of_a_deepspeed_run(name: str, offload: str, world_size: int, lora_r: int, error: float) -> None:
-    """Device and host bytes together against what the same steps allocate under real DeepSpeed on the CPU."""
+def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, lora_r: int) -> None:
+    """Device and host bytes together, within 0.1 % of what the same steps allocate under real DeepSpeed or DDP on the
+    CPU."""
     strategy, config = small_buckets(Strategy.from_flags(name, offload, world_size)), tiny_config(lora_r=lora_r)
     measured_bytes = measure_strategy(config, strategy)
     predicted_bytes = trace_strategy(config, strategy, "cpu").device.peak_bytes
-    assert predicted_bytes == pytest.approx(measured_bytes, rel=error)
+    assert predicted_bytes == pytest.approx(measured_bytes, rel=1e-3)

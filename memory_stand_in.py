@@ -1,0 +1,84 @@
+"""A device and processes that are not there, for DeepSpeed to run on.
+
+The device is `cpu:0`: PyTorch's fake tensors tell it from the host, `cpu`. The processes are PyTorch's fake process
+group, whose collectives return at once. For a process of its own: what is put in place here stays.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+HOST = "cpu"
+STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory for both
+
+
+def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str, str]:
+    """What accelerate's launcher would set for rank 0. No GPU is seen, whatever the computer has."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(deepspeed_config_path),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",  # the model is made before the engine is there
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def install_stand_in(device: str, world_size: int) -> Any:
+    """Make torch.distributed and DeepSpeed believe in `world_size` processes with a device each. Returns the
+    accelerator; its `note_pinned` is told each tensor that is page-locked."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class StandIn(CPU_Accelerator):
+        note_pinned: Callable[[torch.Tensor], None]
+
+        def communication_backend_name(self) -> str:
+            return "gloo"  # the CPU's own name would compile an operator
+
+        def create_op_builder(self, class_name: str) -> None:
+            return None
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return device
+
+        def current_device_name(self) -> str:
+            return device
+
+        def device_count(self) -> int:
+            return world_size
+
+        def is_fp16_supported(self) -> bool:
+            return True
+
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.device == torch.device(device)
+
+        def FloatTensor(self, values: list) -> torch.Tensor:  # noqa: N802 (DeepSpeed's name)
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def ByteTensor(self, values: list) -> torch.Tensor:  # noqa: N802
+            return torch.tensor(values, dtype=torch.uint8, device=device)
+
+        def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
+            if device == HOST:
+                return tensor
+            pinned = tensor.clone()
+            self.note_pinned(pinned)
+            return pinned
+
+    stand_in = StandIn()
+    set_accelerator(stand_in)
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # there is nobody to compare with
+    return stand_in
