@@ -10,6 +10,7 @@ ZeRO is not modelled here but run (memory_zero.py). DDP adds its buckets to the 
 
 import copy
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,7 +159,7 @@ def with_ddp_buckets(record: Record) -> Record:
 
     `gradient_as_bucket_view` is off by default: each gradient is there twice, by itself and in a bucket.
     """
-    trained = [a.nbytes for nbytes, a in record.events if nbytes > 0 and a.category == "trained"]
+    trained = [4 * math.prod(a.shape) for nbytes, a in record.events if nbytes > 0 and a.category == "trained"]  # fp32
     first_step = next(index for index, phase in record.phase_starts if phase != "load")
     sizes = ddp_bucket_sizes(trained)
     buckets = [
