@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from convert_mgm import ConvertConfig
+from memory_probe import ProbeConfig
 from run_log import RunLog
 from train import TrainConfig
 from utils import parse_config
@@ -14,7 +15,7 @@ from utils import parse_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"train.py": TrainConfig, "convert_mgm.py": ConvertConfig}
+SCRIPTS = {"train.py": TrainConfig, "convert_mgm.py": ConvertConfig, "memory_probe.py": ProbeConfig}
 
 
 def commands() -> list[list[str]]:
@@ -38,7 +39,7 @@ def test_flags_exist(command):
 def test_files_exist():
     """Every file of the tree, and every file linked to."""
     tree = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.S)[1]
-    named = [line.split()[0] for line in tree.splitlines()] + re.findall(r"\]\(([^)#:]+)\)", README)
+    named = [line.split()[0] for line in tree.splitlines() if line] + re.findall(r"\]\(([^)#:]+)\)", README)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
