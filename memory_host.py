@@ -13,9 +13,10 @@ from memory_trace import Trace
 from memory_zero import PlacedTrace
 
 
-# Resident memory of a process that has imported torch, transformers, peft and deepspeed, before it loads a model:
-# measured with Python 3.11 and the CPU's PyTorch 2.13. A build for CUDA maps some hundred MiB more.
-PROCESS_BYTES = 531 * 2**20
+# Resident memory of a process with torch, transformers, peft and deepspeed, besides what it offloads. On a CPU it was
+# measured with Python 3.11 and PyTorch 2.13 before a model is loaded; with CUDA it is what a step of MGM-2B left on an
+# H100's host, 1.97 to 2.10 GB (PyTorch 2.11, CUDA 13; results/gpu/matrix.json).
+PROCESS_BYTES = {"cpu": 531 * 2**20, "cuda": 1_990_000_000}
 # A data worker is forked and shares its parent's pages until it writes to them: 9 MiB of its own at its first batch,
 # more as reference counts change. An allowance, not a measurement.
 WORKER_BYTES = 64 * 2**20
@@ -33,7 +34,7 @@ def host_breakdown(
     Raises KeyError for a trace without a batch.
     """
     in_host = [trace.pinned, trace.host] + ([trace.device] if device_type == "cpu" else [])
-    sums = Counter({"process": PROCESS_BYTES})
+    sums = Counter({"process": PROCESS_BYTES[device_type]})
     for part in in_host:
         if part.record.events:
             sums.update(part.breakdown())
@@ -52,8 +53,8 @@ def loading_bytes(trace: PlacedTrace, weight_bytes: int, world_size: int, is_spl
     Else each process reads the whole model before it goes to its device.
     """
     if not is_split:
-        return world_size * (PROCESS_BYTES + weight_bytes)
-    return world_size * (PROCESS_BYTES + pinned_blocks_bytes(trace.pinned.record)) + weight_bytes
+        return world_size * (PROCESS_BYTES["cuda"] + weight_bytes)
+    return world_size * (PROCESS_BYTES["cuda"] + pinned_blocks_bytes(trace.pinned.record)) + weight_bytes
 
 
 def batch_bytes(trace: Trace) -> int:

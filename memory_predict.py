@@ -43,7 +43,7 @@ def describe(trace: Trace) -> dict[str, Any]:
     """What is alive at the peak."""
     largest = [{"bytes": tensor.pop("nbytes")} | tensor for tensor in trace.largest_tensors()]
     for tensor in largest:
-        tensor["module"] = PEFT_NAMES.sub("", tensor["module"])
+        tensor |= {"module": PEFT_NAMES.sub("", tensor["module"]), "shape": list(tensor["shape"])}
     return {
         "peak_allocated_bytes": trace.peak_bytes,
         "breakdown": trace.breakdown(),

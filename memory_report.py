@@ -1,9 +1,8 @@
 """What people read: the verdict and a table for one configuration, Markdown for many."""
 
-from memory_gpus import GIB, GPUS
+from memory_gpus import GIB, GPUS, MIB
 
 
-MIB = 2**20
 BAR_WIDTH = 24  # characters
 WORDS = {  # the categories of a breakdown, as a reader calls them
     "weights": "frozen weights",
@@ -29,8 +28,8 @@ def report(result: dict) -> str:
         lines.append(result["oom"])
     if "error" in result:
         lines.append(
-            f"predicted {gib(result['predicted_peak_allocated_bytes'])}, "
-            f"measured {gib(result['measured_peak_allocated_bytes'])}: {result['error']:+.2%}"
+            f"predicted {size(result['predicted_peak_allocated_bytes'])}, "
+            f"measured {size(result['measured_peak_allocated_bytes'])}: {result['error']:+.2%}"
         )
     return "\n".join(lines)
 
@@ -57,7 +56,7 @@ def breakdown_lines(result: dict) -> list[str]:
     for category, nbytes in sorted(result["breakdown"].items(), key=lambda pair: -pair[1]):
         if nbytes >= total / 1000:
             bar = "#" * round(BAR_WIDTH * nbytes / total)
-            lines.append(f"  {WORDS[category]:<20}{gib(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
+            lines.append(f"  {WORDS[category]:<20}{size(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
     lines.append("Largest tensors:")
     for tensor in result["largest_tensors"][:5]:
         shape = " x ".join(map(str, tensor["shape"]))
@@ -70,7 +69,7 @@ def breakdown_lines(result: dict) -> list[str]:
 def total_lines(result: dict) -> list[str]:
     rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
     rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
-    return [f"  {what:<28}{gib(result[key]):>12}" for what, key in rows if key in result]
+    return [f"  {what:<28}{size(result[key]):>12}" for what, key in rows if key in result]
 
 
 def verdict(result: dict) -> str:
@@ -78,8 +77,8 @@ def verdict(result: dict) -> str:
     config = result["config"]
     card = GPUS[config["gpu"]].title if config["budget_gib"] is None else "the budget"
     if result["fits"]:
-        return f"FITS {card} ({gib(budget)}): {gib(budget - needed)} to spare."
-    return f"DOES NOT FIT {card} ({gib(budget)}): {gib(needed - budget)} too much."
+        return f"FITS {card} ({size(budget)}): {size(budget - needed)} to spare."
+    return f"DOES NOT FIT {card} ({size(budget)}): {size(needed - budget)} too much."
 
 
 def markdown_table(rows: list[dict], keys: list[str]) -> str:
@@ -89,10 +88,11 @@ def markdown_table(rows: list[dict], keys: list[str]) -> str:
     for row in rows:
         flags = [str(row["config"][key]) for key in keys]
         names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
-        sizes = [gib(row[name]) if name in row else "" for name in names]
+        sizes = [size(row[name]) if name in row else "" for name in names]
         lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
     return "\n".join(lines)
 
 
-def gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+def size(nbytes: float) -> str:
+    """Small sizes in MiB, so that they do not all read 0.00."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"

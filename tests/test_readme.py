@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import with_tables
 from convert_mgm import ConvertConfig
 from memory_probe import ProbeConfig
 from run_log import RunLog
@@ -59,3 +60,9 @@ def test_tags_are_logged():
     assert rows
     for tag in rows:
         assert tag in source or tag.partition("/")[2] in source, tag
+
+
+def test_tables_are_generated():
+    """The tables as `python -m benchmarks.tables` would write them now."""
+    assert with_tables(README) == README
+    assert "<!-- gpu -->" in README

@@ -1,0 +1,170 @@
+"""memory_probe.py as users start it: the contract's keys, the verdict and its exit code, sweeps, what cannot be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from memory_gpus import GIB, GPUS
+from memory_probe import ProbeConfig, probe
+from memory_sweep import parse_grid, row_name, run_sweep
+from utils import UserError
+
+
+ROOT = Path(__file__).parent.parent
+KEYS = "mode model config peak_allocated_bytes breakdown phases largest_tensors peak_reserved_bytes device_bytes"
+KEYS += " host_bytes budget_bytes fits seconds"
+
+
+def tiny_config(**flags: object) -> ProbeConfig:
+    return ProbeConfig(**({"model": "tiny", "max_seq_len": 48, "lora_r": 4, "mode": "predict"} | flags))
+
+
+def start(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "memory_probe.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def predicted() -> dict:
+    return probe(tiny_config())
+
+
+def test_the_contracts_keys(predicted):
+    """Every key, the categories adding up to the peak, the phases' largest being it, ten tensors, largest first."""
+    assert set(predicted) == set(KEYS.split())
+    assert sum(predicted["breakdown"].values()) == predicted["peak_allocated_bytes"]
+    assert max(predicted["phases"].values()) == predicted["peak_allocated_bytes"]
+    assert set(predicted["phases"]) == {"load", "forward", "backward", "step"}
+    sizes = [tensor["bytes"] for tensor in predicted["largest_tensors"]]
+    assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
+    assert {"bytes", "shape", "dtype", "module", "op"} <= predicted["largest_tensors"][0].keys()
+    json.dumps(predicted)
+
+
+def test_what_the_device_has_to_have(predicted):
+    """By hand: whole segments of 2 MiB, and the context and kernels of an RTX 4090, the default card."""
+    family = GPUS["rtx4090"].family
+    assert predicted["peak_reserved_bytes"] % 2**21 == 0
+    assert predicted["peak_reserved_bytes"] >= predicted["peak_allocated_bytes"]
+    overhead = family.context_bytes + family.kernels_bytes
+    assert predicted["device_bytes"] == predicted["peak_reserved_bytes"] + overhead
+    assert predicted["budget_bytes"] == int(23.63 * GIB) and predicted["fits"]
+
+
+def test_equal_seeds_and_other_seeds_predict_the_same(predicted):
+    """Memory does not depend on what is drawn."""
+    again = probe(tiny_config(seed=7))
+    assert again["breakdown"] == predicted["breakdown"]
+
+
+@pytest.mark.parametrize("flag", ["max_seq_len", "per_device_train_batch_size", "lora_r"])
+def test_more_takes_more(flag):
+    """Longer rows, larger batches and higher ranks never need less."""
+    values = {"max_seq_len": (48, 96, 192), "per_device_train_batch_size": (2, 4, 8), "lora_r": (2, 8, 32)}[flag]
+    peaks = [probe(tiny_config(**{flag: value}))["peak_allocated_bytes"] for value in values]
+    assert peaks == sorted(set(peaks))
+
+
+def test_both_on_a_cpu():
+    """The same step predicted and run: the contract's keys, and less than 0.1 % between them."""
+    result = probe(tiny_config(mode="both", device="cpu"))
+    assert result["predicted_peak_allocated_bytes"] == result["peak_allocated_bytes"]
+    assert abs(result["error"]) < 1e-3
+    expected = result["predicted_peak_allocated_bytes"] / result["measured_peak_allocated_bytes"] - 1
+    assert result["error"] == expected
+
+
+@pytest.mark.slow
+def test_a_launch_config_is_read(tmp_path):
+    """ZeRO-3 with everything offloaded needs less of the device than a single process, and more of the host."""
+    single = probe(tiny_config(max_seq_len=48))
+    zero3 = probe(tiny_config(config_file=str(ROOT / "accelerate_configs/zero3.yaml")))
+    assert (zero3["config"]["strategy"], zero3["config"]["offload"]) == ("zero3", "param")
+    assert zero3["peak_allocated_bytes"] < single["peak_allocated_bytes"]
+    assert zero3["host_bytes"] > single["host_bytes"]
+
+
+def test_the_command_and_its_verdict():
+    """What a user sees: the table, the verdict, one JSON line; exit code 0 where it fits and 3 where it does not."""
+    fits = start("--model", "tiny", "--max-seq-len", "48", "--lora-r", "4", "--mode", "predict")
+    assert fits.returncode == 0, fits.stderr
+    assert "FITS RTX 4090" in fits.stdout and "frozen weights" in fits.stdout
+    assert json.loads(fits.stdout.splitlines()[-1])["fits"] is True
+    too_small = start("--model", "tiny", "--max_seq_len", "48", "--mode", "predict", "--budget_gib", "0.1")
+    assert too_small.returncode == 3
+    assert "DOES NOT FIT" in too_small.stdout
+    assert json.loads(too_small.stdout.splitlines()[-1])["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"mode": "guess"}, ["--mode guess", "predict"]),
+        ({"device": "tpu"}, ["--device tpu"]),
+        ({"gpu": "rtx9090"}, ["--gpu rtx9090", "rtx4090"]),
+        ({"budget_gib": 0.0}, ["--budget_gib 0.0", "above 0"]),
+        ({"strategy": "zero9"}, ["--strategy zero9"]),
+        ({"strategy": "zero2", "offload": "param"}, ["--offload param", "zero3"]),
+        ({"images_per_sample": 40}, ["--images_per_sample 40", "max_seq_len is 48"]),
+        ({"config_file": "missing.yaml"}, ["--config_file missing.yaml"]),
+        ({"model": "mgm-3b"}, ["--model mgm-3b"]),
+    ],
+)
+def test_what_cannot_be(flags, words):
+    """One line with the flag and what it could be."""
+    with pytest.raises(UserError) as error:
+        probe(tiny_config(**flags))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path):
+    """Four rows, a file each; started again, none is probed again; a table, a chart and TensorBoard's hparams."""
+    probed = []
+
+    def counted(config: ProbeConfig) -> dict:
+        probed.append(config)
+        return probe(config)
+
+    words = ["lora_r=2,4", "gradient_checkpointing=true,false"]
+    config = tiny_config(sweep=words, output=str(tmp_path))
+    rows = run_sweep(config, counted)["rows"]
+    assert [(row["config"]["lora_r"], row["config"]["gradient_checkpointing"]) for row in rows] == [
+        (2, True),
+        (2, False),
+        (4, True),
+        (4, False),
+    ]
+    assert run_sweep(config, counted)["rows"] == rows and len(probed) == 4
+    (tmp_path / "rows/lora_r=2_gradient_checkpointing=True.json").unlink()
+    run_sweep(config, counted)
+    assert len(probed) == 5
+    run_sweep(tiny_config(sweep=words, output=str(tmp_path), max_seq_len=64), counted)
+    assert len(probed) == 9, "rows of another length are no rows of this one"
+    assert (tmp_path / "table.md").read_text().count("| yes |") == 4
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+    events = EventAccumulator(str(tmp_path / "tensorboard/lora_r=2_gradient_checkpointing=True"))
+    events.Reload()
+    assert any("hparams" in tag for tag in events.summary_metadata)
+
+
+@pytest.mark.parametrize(
+    "word", ["lora_r", "lora_r=", "rank=8", "lora_r=eight", "gradient_checkpointing=maybe", "sweep=1"]
+)
+def test_words_of_a_sweep_that_mean_nothing(word):
+    with pytest.raises(UserError, match=f"--sweep {word}"):
+        parse_grid(tiny_config(), [word])
+
+
+def test_values_have_their_flags_types():
+    """Numbers, truth values, lists and names."""
+    words = ["lora_r=0,8", "budget_gib=7.5", "lora_target_modules=q_proj+v_proj,o_proj"]
+    grid = parse_grid(tiny_config(), words)
+    assert grid["lora_r"] == [0, 8] and grid["budget_gib"] == [7.5]
+    assert grid["lora_target_modules"] == [["q_proj", "v_proj"], ["o_proj"]]
+    assert row_name({"lora_target_modules": ["q_proj", "v_proj"], "strategy": "zero3"}) == (
+        "lora_target_modules=q_proj+v_proj_strategy=zero3"
+    )
