@@ -1,10 +1,12 @@
 """A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
+import itertools
 import re
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from memory_allocator import replay_events
-from memory_gpus import GPUS
+from memory_gpus import GPUS, NCCL_BYTES
 from memory_host import host_breakdown
 from memory_record import TraceError
 from memory_strategies import Strategy, strategy_of, trace_strategy
@@ -26,7 +28,7 @@ def predict(config: StepConfig) -> dict[str, Any]:
     strategy = strategy_of(config)
     trace = trace_step(config, strategy)
     host = host_breakdown(trace, strategy.world_size, config.device)
-    return describe(trace.device) | device_memory(trace.device, config) | {"host_bytes": sum(host.values())}
+    return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
 
 
 def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
@@ -52,14 +54,28 @@ def describe(trace: Trace) -> dict[str, Any]:
     }
 
 
-def device_memory(trace: Trace, config: StepConfig) -> dict[str, int]:
+def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     """What the allocator reserves, and what nvidia-smi would show: that has to fit."""
     if config.device == "cpu":  # no pool, no context
-        return {"peak_reserved_bytes": trace.peak_bytes, "device_bytes": trace.peak_bytes}
-    replay = replay_events((nbytes, id(allocation)) for nbytes, allocation in trace.record.events)
+        return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
+    replay = replay_events(itertools.chain(splitting_events(trace.split_sizes_bytes), step_events(trace.device)))
     family = GPUS[config.gpu].family
-    overhead_bytes = family.context_bytes + family.kernels_bytes
+    overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
         "peak_reserved_bytes": replay.peak_reserved_bytes,
         "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
     }
+
+
+def splitting_events(sizes_bytes: list[int]) -> Iterator[tuple[int, Hashable]]:
+    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces. That is over when the
+    first step begins, but the allocator keeps what it has reserved."""
+    for i, nbytes in enumerate(sizes_bytes):
+        yield nbytes, ("whole", i)
+        yield nbytes, ("copy", i)
+        yield -nbytes, ("whole", i)
+        yield -nbytes, ("copy", i)
+
+
+def step_events(trace: Trace) -> Iterator[tuple[int, Hashable]]:
+    return ((nbytes, id(allocation)) for nbytes, allocation in trace.record.events)

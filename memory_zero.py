@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,6 +55,7 @@ class PlacedTrace:
     device: Trace
     pinned: Trace
     host: Trace
+    split_sizes_bytes: list[int] = field(default_factory=list)  # weights that the device saw whole, one by one
 
 
 def trace_deepspeed(
@@ -269,7 +270,14 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
         device=trace_of("device", first_on_device),
         pinned=trace_of("pinned"),
         host=trace_of("host", num_events_before_steps),
+        split_sizes_bytes=[a.nbytes for a in loaded_weights(recorder)] if is_split else [],
     )
+
+
+def loaded_weights(recorder: PlacedRecorder) -> list[Allocation]:
+    """What the model brought to the device, in the model's order."""
+    is_weight = ("weights", "trained")
+    return [a for nbytes, a in recorder.record.events if nbytes > 0 and a.op == "load" and a.category in is_weight]
 
 
 def _select(record: Record, is_wanted: Callable[[Allocation], bool], first: int) -> Record:
