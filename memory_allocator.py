@@ -10,7 +10,8 @@ split off if it is worth it. Where no block fits, a segment comes from the devic
 joins its free neighbours; segments stay until memory runs out, when those without a used block are given back.
 
 With `expandable_segments` each pool has one segment instead, of as much address space as it wants, and what grows is
-the part of it that has memory behind it, in pages. Streams, graphs and other processes are not modelled.
+the part of it that has memory behind it, in pages. Each stream has pools of its own. That a block waits for the
+streams that use it, graphs and other processes are not modelled.
 """
 
 from bisect import bisect_left, insort
@@ -116,12 +117,13 @@ class CachingAllocator:
         self.expandable = expandable_segments
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
-        self.small, self.large = Pool(is_small=True), Pool(is_small=False)
+        self.pools: dict[tuple[int, bool], Pool] = {}  # by stream and size
         self._next_address = LARGE_ROUNDING_BYTES
 
-    def malloc(self, nbytes: int) -> Block | None:
+    def malloc(self, nbytes: int, stream: int = 0) -> Block | None:
         nbytes = max(MIN_BLOCK_BYTES, _round_up(nbytes, MIN_BLOCK_BYTES))
-        pool = self.small if nbytes <= SMALL_REQUEST_BYTES else self.large
+        is_small = nbytes <= SMALL_REQUEST_BYTES
+        pool = self.pools.setdefault((stream, is_small), Pool(is_small))
         block = pool.best_fit(nbytes) or self._grow(pool, nbytes)
         if block is None:
             self.release_cached()
@@ -143,7 +145,7 @@ class CachingAllocator:
 
     def release_cached(self) -> None:
         """Give the device back every segment, or page of an expandable one, in which nothing is used."""
-        for pool in (self.small, self.large):
+        for pool in self.pools.values():
             for address in [address for _, address in pool.free]:
                 block = pool.by_address[address]
                 if self.expandable:
@@ -197,7 +199,7 @@ class CachingAllocator:
     def _expand(self, pool: Pool, nbytes: int) -> Block | None:
         """Map pages at the lowest address where free and unmapped blocks in a row have the room."""
         if not pool.unmapped:
-            start = EXPANDABLE_RANGE_BYTES * (1 if pool.is_small else 2)
+            start = EXPANDABLE_RANGE_BYTES * (1 + list(self.pools.values()).index(pool))
             pool.add(Block(start, EXPANDABLE_RANGE_BYTES, pool, mapped=False))
         for address in pool.unmapped:
             block = pool.by_address[address]
@@ -245,20 +247,23 @@ class CachingAllocator:
 
 
 def replay_events(
-    events: Iterable[tuple[int, Hashable]], budget_bytes: int | None = None, expandable_segments: bool = False
+    events: Iterable[tuple[int, Hashable] | tuple[int, Hashable, int]],
+    budget_bytes: int | None = None,
+    expandable_segments: bool = False,
 ) -> Replay:
-    """Replay (bytes, key) events: positive bytes allocate under the key, negative ones release what it stands for.
+    """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones release what
+    it stands for.
 
     Events of 0 bytes are passed over. The replay ends at the first request that `budget_bytes` cannot serve.
     """
     allocator = CachingAllocator(budget_bytes, expandable_segments)
     blocks: dict[Hashable, Block] = {}
     oom = None
-    for index, (nbytes, key) in enumerate(events):
+    for index, (nbytes, key, *stream) in enumerate(events):
         if nbytes < 0:
             allocator.free(blocks.pop(key))
         elif nbytes > 0:
-            block = allocator.malloc(nbytes)
+            block = allocator.malloc(nbytes, *stream)
             if block is None:
                 oom = OutOfMemory(index, nbytes, allocator.allocated_bytes, allocator.reserved_bytes)
                 break

@@ -77,5 +77,5 @@ def splitting_events(sizes_bytes: list[int]) -> Iterator[tuple[int, Hashable]]:
         yield -nbytes, ("copy", i)
 
 
-def step_events(trace: Trace) -> Iterator[tuple[int, Hashable]]:
-    return ((nbytes, id(allocation)) for nbytes, allocation in trace.record.events)
+def step_events(trace: Trace) -> Iterator[tuple[int, Hashable, int]]:
+    return ((nbytes, id(allocation), allocation.stream) for nbytes, allocation in trace.record.events)

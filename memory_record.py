@@ -43,6 +43,7 @@ class Allocation:
     end: int | None = None
     made_in_forward: bool = False
     saved_for_backward: bool = False
+    stream: int = 0
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Recorder(TorchDispatchMode):
         self.modules = ModuleTracker(model)
         self.phase = PHASES[0]
         self.counters_are_known = False
+        self.stream = 0  # whose turn it is, where there are several
         self._live: dict[int, Allocation] = {}  # by the address of the storage
         self._references: dict[int, weakref.ref] = {}
         self._addend = self._sum = 0
@@ -179,7 +181,7 @@ class Recorder(TorchDispatchMode):
         path, is_forward = self.modules.current()
         events = self.record.events
         allocation = Allocation(nbytes, shape, dtype.removeprefix("torch."), op, path, self.phase, len(events))
-        allocation.made_in_forward = is_forward
+        allocation.made_in_forward, allocation.stream = is_forward, self.stream
         events.append((nbytes, allocation))
         return allocation
 

@@ -5,6 +5,7 @@ group, whose collectives return at once. For a process of its own: what is put i
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ def launch_environment(deepspeed_config_path: Path, world_size: int) -> dict[str
 
 def install_stand_in(device: str, world_size: int) -> Any:
     """Make torch.distributed and DeepSpeed believe in `world_size` processes with a device each. Returns the
-    accelerator; its `note_pinned` is told each tensor that is page-locked."""
+    accelerator; its `note_pinned` is told each tensor that is page-locked, its `on_stream` makes a context in which
+    the stream with that number is used."""
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     class StandIn(CPU_Accelerator):
         note_pinned: Callable[[torch.Tensor], None]
+        on_stream: Callable[[int], AbstractContextManager]
+
+        def stream(self, stream: None) -> AbstractContextManager:
+            # To a device without streams DeepSpeed gives None. On a GPU what runs in this context has its own stream.
+            return self.on_stream(1)
 
         def communication_backend_name(self) -> str:
             return "gloo"  # the CPU's own name would compile an operator

@@ -144,7 +144,7 @@ def test_what_always_holds(expandable: bool, seed: int) -> None:
     for _, block in live:
         allocator.free(block)
     assert allocator.allocated_bytes == 0
-    free_bytes = sum(nbytes for pool in (allocator.small, allocator.large) for nbytes, _ in pool.free)
+    free_bytes = sum(nbytes for pool in allocator.pools.values() for nbytes, _ in pool.free)
     assert free_bytes == allocator.reserved_bytes == allocator.peak_reserved_bytes
     allocator.release_cached()
     assert allocator.reserved_bytes == 0
@@ -172,6 +172,15 @@ def test_speed() -> None:
     start = time.monotonic()
     replay_events(events)
     assert time.monotonic() - start < 10
+
+
+def test_streams_do_not_share_segments() -> None:
+    """12 MiB released on one stream serve the same stream again, and not another one: 12, then 24 MiB."""
+    events = [(12 * MIB, "a", 1), (-12 * MIB, "a", 1), (12 * MIB, "b", 1), (-12 * MIB, "b", 1)]
+    assert replay_events(events).peak_reserved_bytes == 12 * MIB
+    assert replay_events([*events, (12 * MIB, "c", 2)]).peak_reserved_bytes == 24 * MIB
+    expandable = replay_events([*events, (12 * MIB, "c", 2)], expandable_segments=True)
+    assert expandable.peak_reserved_bytes == 40 * MIB  # two ranges of 20 MiB pages
 
 
 def test_a_recorded_history() -> None:
