@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from memory_explain import explain
 from memory_gpus import GIB, GPUS
 from memory_measure import measure
 from memory_predict import predict
@@ -79,6 +80,8 @@ def main(config: ProbeConfig) -> dict:
         return run_sweep(config, probe)
     result = probe(config)
     print(report(result), flush=True)
+    if config.explain:
+        print("", *explain(config, result["device_bytes"]), sep="\n", flush=True)
     return result
 
 
