@@ -106,9 +106,11 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     recipe = recipe_parser.parse_known_args(argv)[0].recipe
     recipe_argv = read_recipe(recipe, {f.name for f in fields(config_class)}) if recipe else []
 
-    config, *_, unknown = parser.parse_args_into_dataclasses(recipe_argv + argv, return_remaining_strings=True)
+    words = recipe_argv + argv
+    unknown = parser.parse_known_args(words)[1]  # before the dataclass complains of what a mistyped flag has not set
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}: see --help")
+    config, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     return config
 
 

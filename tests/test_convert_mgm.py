@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conversion.names import rename_open_clip, rename_original
 from conversion.weight_files import write_safetensors
 from convert_mgm import ConvertConfig, main
-from utils import UserError, load_config, load_model, load_processor
+from utils import UserError, load_config, load_model, load_processor, parse_config
 
 
 AUX, CLIP = "model.vision_tower_aux.", "model.vision_tower."
@@ -364,3 +364,9 @@ def test_a_folder_without_a_checkpoint(tmp_path, flag):
     """The input has to hold a config.json."""
     with pytest.raises(UserError, match=f"--{flag} .*: there is no config.json in it"):
         ConvertConfig(**{flag: str(tmp_path), "output": str(tmp_path / "out")})
+
+
+def test_a_mistyped_flag_is_named():
+    """Not what is missing without it."""
+    with pytest.raises(UserError, match="unknown argument --to_orignal"):
+        parse_config(ConvertConfig, ["--to_orignal", "x", "--output", "y"])
