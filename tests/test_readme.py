@@ -16,12 +16,13 @@ from utils import parse_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DATA_README = (ROOT / "data/README.md").read_text()
 SCRIPTS = {"train.py": TrainConfig, "convert_mgm.py": ConvertConfig, "memory_probe.py": ProbeConfig}
 
 
 def commands() -> list[list[str]]:
     """Every command line of the README that starts one of the scripts, as its flags."""
-    joined = README.replace("\\\n", " ")
+    joined = (README + DATA_README).replace("\\\n", " ")
     pattern = rf"(?:^|\s)({'|'.join(map(re.escape, SCRIPTS))})((?: +[^\s`|]+)*)"
     return [[script, *flags.split()] for script, flags in re.findall(pattern, joined) if "--" in flags]
 
