@@ -49,13 +49,12 @@ def sweep_chart(rows: list[dict], keys: list[str]) -> Figure:
 def step_chart(trace: Trace) -> Figure:
     """What is allocated, by category, allocation by allocation through two updates; the second is the steady state."""
     series = category_series(trace)
-    stride = max(1, len(trace.record.events) // MAX_POINTS)
+    points = highest_points(trace.timeline())
     used = [category for category in CATEGORIES if max(series[category]) > 0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    heights = [[nbytes / GIB for nbytes in series[category][::stride]] for category in used]
-    steps = range(0, len(trace.record.events), stride)
-    axes.stackplot(steps, heights, colors=[COLOURS[c] for c in used], labels=[WORDS[c] for c in used])
+    heights = [[series[category][point] / GIB for point in points] for category in used]
+    axes.stackplot(points, heights, colors=[COLOURS[c] for c in used], labels=[WORDS[c] for c in used])
     for start, phase in trace.record.phase_starts:
         axes.axvline(start, color="white", linewidth=0.6)
         axes.text(start, axes.get_ylim()[1], f" {phase}", fontsize="x-small", va="top", rotation=90)
@@ -63,6 +62,13 @@ def step_chart(trace: Trace) -> Figure:
     axes.set_ylabel("GiB allocated")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
+
+
+def highest_points(timeline: list[int]) -> list[int]:
+    """Where to look at a timeline that is longer than can be seen: the highest point of each stretch."""
+    stride = max(1, len(timeline) // MAX_POINTS)
+    starts = range(0, len(timeline), stride)
+    return [max(range(start, min(start + stride, len(timeline))), key=timeline.__getitem__) for start in starts]
 
 
 def category_series(trace: Trace) -> dict[str, list[int]]:

@@ -8,18 +8,21 @@
 The last line on stdout is a JSON object. Exit code 3: it does not fit.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
+from memory_charts import step_chart
 from memory_explain import explain
 from memory_gpus import GIB, GPUS
 from memory_measure import measure
-from memory_predict import predict
+from memory_predict import predict, trace_step
 from memory_report import report
-from memory_strategies import Strategy
+from memory_strategies import Strategy, strategy_of
 from memory_sweep import run_sweep
 from train import StepConfig
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
@@ -43,7 +46,10 @@ class ProbeConfig(StepConfig):
     gpu: str = field(default="rtx4090", metadata={"help": " | ".join(GPUS)})
     budget_gib: float | None = field(default=None, metadata={"help": "instead of the GPU's capacity"})
     sweep: list[str] | None = field(default=None, metadata={"help": "KEY=V1,V2 ...: every combination"})
-    output: str | None = field(default=None, metadata={"help": "folder for a sweep's rows, table and charts"})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "folder for the result and a picture of it"},
+    )
     explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
 
     def __post_init__(self) -> None:
@@ -80,9 +86,21 @@ def main(config: ProbeConfig) -> dict:
         return run_sweep(config, probe)
     result = probe(config)
     print(report(result), flush=True)
+    if config.output is not None:
+        write_output(config, result)
     if config.explain:
         print("", *explain(config, result["device_bytes"]), sep="\n", flush=True)
     return result
+
+
+def write_output(config: ProbeConfig, result: dict) -> None:
+    """The result and, of a prediction, a picture of the step as it goes on."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+    if config.mode != "measure":
+        step_chart(trace_step(config, strategy_of(config)).device).savefig(folder / "step.png", dpi=120)
+    print(f"Saved to {folder}", flush=True)
 
 
 def probe(config: ProbeConfig) -> dict:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memory_gpus import GIB, GPUS
-from memory_probe import ProbeConfig, probe
+from memory_probe import ProbeConfig, main, probe
 from memory_sweep import parse_grid, row_name, run_sweep
 from utils import UserError
 
@@ -98,6 +99,14 @@ def test_the_command_and_its_verdict():
     assert too_small.returncode == 3
     assert "DOES NOT FIT" in too_small.stdout
     assert json.loads(too_small.stdout.splitlines()[-1])["fits"] is False
+
+
+def test_output_has_the_result_and_a_picture(tmp_path, capsys):
+    """probe.json is what main returns; the picture of the step is one."""
+    result = main(tiny_config(output=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out/probe.json").read_text()) == result
+    assert Image.open(tmp_path / "out/step.png").size[0] > 500
+    assert "Saved to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
