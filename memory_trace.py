@@ -138,10 +138,12 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], 
         recorder.reserve(cublas_workspace_bytes, f"cuBLAS, {thread}")
 
 
-def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode) -> nn.Module:
-    """train.build_model's model, in training mode, of fake tensors on a CPU."""
+def build_fake_model(
+    config: train.StepConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
+) -> nn.Module:
+    """train.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = train.build_model(config, is_deepspeed=False)
+        model = train.build_model(config, is_deepspeed)
     replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
     with fake_mode:
         for module in model.modules():
@@ -149,14 +151,14 @@ def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode) -> nn.
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         if tensor not in replaced:
-                            replaced[tensor] = _fake(tensor)
+                            replaced[tensor] = _fake(tensor, device)
                         tensors[name] = replaced[tensor]
     return model.train()
 
 
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
+def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """Must run under a FakeTensorMode."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 

@@ -39,7 +39,7 @@ import train
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launch_environment
-from memory_trace import Trace, adopt, categorize, known_mask, random_states
+from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
 from memory_window import run_updates, worst_case_batch
 
 
@@ -109,7 +109,9 @@ def _trace_in_this_process(
     device = STAND_IN_DEVICE[device_type]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)
-    model = build_fake_model(config, fake_mode, device)
+    model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
+    # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
+    model._apply = lambda fn, recurse=True: model
     recorder = PlacedRecorder(model, device, WORKSPACES[device_type], BLOCK_BYTES[device_type])
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
     accelerator = train.build_accelerator(config)
@@ -159,30 +161,6 @@ class PlacedRecorder(Recorder):
         if self.counters_are_known and is_flag:
             return False  # no overflow, no invalid norm: the step is taken
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def build_fake_model(config: train.StepConfig, fake_mode: FakeTensorMode, device: str) -> nn.Module:
-    """train.build_model's model, in training mode, of fake tensors on the device."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = train.build_model(config, is_deepspeed=True)
-    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-
-    with fake_mode:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        if tensor not in replaced:
-                            replaced[tensor] = fake(tensor)
-                        tensors[name] = replaced[tensor]
-    # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
-    model._apply = lambda fn, recurse=True: model
-    return model.train()
 
 
 def prepare(
