@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from memory_gpus import MIB
 from memory_predict import predict, trace_step
 from memory_report import size
 from memory_strategies import strategy_of
@@ -40,7 +41,7 @@ def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
     for allocation in trace.alive_at(trace.peak_index):
         at_peak[allocation.dtype, allocation.nbytes] += (allocation.dtype, allocation.nbytes) in sizes
     return [
-        f"  {nbytes / 2**20:.2f} MiB in {dtype}, {at_peak[dtype, nbytes]} of them alive at the peak"
+        f"  {nbytes / MIB:.2f} MiB in {dtype}, {at_peak[dtype, nbytes]} of them alive at the peak"
         for dtype, nbytes in sizes
     ]
 

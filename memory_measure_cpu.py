@@ -43,11 +43,16 @@ def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurem
             model, optimizer = accelerator.prepare(model, optimizer)
             run_updates(accelerator, model, optimizer, batch, config)
     baseline_bytes, events = sum(storages.values()), memory_events(profiler)
-    total = peak = baseline_bytes
+    return Measurement(baseline_bytes + rise(events), baseline_bytes, events)
+
+
+def rise(events: list[int]) -> int:
+    """The most that is in use above the beginning."""
+    total = peak = 0
     for nbytes in events:
         total += nbytes
         peak = max(peak, total)
-    return Measurement(peak, baseline_bytes, events)
+    return peak
 
 
 def memory_events(profiler: profile) -> list[int]:

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 import train
-from memory_measure_cpu import memory_events
+from memory_measure_cpu import memory_events, rise
 from memory_stand_in import launch_environment
 from memory_strategies import Strategy
 from memory_window import worst_case_batch
@@ -70,19 +70,10 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
                     train.training_step(
                         accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
                     )
-            peaks.append(before_bytes + _rise(memory_events(profiler)))
+            peaks.append(before_bytes + rise(memory_events(profiler)))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return peaks[-1]
-
-
-def _rise(events: list[int]) -> int:
-    """The most that is in use above the beginning."""
-    total = peak = 0
-    for nbytes in events:
-        total += nbytes
-        peak = max(peak, total)
-    return peak
 
 
 def _bytes_in_use(model: nn.Module) -> int:

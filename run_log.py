@@ -21,11 +21,10 @@ from tqdm.auto import tqdm
 
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
-from model_card import as_table, build_model_card, escape_cell
+from model_card import GIB, as_table, build_model_card, escape_cell
 from utils import ModelConfig, UserError
 
 
-GIB = 2**30
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from memory_gpus import GIB
 from memory_measure import measure
 from memory_measure_gpu import measure_in_this_process
 from memory_probe import ProbeConfig, probe
@@ -97,7 +98,7 @@ def describe(row: dict[str, Any]) -> str:
     if "failed" in measured or measured["oom"]:
         return f"{row['flags']}: {measured.get('failed') or measured['oom']}"
     errors = [f"{name} {predicted[name] / measured[name] - 1:+.3%}" for name in FIGURES]
-    return f"{row['flags']}: {measured['peak_allocated_bytes'] / 2**30:.3f} GiB, {', '.join(errors)}"
+    return f"{row['flags']}: {measured['peak_allocated_bytes'] / GIB:.3f} GiB, {', '.join(errors)}"
 
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:

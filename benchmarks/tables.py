@@ -5,9 +5,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from memory_gpus import GIB
+
 
 ROOT = Path(__file__).parent.parent
-GIB = 2**30
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 

@@ -36,6 +36,16 @@ def reference_folder() -> Path:
     return Path(__file__).parent / "mgm_reference"
 
 
+@pytest.fixture
+def towers(reference_folder: Path) -> dict[str, str]:
+    """The flags that name the tiny towers' folders."""
+    folder = reference_folder / "towers/OpenAI"
+    return {
+        "vision_tower": str(folder / "clip-vit-tiny-patch14-56"),
+        "vision_tower_aux": str(folder / "openclip-convnext-tiny-oracle"),
+    }
+
+
 @pytest.fixture(scope="session")
 def reference(reference_folder: Path) -> dict[str, torch.Tensor]:
     """The original model's inputs, intermediates and outputs."""

@@ -77,15 +77,6 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture
-def towers(reference_folder: Path) -> dict[str, str]:
-    folder = reference_folder / "towers/OpenAI"
-    return {
-        "vision_tower": str(folder / "clip-vit-tiny-patch14-56"),
-        "vision_tower_aux": str(folder / "openclip-convnext-tiny-oracle"),
-    }
-
-
 def make_original(folder: Path, model_type: str, towers: dict[str, str]) -> MGMForConditionalGeneration:
     """A random MGM with that language model, and its checkpoint in the original's layout."""
     aux = tiny().vision_config_aux

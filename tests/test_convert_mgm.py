@@ -23,16 +23,6 @@ DROPPED = ("model.norm.weight", "model.mm_projector.0.bias")
 
 
 @pytest.fixture
-def towers(reference_folder: Path) -> dict[str, str]:
-    """The flags that name the tiny towers' folders."""
-    folder = reference_folder / "towers/OpenAI"
-    return {
-        "vision_tower": str(folder / "clip-vit-tiny-patch14-56"),
-        "vision_tower_aux": str(folder / "openclip-convnext-tiny-oracle"),
-    }
-
-
-@pytest.fixture
 def original(reference_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint in the original's layout, alone in its folder: to be damaged."""
     return Path(shutil.copytree(reference_folder / "tiny_mgm_original", tmp_path / "original/checkpoint"))
