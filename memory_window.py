@@ -51,6 +51,9 @@ def worst_case_batch(
     labels[:, :image_length] = IGNORE_INDEX
     batch = {"input_ids": input_ids, "labels": labels}
     batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
+    batch["label_positions"] = (
+        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, 1), length)
+    ).flatten()
     batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     if rows > 1:
         batch["attention_mask"][-1, -1] = 0

@@ -14,6 +14,7 @@ from tokenizers import Encoding
 
 import chat_templates
 import processing_mgm
+from chunked_loss import IGNORE_INDEX
 from processing_mgm import MGMProcessor
 from utils import UserError
 
@@ -222,4 +223,9 @@ class TrainCollator:
         )
         # Looked up here, on the CPU: on a GPU it would be a synchronisation at every step.
         is_image = batch["input_ids"] == self.processor.image_token_id
-        return {**batch, "image_positions": is_image.flatten().nonzero().squeeze(1)}
+        has_label = batch["labels"] != IGNORE_INDEX
+        return {
+            **batch,
+            "image_positions": is_image.flatten().nonzero().squeeze(1),
+            "label_positions": has_label.flatten().nonzero().squeeze(1),
+        }
