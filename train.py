@@ -74,10 +74,8 @@ class StepConfig(ModelConfig):
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
-            # transformers looks for packed samples in a single row alone
-            raise UserError(
-                "--packing with flash_attention_2: --per_device_train_batch_size 1 and a longer --max_seq_len"
-            )
+            # It finds packed samples in a single row alone; in several they would see each other.
+            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
 

@@ -224,6 +224,8 @@ class TrainCollator:
 
 
 def image_positions(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """The flat positions (row * T + column) of the image tokens in [B, T]. Looked up here, on the CPU: on a GPU it would
-    be a synchronisation at every step."""
+    """The flat positions (row * T + column) of the image tokens in [B, T].
+
+    Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
+    """
     return (input_ids == image_token_id).flatten().nonzero().squeeze(1)
