@@ -54,6 +54,9 @@ def worst_case_batch(
     labels[:, :image_length] = IGNORE_INDEX
     batch = {"input_ids": input_ids, "labels": labels}
     batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
+    batch["label_positions"] = (
+        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, 1), length)
+    ).flatten()
     if config.packing:
         batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
     else:
