@@ -5,9 +5,9 @@
     python -m benchmarks.step --steps 10 --size gemma-2b       # on a GPU
 
 A bare language model with random weights, since the others have no MGM; one row, the last part of it with labels. All
-take the same weights, row, LoRA and AdamW. Their losses and gradient norms must agree, or nothing is reported. They take
-turns, backwards in every other round; peaks come from runs of their own. Writes results/step.json; the last line on
-stdout is JSON.
+take the same weights, row, LoRA and AdamW. Their losses and gradient norms must agree, or nothing is reported. They
+take turns, backwards in every other round; peaks come from runs of their own. Writes results/step.json; the last line
+on stdout is JSON.
 """
 
 import gc
