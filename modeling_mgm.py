@@ -259,7 +259,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         the tokens with a label. A collator that knows them spares the GPU a synchronisation; without it they are
         looked up in `input_ids` and `labels`.
         """
-        if self.training:
+        if self.training or labels is not None:  # with a cache transformers would not look for packed samples
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,

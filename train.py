@@ -25,6 +25,7 @@ from transformers import ProcessorMixin, SchedulerType, get_scheduler
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
+from data.packing import PackedCollator, PackedDataset, pack
 from eval import evaluate
 from run_log import RunLog
 from saving import save_trained
@@ -62,8 +63,9 @@ class StepConfig(ModelConfig):
     loss: str = field(
         default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
     )
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
-    per_device_train_batch_size: int = 32
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
+    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
@@ -78,6 +80,9 @@ class StepConfig(ModelConfig):
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
+        if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
+            # It finds packed samples in a single row alone; in several they would see each other.
+            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
 
@@ -132,19 +137,27 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
+    num_tokens = np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len)
+    num_label_tokens = column_values(train_dataset.records, "num_label_tokens")
+    collator_class = TrainCollator
+    if config.packing:  # from here on a row of samples stands where a sample stood
+        packing = pack(num_tokens, config.max_seq_len, config.seed, accelerator.num_processes)
+        accelerator.print(f"Packed {len(num_tokens)} samples into {len(packing)} rows")
+        train_dataset, collator_class = PackedDataset(train_dataset, packing), PackedCollator
+        num_tokens, num_label_tokens = packing.sums(num_tokens), packing.sums(num_label_tokens)
     sampler = UpdateBatchSampler(
-        column_values(train_dataset.records, "num_label_tokens"),
+        num_label_tokens,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         accelerator.num_processes,
         config.seed,
-        np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len),
+        num_tokens,
         config.group_by_length,
     )
     loader = DataLoader(
         train_dataset,
         batch_sampler=sampler,
-        collate_fn=TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio),
+        collate_fn=collator_class(processor, config.max_seq_len, config.image_aspect_ratio),
         num_workers=config.dataloader_num_workers,
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
