@@ -27,6 +27,7 @@ from eval_log import AnswersFile
 from generation import answer_batches
 from tasks import conversations
 from tasks.task import Question, Task, by_type, mean_score
+from tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,
