@@ -22,10 +22,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import ProcessorMixin
 
+from adapter import base_of, check_base, load_adapter
+from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
 from eval_log import AnswersFile
 from generation import answer_batches
-from tasks import conversations
+from tasks import captions, conversations, mmbench, textvqa
 from tasks.task import Question, Task, by_type, mean_score
 from tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
 from utils import (
@@ -46,6 +48,9 @@ NOT_SETTINGS = ("batch_size", "dataloader_num_workers", "output", "compare")  # 
 
 @dataclass(kw_only=True)
 class EvalConfig(ModelConfig):
+    model: str | None = field(
+        default=None, metadata={"help": "folder or hub id; default: the adapter's base, else data/tiny_mgm"}
+    )
     adapter: str | None = field(default=None, metadata={"help": "folder of a PEFT adapter for the model"})
     task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
     dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
@@ -53,6 +58,10 @@ class EvalConfig(ModelConfig):
     batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
     max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
     limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})
+    ocr_file: str | None = field(
+        default=None, metadata={"help": "textvqa: words for the prompt, Rosetta's .json or LLaVA's prompts .jsonl"}
+    )
+    circular: bool = field(default=False, metadata={"help": "mmbench: right in every rotation of the options"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead"})
     output: str | None = field(default=None, metadata={"help": "FILE.json; default outputs/eval/TASK.json"})
     compare: list[str] | None = field(
@@ -61,10 +70,17 @@ class EvalConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model is None:
+            self.model = base_of(self.adapter) if self.adapter else ModelConfig.model
+        elif self.adapter:
+            check_base(self.adapter, self.model)
         check_choice("task", self.task, TASKS)
         check_minimum(self, batch_size=1, max_new_tokens=1, limit=0, dataloader_num_workers=0)
         if self.compare is not None and len(self.compare) != 2:
             raise UserError(f"--compare {' '.join(self.compare)}: give two files, FULL.json LORA.json")
+        for name, task in (("ocr_file", "textvqa"), ("circular", "mmbench")):
+            if getattr(self, name) and self.task != task:
+                raise UserError(f"--{name}: --task {self.task} does not use it, {task} does")
         if self.output is None:
             self.output = f"outputs/eval/{self.task}.json"
         elif not self.output.endswith(".json"):
@@ -76,6 +92,10 @@ class EvalConfig(ModelConfig):
 
 
 def main(config: EvalConfig) -> dict | None:
+    if config.compare is not None:
+        result = compare_files(*config.compare)
+        print(as_table(result))
+        return result
     output = Path(config.output)
     if output.exists():
         raise UserError(f"--output {output} is there already: choose another, or delete it to evaluate again")
@@ -107,6 +127,12 @@ def main(config: EvalConfig) -> dict | None:
 
 def load_task(config: EvalConfig) -> Task:
     """The task's questions. Raises UserError for files that are not in its format, or hold no question."""
+    if config.task == "textvqa":
+        return textvqa.load(config.dataset, config.image_folder, config.limit, config.ocr_file)
+    if config.task == "mmbench":
+        return mmbench.load(config.dataset, config.limit, config.circular)
+    if config.task == "caption":
+        return captions.load(config.dataset, config.image_folder, config.limit)
     return conversations.load(config.dataset, config.image_folder, config.limit)
 
 
@@ -130,15 +156,9 @@ def build_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
     with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
         model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
         if config.adapter is not None:
-            model = load_adapter(model, config)
+            model = load_adapter(model, config.adapter)
     model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
     return model.eval()
-
-
-def load_adapter(model: nn.Module, config: EvalConfig) -> nn.Module:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, config.adapter)
 
 
 def answer_all(
