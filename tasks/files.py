@@ -29,7 +29,9 @@ def read_json(path: Path, flag: str = "dataset") -> Any:
         raise UserError(f"--{flag} {path}: cannot be read as JSON ({brief_error(error)})") from None
 
 
-def listed(document: Any, key: str, path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+def listed(
+    document: Any, key: str, path: Path, fields: dict[str, type | tuple[type, ...]], flag: str = "dataset"
+) -> list[dict[str, Any]]:
     """The records under `key`, each with these fields of these types.
 
     Raises:
@@ -37,13 +39,13 @@ def listed(document: Any, key: str, path: Path, fields: dict[str, type | tuple[t
     """
     records = document.get(key) if isinstance(document, dict) else None
     if not isinstance(records, list):
-        raise UserError(f"--dataset {path}: expected an object with the list {key!r}")
+        raise UserError(f"--{flag} {path}: expected an object with the list {key!r}")
     if not records:
-        raise UserError(f"--dataset {path}: there is no record in {key!r}")
+        raise UserError(f"--{flag} {path}: there is no record in {key!r}")
     for index, record in enumerate(records):
         for name, kind in fields.items():
             if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-                raise UserError(f"--dataset {path}, {key!r} {index}: {name!r} is missing or of another type")
+                raise UserError(f"--{flag} {path}, {key!r} {index}: {name!r} is missing or of another type")
     return records
 
 

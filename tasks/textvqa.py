@@ -79,7 +79,7 @@ def build_prompts(records: list[dict[str, Any]], ocr_file: str | None) -> list[s
 
 
 def ocr_records(path: Path) -> list[dict[str, Any]]:
-    return listed(read_json(path, "ocr_file"), "data", path, {"image_id": str, "ocr_tokens": list})
+    return listed(read_json(path, "ocr_file"), "data", path, {"image_id": str, "ocr_tokens": list}, "ocr_file")
 
 
 def llava_prompts(records: list[dict[str, Any]], path: Path) -> list[str]:
