@@ -1,6 +1,7 @@
 """How much of one run's score another keeps, question by question, and how sure that is."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,19 @@ def retention(full: np.ndarray, lora: np.ndarray) -> dict[str, Any]:
     result["retention"] = result["lora_score"] / result["full_score"]
     if len(full) < 2:
         return result | {"interval": None}
-    with np.errstate(divide="ignore", invalid="ignore"):  # a sample may be without a point of `full`
-        interval = bootstrap(
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        ratios = bootstrap(
             (full, lora),
             lambda full, lora, axis: lora.mean(axis) / full.mean(axis),
             n_resamples=NUM_RESAMPLES,
             paired=True,
             vectorized=True,
-            confidence_level=CONFIDENCE,
             method="percentile",
             rng=np.random.default_rng(0),
-        ).confidence_interval
-    bounds = [float(interval.low), float(interval.high)]
-    return result | {"interval": bounds if np.isfinite(bounds).all() else None}
+        ).bootstrap_distribution
+    # A sample of few questions may be without a point of `full`: it has no ratio.
+    tails = 50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)
+    return result | {"interval": np.percentile(ratios[np.isfinite(ratios)], tails).tolist()}
 
 
 def paired_test(full: np.ndarray, lora: np.ndarray) -> dict[str, Any]:
