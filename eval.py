@@ -158,7 +158,8 @@ def build_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
         if config.adapter is not None:
             model = load_adapter(model, config.adapter)
     model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def answer_all(

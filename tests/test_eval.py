@@ -168,23 +168,32 @@ def test_only_the_same_run_goes_on(mixed_dataset, tmp_path, capsys, monkeypatch)
     assert len(answers_of(tmp_path)) == 24, "the file is left alone"
 
 
-def test_adapter(tmp_path, capsys, monkeypatch):
-    """An adapter changes the answers, brings its base along, and is refused on another base."""
-    model = get_peft_model(load_model(MODEL, torch.float32, "sdpa"), LoraConfig(target_modules=r".*language.*q_proj"))
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A random adapter with a module trained in full beside it, as train.py saves them."""
+    lora = LoraConfig(
+        target_modules=r".*language.*q_proj", modules_to_save=["multi_modal_projector"], lora_dropout=0.5
+    )
+    model = get_peft_model(load_model(MODEL, torch.float32, "sdpa"), lora)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_adapter(adapter, tmp_path, capsys, monkeypatch):
+    """An adapter changes the answers, brings its base along, and is refused on another base."""
     base = run(*flags(tmp_path, None, "base", limit=8))
-    run(*flags(tmp_path, None, "adapted", limit=8, adapter=tmp_path / "adapter"))
+    run(*flags(tmp_path, None, "adapted", limit=8, adapter=adapter))
     assert base["n"] == 8
     assert answers_of(tmp_path, "base") != answers_of(tmp_path, "adapted")
 
-    line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=tmp_path / "adapter", model="mgm-2b"))
+    line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=adapter, model="mgm-2b"))
     assert "was trained on data/tiny_mgm, not on mgm-2b" in line
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"r": 4}))
-    line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=adapter))
     assert "does not fit the model" in line
     line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=tmp_path))
     assert "there is no adapter_config.json" in line
@@ -211,9 +220,9 @@ def test_benchmarks_end_to_end(task, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
-def test_two_processes_answer_as_one(config, mixed_dataset, tmp_path):
+def test_two_processes_answer_as_one(config, adapter, mixed_dataset, tmp_path):
     """No question twice or lost, and the same answers; 23 questions cannot be shared out evenly."""
-    words = flags(tmp_path, mixed_dataset, limit=23, batch_size=4)
+    words = flags(tmp_path, mixed_dataset, limit=23, batch_size=4, adapter=adapter)
     command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -221,7 +230,7 @@ def test_two_processes_answer_as_one(config, mixed_dataset, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["n"] == 23
-    run(*flags(tmp_path, mixed_dataset, "single", limit=23, batch_size=23))
+    run(*flags(tmp_path, mixed_dataset, "single", limit=23, batch_size=23, adapter=adapter))
     assert answers_of(tmp_path) == answers_of(tmp_path, "single")
 
 
