@@ -9,8 +9,9 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from data.batching import TrainCollator, UpdateBatchSampler, column_values, meas
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
+from memory_run import longest_row
 from run_log import RunLog
 from saving import save_trained
 from utils import (
@@ -80,6 +82,11 @@ class StepConfig(ModelConfig):
         if self.trainable_modules is not None:
             return self.trainable_modules
         return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+
+    @property
+    def step_flags(self) -> dict[str, Any]:
+        """The flags of this class alone, which memory_probe.py takes as they are."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
 
 
 @dataclass(kw_only=True)
@@ -149,7 +156,8 @@ def main(config: TrainConfig) -> dict | None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    with RunLog(accelerator, config, model, num_steps) as log:
+    longest = longest_row(train_dataset.records, config.max_seq_len, processor.num_image_tokens)
+    with RunLog(accelerator, config, model, optimizer, num_steps, longest) as log:
         log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
         log.start()
