@@ -6,7 +6,6 @@ Tensors that gloo's threads are the last to hold are released where the profiler
 a step begins is counted by walking over all tensors, and only what the step adds comes from the profiler.
 """
 
-import gc
 import json
 import multiprocessing
 import os
@@ -19,12 +18,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 import train
-from memory_measure_cpu import memory_events, rise
+from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from memory_stand_in import launch_environment
 from memory_strategies import Strategy
 from memory_window import worst_case_batch
@@ -64,8 +61,8 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
         scheduler = get_scheduler("constant", optimizer)
         peaks = []
         for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
-            before_bytes = _bytes_in_use(model)
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            before_bytes = bytes_in_use(model)
+            with profile_memory() as profiler:
                 with accelerator.accumulate(model):
                     train.training_step(
                         accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
@@ -74,17 +71,3 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return peaks[-1]
-
-
-def _bytes_in_use(model: nn.Module) -> int:
-    """Bytes of all tensors of this process, and of DDP's buckets, which no Python object holds."""
-    gc.collect()
-    storages = {}
-    for tensor in filter(lambda thing: isinstance(thing, torch.Tensor), gc.get_objects()):
-        for part in (tensor, tensor.grad if tensor.is_leaf else None):
-            if part is not None:
-                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        buckets = [bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets()]
-        return sum(storages.values()) + sum(bucket.nbytes for bucket in buckets)
-    return sum(storages.values())

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import shutil
 import textwrap
 import time
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
@@ -20,7 +22,7 @@ from tqdm.auto import tqdm
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
 from memory_forecast import Row
-from memory_run import RunMemory, memory_bytes, peak_bytes, reset_peak
+from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
 from utils import ModelConfig, UserError
 
@@ -49,7 +51,6 @@ class RunLog:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.total_params, self.trainable_params = count_parameters(model)
-        self.model, self.optimizer = model, optimizer
         self.num_steps = num_steps
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
@@ -68,7 +69,7 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
-            self.memory = RunMemory(accelerator, config.step_flags, longest_row, self.writer)
+            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -91,8 +92,6 @@ class RunLog:
     def start(self) -> None:
         """The clock of throughput runs from here."""
         reset_peak()
-        if self.memory is not None:
-            self.memory.start(self.model, self.optimizer)
         main = self.accelerator.is_main_process
         self.progress = tqdm(total=self.num_steps, desc="Training", unit="step", disable=not main, mininterval=1)
         self.window_start = time.perf_counter()
@@ -102,6 +101,8 @@ class RunLog:
         self.update_loss += loss
         self.window[1] += batch["attention_mask"].sum()
         self.window[2] += len(batch["input_ids"])
+        if self.memory is not None:
+            self.memory.micro_batch(batch)
 
     def update(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor) -> None:
         """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes."""
@@ -124,18 +125,20 @@ class RunLog:
         window = (loss_sum, self.window_label_tokens, tokens, samples, seconds)
         self.totals = {name: total + new for (name, total), new in zip(self.totals.items(), window, strict=True)}
         loss, tokens_per_second = loss_sum / self.window_label_tokens, tokens / seconds
-        memory = self.memory.scalars() if self.memory is not None else {}
+        memory = memory_bytes()
         self.accelerator.log(
             {
                 "train/loss": loss,
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": float(grad_norm),
                 "train/tokens_per_second": tokens_per_second,
-                **memory,
+                **{f"memory/{name}": value for name, value in memory.items()},
             },
             step=global_step,
         )
-        used_gib = next(iter(memory_bytes().values())) / GIB
+        if self.memory is not None:
+            self.memory.log(global_step)
+        used_gib = next(iter(memory.values())) / GIB
         self.progress.set_postfix_str(
             f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
         )
@@ -219,6 +222,31 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if ".original_module." not in name
     }
     return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+
+
+def memory_bytes() -> dict[str, int]:
+    """On a GPU what PyTorch holds there; always the process's resident memory."""
+    rss = {"rss_bytes": psutil.Process().memory_info().rss}
+    if not torch.cuda.is_available():
+        return rss
+    gpu = {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+    }
+    return gpu | rss
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most memory since the last reset on a GPU; on a CPU the most resident memory the process ever had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment(accelerator: Accelerator) -> dict:
