@@ -48,7 +48,7 @@ def bytes_in_use(model: nn.Module) -> int:
     """
     gc.collect()
     storages = {}
-    for tensor in filter(lambda thing: isinstance(thing, torch.Tensor), gc.get_objects()):
+    for tensor in filter(lambda thing: issubclass(type(thing), torch.Tensor), gc.get_objects()):
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
             if part is not None and not part.is_shared():
                 storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()

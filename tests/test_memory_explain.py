@@ -66,7 +66,7 @@ def test_the_nearest_settings_that_fit(monkeypatch, budget_gib, expected):
 
 
 def test_what_is_in_order_is_not_suggested():
-    """Checkpointing that is on, a batch of one row, a rank above 0, sdpa, ZeRO-3: nothing of them is left to change."""
+    """Checkpointing that is on, a batch of one row, a rank above 0, sdpa, ZeRO-3: nothing is left to change."""
     config = tiny_config(strategy="zero3", offload="param", images_per_sample=5)
     assert list(changes_of(config)) == []
     changed = tiny_config(attn_implementation="eager", lora_r=0, gradient_checkpointing=False)
