@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,6 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
-from data.batching import column_values
 from memory_forecast import Forecast, Row
 from memory_gpus import GIB
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
@@ -156,11 +156,11 @@ def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return measured
 
 
-def longest_row(records: datasets.Dataset, max_seq_len: int, num_image_tokens: int) -> Row:
-    """The longest row of the data, with as many images as any record has and the row can hold."""
-    num_tokens = min(int(column_values(records, "num_tokens").max()), max_seq_len)
+def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
+    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
+    longest = int(num_tokens.max())
     num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
-    return Row(num_tokens, min(num_images, num_tokens // num_image_tokens))
+    return Row(longest, min(num_images, longest // num_image_tokens))
 
 
 def layout() -> dict[str, dict[str, list]]:

@@ -8,6 +8,7 @@ import textwrap
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,13 @@ class RunLog:
     def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        self.window[1] += batch["attention_mask"].sum()
-        self.window[2] += len(batch["input_ids"])
+        if "attention_mask" in batch:
+            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        else:  # packed: every sample has a second token, and padding has position 0
+            samples = (batch["position_ids"] == 1).sum()
+            tokens = (batch["position_ids"] > 0).sum() + samples
+        self.window[1] += tokens
+        self.window[2] += samples
         if self.memory is not None:
             self.memory.micro_batch(batch)
 
@@ -251,7 +257,8 @@ def peak_bytes() -> int:
 
 def environment(accelerator: Accelerator) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    versions = {package: version(package) for package in PACKAGES}
+    # One process needs no DeepSpeed.
+    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
     return {
         "python": platform.python_version(),
         "device": device,
