@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import train
 from memory_profile import memory_events, profile_memory, rise
 from memory_window import probe_accelerator, run_updates, worst_case_batch
+from utils import quiet_libraries
 
 
 @dataclass
@@ -31,6 +32,7 @@ def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Me
 
 
 def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurement:
+    quiet_libraries()
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
