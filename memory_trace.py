@@ -234,5 +234,7 @@ def _category(allocation: Allocation, joint: str | None) -> str:
         return "temporaries"
     if LANGUAGE_MODULE in allocation.module.split("."):
         return "activations" if allocation.saved_for_backward else "temporaries"
+    if joint is None and ".layers." in f".{allocation.module}.":  # of a language model without a vision side
+        return "activations" if allocation.saved_for_backward else "temporaries"
     in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
     return "vision" if in_joint else "loss"

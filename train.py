@@ -9,8 +9,9 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from data.packing import PackedCollator, PackedDataset, pack
 from eval import evaluate
+from memory_run import longest_row
 from run_log import RunLog
 from saving import save_trained
 from tiled_mlp import tile_frozen_mlps
@@ -93,6 +95,11 @@ class StepConfig(ModelConfig):
             return self.trainable_modules
         return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
 
+    @property
+    def step_flags(self) -> dict[str, Any]:
+        """The flags of this class alone, which memory_probe.py takes as they are."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
+
 
 @dataclass(kw_only=True)
 class TrainConfig(StepConfig):
@@ -137,8 +144,9 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
-    num_tokens = np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len)
-    num_label_tokens = column_values(train_dataset.records, "num_label_tokens")
+    records = train_dataset.records
+    num_tokens = np.minimum(column_values(records, "num_tokens"), config.max_seq_len)
+    num_label_tokens = column_values(records, "num_label_tokens")
     collator_class = TrainCollator
     if config.packing:  # from here on a row of samples stands where a sample stood
         packing = pack(num_tokens, config.max_seq_len, config.seed, accelerator.num_processes)
@@ -169,7 +177,8 @@ def main(config: TrainConfig) -> dict | None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    with RunLog(accelerator, config, model, num_steps) as log:
+    longest = longest_row(records, num_tokens, processor.num_image_tokens)
+    with RunLog(accelerator, config, model, optimizer, num_steps, longest) as log:
         log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
         clear_device_cache()  # what loading and answering have left behind
@@ -257,7 +266,9 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     check_modules(model, "trainable_modules", config.modules_trained_in_full)
-    check_modules(model.model.language_model, "lora_target_modules", config.lora_target_modules)
+    check_modules(
+        getattr(model.model, "language_model", model.model), "lora_target_modules", config.lora_target_modules
+    )
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
@@ -274,12 +285,14 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
 
 def lora_config(config: StepConfig) -> LoraConfig:
     """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
+    names = "|".join(map(re.escape, config.lora_target_modules))
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        target_modules=rf".*\blanguage_model\..*\.({'|'.join(map(re.escape, config.lora_target_modules))})",
+        # The first is where a language model without a vision side has its layers.
+        target_modules=rf"(?:model\.layers|.*\blanguage_model)\..*\.({names})",
         modules_to_save=config.modules_trained_in_full,
         task_type="CAUSAL_LM",
     )
