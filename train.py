@@ -9,7 +9,7 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from checkpoints import (
+    Checkpoints,
+    Position,
+    check_output_dir,
+    find_checkpoint,
+    finished_run,
+    read_position,
+    run_settings,
+)
+from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
-from run_log import RunLog
+from faults import NonFiniteUpdates, Watch
+from run_log import RUN_JSON, RunLog
 from saving import save_trained
+from training_state import TrainingState
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,
@@ -103,6 +114,12 @@ class TrainConfig(StepConfig):
     output_dir: str = "outputs/demo"
     overwrite_output_dir: bool = False
     logging_steps: int = 10
+    save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
+    save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    max_nonfinite_updates: int = field(
+        default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,13 +127,16 @@ class TrainConfig(StepConfig):
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
         check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
-        output_dir = Path(self.output_dir)
-        if output_dir.exists() and any(output_dir.iterdir()) and not self.overwrite_output_dir:
-            raise UserError(f"--output_dir {output_dir} is not empty: choose another or add --overwrite_output_dir")
+        check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
+        check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
 
 def main(config: TrainConfig) -> dict | None:
+    output_dir = Path(config.output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
+        accelerator.print(f"{output_dir} is finished already")
+        return finished if accelerator.is_main_process else None
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
@@ -137,10 +157,11 @@ def main(config: TrainConfig) -> dict | None:
     loader = DataLoader(
         train_dataset,
         batch_sampler=sampler,
-        collate_fn=TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio),
+        collate_fn=NamingCollator(TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio)),
         num_workers=config.dataloader_num_workers,
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: making its iterator must not change the numbers that dropout draws
     )
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
@@ -149,30 +170,56 @@ def main(config: TrainConfig) -> dict | None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    with RunLog(accelerator, config, model, num_steps) as log:
-        log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+    state = TrainingState(accelerator, model, optimizer, scheduler)
+    settings = run_settings(
+        asdict(config),
+        data=sampler.digest(),
+        samples_per_update=sampler.update_size,
+        updates=num_steps,
+        trained=state.shapes(),
+    )
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
+    position = read_position(checkpoint)
+
+    with (
+        Watch(accelerator) as watch,
+        RunLog(accelerator, config, model, num_steps, position.global_step) as log,
+        Checkpoints(accelerator, config, state, log, settings) as saver,
+    ):
+        if checkpoint is None:
+            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
+        if checkpoint is not None:
+            saver.resume(checkpoint)
         log.start()
-        global_step = 0
+        global_step = position.global_step
+        sampler.start_at(position.epoch, position.update)
+        nonfinite = NonFiniteUpdates(accelerator, config.max_nonfinite_updates)
         while global_step < num_steps:
             label_tokens = sampler.label_tokens_per_update()
-            first_step = global_step
-            for batch in loader:
+            first_step = global_step - sampler.first_update
+            for batch in watch.batches(loader):
+                sample_ids = batch.pop("sample_ids")
                 num_items_in_batch = label_tokens[global_step - first_step]
                 with accelerator.accumulate(model):
                     loss, grad_norm = training_step(
-                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm, True
                     )
                 log.micro_batch(batch, loss)
+                nonfinite.micro_batch(loss, sample_ids)
                 if accelerator.sync_gradients:
                     global_step += 1
-                    log.update(global_step, num_items_in_batch, scheduler.get_last_lr()[0], grad_norm)
+                    loss_scale = state.loss_scale()
+                    is_skipped = nonfinite.update(global_step, grad_norm, loss_scale)
+                    learning_rate = scheduler.get_last_lr()[0]
+                    log.update(global_step, num_items_in_batch, learning_rate, grad_norm, loss_scale, is_skipped)
+                    saver.update(Position(global_step, sampler.epoch, global_step - first_step), is_skipped)
                 if global_step == num_steps:
                     break
-            sampler.set_epoch(sampler.epoch + 1)
+            sampler.start_at(sampler.epoch + 1)
 
         log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
-        save_trained(accelerator, model, processor, Path(config.output_dir))
+        save_trained(accelerator, model, processor, output_dir)
         return log.finish(global_step)
 
 
@@ -192,9 +239,11 @@ def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Acc
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
     )
     if uses_deepspeed:
+        # NaN in a gradient skips the step; in bf16 stage 2 looks for it only when told to.
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
         deepspeed_config["gradient_clipping"] = config.max_grad_norm  # the engine clips, accelerator cannot
+        deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
     return accelerator
 
 
@@ -293,11 +342,14 @@ def training_step(
     batch: dict[str, torch.Tensor],
     num_items_in_batch: int,
     max_grad_norm: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    skip_nonfinite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """One micro-batch forward and backward, and at the end of an update the optimizer's step.
 
     Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
     label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
+    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
+    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
     """
     loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
     # The engine takes the mean over micro-batches and processes; the shares are to be added up.
@@ -305,8 +357,11 @@ def training_step(
     grad_norm = None
     if accelerator.sync_gradients:
         grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
-    optimizer.step()
-    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+        grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
+    is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
+    if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips
+        optimizer.step()
+    if accelerator.sync_gradients and not is_skipped and not accelerator.optimizer_step_was_skipped:
         scheduler.step()
     optimizer.zero_grad()
     return loss.detach(), grad_norm

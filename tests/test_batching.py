@@ -126,7 +126,7 @@ def test_epochs_differ_and_seeds_reproduce(group_by_length):
 
     def order(seed: int, epoch: int) -> list[list[int]]:
         sampler = make_sampler(seed=seed, num_tokens=num_tokens, group_by_length=group_by_length)
-        sampler.set_epoch(epoch)
+        sampler.start_at(epoch)
         return list(sampler)
 
     assert order(1, 0) == order(1, 0)
@@ -181,7 +181,7 @@ def test_group_by_length_cuts_padding():
 def test_the_longest_sample_comes_first(num_samples, epoch):
     """With group_by_length, memory that does not suffice is found out at the first step; later ones are mixed."""
     sampler = make_sampler(num_samples, 4, 2, 2, num_tokens=skewed_lengths(num_samples), group_by_length=True)
-    sampler.set_epoch(epoch)
+    sampler.start_at(epoch)
     longest = [sampler.num_tokens[update].max() for update in sampler.updates()]
     assert longest[0] == sampler.num_tokens.max()
     if num_samples > 100:
