@@ -70,6 +70,12 @@ class Trace:
             sums[allocation.category] += allocation.nbytes
         return dict(sums)
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What is in use when the first step begins, the batch left out."""
+        first_step = next((index for index, phase in self.record.phase_starts if phase != PHASES[0]), 0)
+        return sum(a.nbytes for a in self.alive_at(first_step - 1) if a.category != "batch")
+
     def phase_peaks(self) -> dict[str, int]:
         """The most that was in use during each phase."""
         peaks = dict.fromkeys(PHASES, 0)

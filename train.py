@@ -9,8 +9,9 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
 from faults import NonFiniteUpdates, Watch
+from memory_run import longest_row
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
 from training_state import TrainingState
@@ -91,6 +93,11 @@ class StepConfig(ModelConfig):
         if self.trainable_modules is not None:
             return self.trainable_modules
         return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+
+    @property
+    def step_flags(self) -> dict[str, Any]:
+        """The flags of this class alone, which memory_probe.py takes as they are."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
 
 
 @dataclass(kw_only=True)
@@ -181,9 +188,10 @@ def main(config: TrainConfig) -> dict | None:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
     position = read_position(checkpoint)
 
+    longest = longest_row(train_dataset.records, config.max_seq_len, processor.num_image_tokens)
     with (
         Watch(accelerator) as watch,
-        RunLog(accelerator, config, model, num_steps, position.global_step) as log,
+        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
         if checkpoint is None:
