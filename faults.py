@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed import ReduceOp
+from tqdm.auto import tqdm
 
+from data.dataset import PROBLEM
 from utils import BadSample, Interrupted, UserError
 
 
@@ -60,7 +63,7 @@ class Watch:
                 batch = next(iterator, None)  # every process has as many
             except UserError as user_error:
                 error = user_error
-            signum, num_errors = self._maximum(self.signum, int(error is not None))
+            signum, num_errors = self.reduce([self.signum, int(error is not None)], ReduceOp.MAX)
             if num_errors:
                 raise BadSample(str(error or "another process cannot go on: its line says why")) from None
             if signum:
@@ -70,13 +73,69 @@ class Watch:
             yield batch
         self.is_noting = False
 
-    def _maximum(self, *values: int) -> list[int]:
-        """The largest of all processes' values, one by one."""
+    def reduce(self, values: list[int], op: ReduceOp.RedOpType) -> list[int]:
+        """All processes' values put together, one by one."""
         if self.group is None:
-            return list(values)
+            return values
         tensor = torch.tensor(values)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self.group)
+        torch.distributed.all_reduce(tensor, op, group=self.group)
         return tensor.tolist()
+
+
+class BadSamples:
+    """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
+
+    Args:
+        log: keeps `bad_sample_ids`, which a resumed run goes on with.
+        num_records: of the data set, bad ones counted; `num_left_out` of them were never asked for.
+    """
+
+    def __init__(self, watch: Watch, log: Any, num_records: int, num_left_out: int, max_bad_fraction: float) -> None:
+        self.watch = watch
+        self.log = log
+        self.num_records, self.num_left_out, self.max_bad_fraction = num_records, num_left_out, max_bad_fraction
+        self.num_items_in_batch = self.num_expected = 0
+
+    def count(self, batch: dict[str, Any], num_items_in_batch: int) -> int:
+        """The update's label tokens, all processes together, without those of its bad samples; at least 1.
+
+        Raises:
+            BadSample: more than `max_bad_fraction` of the data set is bad, or a file went bad between two looks at it.
+        """
+        here, in_update = batch.pop("bad_here", []), batch.pop("bad_in_update", [])
+        if in_update is not None:  # an update begins
+            lost, num_bad = self.watch.reduce(
+                [sum(bad["num_label_tokens"] for bad in in_update), len(in_update)], ReduceOp.SUM
+            )
+            self.num_items_in_batch = max(1, num_items_in_batch - lost)
+            self.num_expected = len(in_update)
+            if num_bad:
+                self._tell(in_update)
+        self.num_expected -= len(here)
+        if self.num_expected < 0:
+            raise UserError(f"{here[0][PROBLEM]}: it could be read a moment ago; is the disk in order?")
+        return self.num_items_in_batch
+
+    def _tell(self, bad_samples: list[dict[str, Any]]) -> None:
+        known = set(self.log.bad_sample_ids)
+        for bad in bad_samples:
+            if bad["id"] not in known:
+                warn(f"left out: {bad[PROBLEM]}")
+        self.log.bad_sample_ids = sorted(known.union(bad["id"] for bad in gather_object(bad_samples)))
+        check_bad_fraction(
+            self.num_left_out + len(self.log.bad_sample_ids), self.num_records, self.max_bad_fraction, BadSample
+        )
+
+
+def check_bad_fraction(
+    num_bad: int, num_records: int, max_bad_fraction: float, error_class: type[UserError] = UserError
+) -> None:
+    """Raise where more is bad than may be."""
+    if num_bad > max_bad_fraction * num_records:
+        raise error_class(
+            f"{num_bad} of {num_records} samples cannot be used, more than --max_bad_fraction {max_bad_fraction}: "
+            "python -m data.check lists them all"
+        )
 
 
 class NonFiniteUpdates:
@@ -110,7 +169,7 @@ class NonFiniteUpdates:
         if bad or not some_loss_is_bad:
             what = f"the loss is {bad[0][0]}" if bad else f"the gradients' norm is {grad_norm}"
             ids = [sample_id for _, ids in bad or micro_batches for sample_id in ids]
-            print(f"warning: step {step} is skipped: {what} in samples {name_some(ids)}", file=sys.stderr, flush=True)
+            warn(f"step {step} is skipped: {what} in samples {name_some(ids)}")
         if self.in_a_row == self.max_in_a_row:
             raise UserError(
                 f"{self.in_a_row} updates in a row up to step {step} had a NaN or infinite loss or gradient and were "
@@ -124,6 +183,11 @@ class NonFiniteUpdates:
         if self.accelerator.distributed_type == DistributedType.NO:
             return value
         return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum") > 0)
+
+
+def warn(message: str) -> None:
+    """On stderr, on a line of its own where a progress bar is."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def name_some(names: list[str]) -> str:

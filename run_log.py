@@ -31,7 +31,7 @@ from utils import ModelConfig, UserError
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 RUN_JSON = "run.json"
-LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates")
+LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_sample_ids")
 NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels
 
 
@@ -51,6 +51,7 @@ class RunLog:
         num_steps: int,
         longest_row: Row,
         start_step: int = 0,
+        num_left_out: int = 0,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -60,6 +61,8 @@ class RunLog:
         self.num_steps = num_steps
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
+        self.num_left_out = num_left_out
+        self.bad_sample_ids: list[str] = []
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
@@ -100,6 +103,11 @@ class RunLog:
     @property
     def writer(self) -> SummaryWriter:
         return self.accelerator.get_tracker("tensorboard", unwrap=True)
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Left out when the data set was read, and since then."""
+        return self.num_left_out + len(self.bad_sample_ids)
 
     def start(self) -> None:
         """The clock of throughput runs from here."""
@@ -160,6 +168,7 @@ class RunLog:
                 "train/grad_norm": grad_norm,
                 "train/tokens_per_second": tokens_per_second,
                 "train/skipped_updates": self.num_skipped_updates,
+                "data/bad_samples": self.num_bad_samples,
                 **({} if self.loss_scale is None else {"train/loss_scale": self.loss_scale}),
                 **memory,
             },
@@ -227,6 +236,7 @@ class RunLog:
             "samples_per_second": totals["samples"] / totals["seconds"],
             "tokens_per_second": totals["tokens"] / totals["seconds"],
             "skipped_updates": self.num_skipped_updates,
+            "bad_samples": self.num_bad_samples,
             "peak": self.peak,
             "eval": self.eval,
             "config": asdict(self.config),

@@ -9,6 +9,7 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from checkpoints import (
 from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
+from data.skipping import CheckedCollator, CheckedUpdates
 from eval import evaluate
-from faults import NonFiniteUpdates, Watch
+from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from memory_run import longest_row
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
@@ -54,6 +56,7 @@ from utils import (
 
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
+MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
 
@@ -110,6 +113,8 @@ class TrainConfig(StepConfig):
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
+    on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
     learning_rate: float = 4e-3
     warmup_ratio: float = 0.03
@@ -131,6 +136,8 @@ class TrainConfig(StepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
+        check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
         check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
@@ -161,10 +168,16 @@ def main(config: TrainConfig) -> dict | None:
         np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len),
         config.group_by_length,
     )
+    longest = longest_row(train_dataset.records, config.max_seq_len, processor.num_image_tokens)
+    num_left_out = len(train_dataset.problems)
+    num_records = len(train_dataset) + num_left_out
+    collator = NamingCollator(TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio))
+    if config.on_bad_sample == "skip":
+        train_dataset, collator = CheckedUpdates(train_dataset), CheckedCollator(collator)
     loader = DataLoader(
         train_dataset,
         batch_sampler=sampler,
-        collate_fn=NamingCollator(TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio)),
+        collate_fn=collator,
         num_workers=config.dataloader_num_workers,
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -188,10 +201,9 @@ def main(config: TrainConfig) -> dict | None:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
     position = read_position(checkpoint)
 
-    longest = longest_row(train_dataset.records, config.max_seq_len, processor.num_image_tokens)
     with (
         Watch(accelerator) as watch,
-        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
+        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step, num_left_out) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
         if checkpoint is None:
@@ -203,12 +215,13 @@ def main(config: TrainConfig) -> dict | None:
         global_step = position.global_step
         sampler.start_at(position.epoch, position.update)
         nonfinite = NonFiniteUpdates(accelerator, config.max_nonfinite_updates)
+        bad_samples = BadSamples(watch, log, num_records, num_left_out, config.max_bad_fraction)
         while global_step < num_steps:
             label_tokens = sampler.label_tokens_per_update()
             first_step = global_step - sampler.first_update
             for batch in watch.batches(loader):
                 sample_ids = batch.pop("sample_ids")
-                num_items_in_batch = label_tokens[global_step - first_step]
+                num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
                     loss, grad_norm = training_step(
                         accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm, True
@@ -264,7 +277,8 @@ def build_datasets(
         demo = ensure_demo()
         train_path, eval_path = demo / "train.json", eval_path or demo / "validation.json"
 
-    train_dataset = open_dataset(train_path, image_folder)
+    train_dataset = open_dataset(train_path, image_folder, skips_bad=config.on_bad_sample == "skip")
+    report_left_out(train_dataset, config.max_bad_fraction)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
@@ -281,6 +295,16 @@ def build_datasets(
         range(min(config.eval_samples, len(eval_dataset)))
     )
     return train_dataset, eval_dataset
+
+
+def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:
+    """Name the records that are skipped. Raises UserError where they are too many."""
+    problems = list(dataset.problems.values())
+    for problem in problems[:MAX_NAMED_RECORDS]:
+        PartialState().print(f"warning: left out: {problem}", file=sys.stderr)
+    if len(problems) > MAX_NAMED_RECORDS:
+        PartialState().print(f"warning: left out: {len(problems) - MAX_NAMED_RECORDS} more", file=sys.stderr)
+    check_bad_fraction(len(problems), len(dataset) + len(problems), max_bad_fraction)
 
 
 def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:

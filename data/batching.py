@@ -83,6 +83,18 @@ def _count(
     return len(input_ids) + num_added, num_targets
 
 
+class MicroBatch(list):
+    """The indices of a micro-batch's samples. `others`: those of the process's other micro-batches of the update, at
+    its first one; else None."""
+
+    def __init__(self, samples: list[int], others: list[int] | None) -> None:
+        super().__init__(samples)
+        self.others = others
+
+    def __reduce__(self) -> tuple:  # to a worker
+        return MicroBatch, (list(self), self.others)
+
+
 class UpdateBatchSampler:
     """Micro-batches in the order of training: update by update, step by step, process by process.
 
@@ -164,10 +176,14 @@ class UpdateBatchSampler:
     def num_updates(self) -> int:
         return len(self.update_sizes())
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for update in self.updates()[self.first_update :]:
-            for micro_batch in np.array_split(update, self._num_micro_batches(len(update))):
-                yield micro_batch.tolist()
+            parts = [part.tolist() for part in np.array_split(update, self._num_micro_batches(len(update)))]
+            for i, part in enumerate(parts):
+                is_first = i < self.num_processes
+                yield MicroBatch(
+                    part, sum(parts[i + self.num_processes :: self.num_processes], []) if is_first else None
+                )
 
     def __len__(self) -> int:
         return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
@@ -244,4 +260,10 @@ class NamingCollator:
         self.collator = collator
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
-        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in samples]}
+        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples)]}
+
+
+def flat(samples: list[Any]) -> Iterator[dict]:
+    """The samples; those of a row, where several share one, one after the other."""
+    for sample in samples:
+        yield from flat(sample) if isinstance(sample, list) else [sample]

@@ -4,17 +4,20 @@ A run may be given faults: `Fault("checkpoints.write_durably", 2, "kill")` kills
 second time.
 """
 
+import errno
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 ROOT = Path(__file__).parent.parent
@@ -22,11 +25,15 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Fault:
-    """What `action` (of ACTIONS) does as the function is entered for the `call`-th time."""
+    """What happens as the function is entered for the `call`-th time, and the next ones up to `times`.
+
+    `action`: a key of SIGNALS or ERRORS; for a forward pass `nan`, its loss, or `infinite gradient`, not its loss.
+    """
 
     function: str
     call: int
     action: str
+    times: int = 1
 
 
 @dataclass
@@ -131,30 +138,31 @@ def _run(flags: list[str], folder: Path, environment: dict[str, str], rank: int,
 
 
 def install(fault: Fault) -> None:
-    module_name, _, name = fault.function.rpartition(".")
-    module = import_module(module_name)
-    original, calls = getattr(module, name), 0
+    """Put the fault in place in this process."""
+    path, _, name = fault.function.rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    original, calls = getattr(owner, name), 0
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == fault.call:
-            ACTIONS[fault.action]()
-        return original(*args, **kwargs)
+        is_due = fault.call <= calls < fault.call + fault.times
+        if is_due and fault.action in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[fault.action])
+        if is_due and fault.action in ERRORS:
+            raise ERRORS[fault.action]
+        result = original(*args, **kwargs)
+        if is_due and fault.action == "nan":
+            result.loss = result.loss * float("nan")
+        if is_due and fault.action == "infinite gradient":
+            result.loss.register_hook(lambda grad: grad * float("inf"))
+        return result
 
-    setattr(module, name, faulty)
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    setattr(owner, name, faulty)
 
 
-ACTIONS = {"kill": _kill, "terminate": _terminate, "interrupt": _interrupt}
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
+ERRORS = {
+    "disk full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "out of memory": torch.OutOfMemoryError("Tried to allocate 500.00 MiB"),
+}
