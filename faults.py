@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed import ReduceOp
 from tqdm.auto import tqdm
 
-from data.dataset import PROBLEM
+from data.dataset import PROBLEM, ConversationDataset
 from utils import BadSample, Interrupted, UserError
 
 
@@ -86,14 +86,15 @@ class BadSamples:
     """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
 
     Args:
-        log: keeps `bad_sample_ids`, which a resumed run goes on with.
-        num_records: of the data set, bad ones counted; `num_left_out` of them were never asked for.
+        log: keeps `bad_sample_ids`, which a resumed run goes on with, and `num_left_out`.
+        dataset: its `problems` were left out when it was read.
     """
 
-    def __init__(self, watch: Watch, log: Any, num_records: int, num_left_out: int, max_bad_fraction: float) -> None:
+    def __init__(self, watch: Watch, log: Any, dataset: ConversationDataset, max_bad_fraction: float) -> None:
         self.watch = watch
         self.log = log
-        self.num_records, self.num_left_out, self.max_bad_fraction = num_records, num_left_out, max_bad_fraction
+        self.log.num_left_out = len(dataset.problems)
+        self.num_records, self.max_bad_fraction = len(dataset) + len(dataset.problems), max_bad_fraction
         self.num_items_in_batch = self.num_expected = 0
 
     def count(self, batch: dict[str, Any], num_items_in_batch: int) -> int:
@@ -122,9 +123,7 @@ class BadSamples:
             if bad["id"] not in known:
                 warn(f"left out: {bad[PROBLEM]}")
         self.log.bad_sample_ids = sorted(known.union(bad["id"] for bad in gather_object(bad_samples)))
-        check_bad_fraction(
-            self.num_left_out + len(self.log.bad_sample_ids), self.num_records, self.max_bad_fraction, BadSample
-        )
+        check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
 
 
 def check_bad_fraction(

@@ -287,7 +287,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         `image_positions` are the flat positions (row * T + column) of the image tokens. A collator that knows them
         spares the GPU a synchronisation; without it they are looked up in `input_ids`.
         """
-        if self.training:
+        if self.training or labels is not None:  # with a cache transformers would not look for packed samples
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,

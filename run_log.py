@@ -51,7 +51,6 @@ class RunLog:
         num_steps: int,
         longest_row: Row,
         start_step: int = 0,
-        num_left_out: int = 0,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -61,7 +60,7 @@ class RunLog:
         self.num_steps = num_steps
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
-        self.num_left_out = num_left_out
+        self.num_left_out = 0  # samples, when the data set was read
         self.bad_sample_ids: list[str] = []
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
@@ -121,8 +120,13 @@ class RunLog:
     def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        self.window[1] += batch["attention_mask"].sum()
-        self.window[2] += len(batch["input_ids"])
+        if "attention_mask" in batch:
+            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        else:  # packed: every sample has a second token, and padding has position 0
+            samples = (batch["position_ids"] == 1).sum()
+            tokens = (batch["position_ids"] > 0).sum() + samples
+        self.window[1] += tokens
+        self.window[2] += samples
 
     def update(
         self,

@@ -20,7 +20,6 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
 from checkpoints import (
@@ -32,13 +31,12 @@ from checkpoints import (
     read_position,
     run_settings,
 )
-from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from data.batching import column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.loader import build_loader
 from data.make_demo import ensure_demo
-from data.skipping import CheckedCollator, CheckedUpdates
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
-from memory_run import longest_row
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
 from training_state import TrainingState
@@ -73,8 +71,9 @@ class StepConfig(ModelConfig):
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
-    per_device_train_batch_size: int = 32
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
+    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
@@ -87,6 +86,9 @@ class StepConfig(ModelConfig):
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
+        if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
+            # It finds packed samples in a single row alone; in several they would see each other.
+            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
 
@@ -159,30 +161,9 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
-    sampler = UpdateBatchSampler(
-        column_values(train_dataset.records, "num_label_tokens"),
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-        config.seed,
-        np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len),
-        config.group_by_length,
-    )
-    longest = longest_row(train_dataset.records, config.max_seq_len, processor.num_image_tokens)
-    num_left_out = len(train_dataset.problems)
-    num_records = len(train_dataset) + num_left_out
-    collator = NamingCollator(TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio))
-    if config.on_bad_sample == "skip":
-        train_dataset, collator = CheckedUpdates(train_dataset), CheckedCollator(collator)
-    loader = DataLoader(
-        train_dataset,
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=config.dataloader_num_workers,
-        persistent_workers=config.dataloader_num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: making its iterator must not change the numbers that dropout draws
-    )
+    loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
+    if config.packing:
+        accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     num_warmup_steps = round(config.warmup_ratio * num_steps)
@@ -203,7 +184,7 @@ def main(config: TrainConfig) -> dict | None:
 
     with (
         Watch(accelerator) as watch,
-        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step, num_left_out) as log,
+        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
         if checkpoint is None:
@@ -215,7 +196,7 @@ def main(config: TrainConfig) -> dict | None:
         global_step = position.global_step
         sampler.start_at(position.epoch, position.update)
         nonfinite = NonFiniteUpdates(accelerator, config.max_nonfinite_updates)
-        bad_samples = BadSamples(watch, log, num_records, num_left_out, config.max_bad_fraction)
+        bad_samples = BadSamples(watch, log, train_dataset, config.max_bad_fraction)
         while global_step < num_steps:
             label_tokens = sampler.label_tokens_per_update()
             first_step = global_step - sampler.first_update

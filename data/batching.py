@@ -248,18 +248,24 @@ class TrainCollator:
             image_aspect_ratio=self.image_aspect_ratio,
             padding_side="right",
         )
-        # Looked up here, on the CPU: on a GPU it would be a synchronisation at every step.
-        is_image = batch["input_ids"] == self.processor.image_token_id
-        return {**batch, "image_positions": is_image.flatten().nonzero().squeeze(1)}
+        return {**batch, "image_positions": image_positions(batch["input_ids"], self.processor.image_token_id)}
+
+
+def image_positions(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
+    """The flat positions (row * T + column) of the image tokens in [B, T].
+
+    Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
+    """
+    return (input_ids == image_token_id).flatten().nonzero().squeeze(1)
 
 
 class NamingCollator:
     """What `collator` makes of samples, and `sample_ids`, so that a message can name them."""
 
-    def __init__(self, collator: Callable[[list[dict]], dict[str, torch.Tensor]]) -> None:
+    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
         self.collator = collator
 
-    def __call__(self, samples: list[dict]) -> dict[str, Any]:
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
         return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples)]}
 
 

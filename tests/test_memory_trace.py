@@ -57,10 +57,13 @@ def test_prediction_is_what_the_allocator_does() -> None:
         (1, {"lora_r": 0, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
         (1, {"lora_r": 0, "gradient_checkpointing": False, "attn_implementation": "eager", "max_seq_len": 300}),
         (1, {"gradient_checkpointing": False, "max_seq_len": 400, "lora_dropout": 0.0}),
+        (1, {"packing": True, "max_seq_len": 100}),
+        (0, {"packing": True, "per_device_train_batch_size": 2, "attn_implementation": "eager"}),
+        (1, {"packing": True, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "max_seq_len": 200}),
     ],
 )
 def test_prediction_of_every_kind_of_run(images: int, flags: dict) -> None:
-    """No images and several, eager attention, full fine-tuning, accumulation: within 0.02 % of a fresh process."""
+    """With and without images, eager, full fine-tuning, accumulation, packing: within 0.02 % of a fresh process."""
     config = tiny_config(**flags)
     measured_bytes = measure_training(config, images).peak_bytes
     assert trace_training(config, "cpu", images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
