@@ -13,7 +13,8 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from memory_window import probe_accelerator, run_updates, worst_case_batch
+from data.worst_case import worst_case_batch
+from memory_window import probe_accelerator, run_updates
 
 
 @dataclass

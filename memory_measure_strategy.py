@@ -24,10 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 import train
+from data.worst_case import worst_case_batch
 from memory_measure_cpu import memory_events, rise
 from memory_stand_in import launch_environment
 from memory_strategies import Strategy
-from memory_window import worst_case_batch
 from memory_zero import NUM_UPDATES
 
 

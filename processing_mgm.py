@@ -10,12 +10,12 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 from transformers.image_processing_utils import BaseImageProcessor
 
 from chat_templates import Span, chat_template_for, render
+from chunked_loss import IGNORE_INDEX
 from configuration_mgm import MGMConfig
-from modeling_mgm import split_into_crops
+from modeling_mining import split_into_crops
 
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 
 

@@ -39,6 +39,7 @@ from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
+from tiled_mlp import tile_frozen_mlps
 from training_state import TrainingState
 from utils import (
     MIXED_PRECISIONS,
@@ -71,11 +72,15 @@ class StepConfig(ModelConfig):
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
+    loss: str = field(
+        default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
+    )
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = 42
@@ -84,8 +89,9 @@ class StepConfig(ModelConfig):
         super().__post_init__()
         check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
-        check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -294,6 +300,7 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
     """
     model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
+    model.chunked_loss = config.loss == "chunked"
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     check_modules(model, "trainable_modules", config.modules_trained_in_full)
@@ -305,6 +312,7 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     else:
         for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
+    tile_frozen_mlps(model, config.mlp_tiles)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
             parameter.data = parameter.data.float()

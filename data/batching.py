@@ -16,6 +16,7 @@ from tokenizers import Encoding
 
 import chat_templates
 import processing_mgm
+from chunked_loss import IGNORE_INDEX
 from processing_mgm import MGMProcessor
 from utils import UserError
 
@@ -248,15 +249,18 @@ class TrainCollator:
             image_aspect_ratio=self.image_aspect_ratio,
             padding_side="right",
         )
-        return {**batch, "image_positions": image_positions(batch["input_ids"], self.processor.image_token_id)}
+        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
 
 
-def image_positions(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """The flat positions (row * T + column) of the image tokens in [B, T].
+def positions(
+    input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
+) -> dict[str, torch.LongTensor]:
+    """`image_positions` and `label_positions`: the flat positions (row * T + column) of both in [B, T].
 
     Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
     """
-    return (input_ids == image_token_id).flatten().nonzero().squeeze(1)
+    masks = {"image_positions": input_ids == image_token_id, "label_positions": labels != IGNORE_INDEX}
+    return {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
 
 
 class NamingCollator:
