@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 
+from out_of_memory import SNAPSHOT
 from training_state import Tensors, TrainingState, load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from utils import BadSample, Interrupted, UserError, brief_error
 
@@ -39,9 +40,9 @@ FREE_FLAGS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("logging_steps", "save_steps", "save_total_limit"),
     *("dataset", "image_folder", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
-    *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "check_memory"),
+    *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "rehearse"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("gradient_checkpointing", "attn_implementation", "mixed_precision", "loss"),
+    *("gradient_checkpointing", "attn_implementation", "mixed_precision", "loss", "mlp_tiles"),
 }
 
 
@@ -287,7 +288,8 @@ def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> No
     is_resumed_here = resume_from is not None and (resume_from == LATEST or Path(resume_from).parent == path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file, choose a folder")
-    if path.exists() and any(path.iterdir()) and not overwrite and not is_resumed_here:
+    others = [child for child in path.iterdir() if child.name != SNAPSHOT] if path.exists() else []
+    if others and not overwrite and not is_resumed_here:
         raise UserError(
             f"--output_dir {path} is not empty: choose another, add --resume_from_checkpoint latest or "
             "--overwrite_output_dir"

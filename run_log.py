@@ -25,7 +25,7 @@ from eval import Prediction, exact_match
 from memory_forecast import Row
 from memory_run import RunMemory, memory_bytes, peak_bytes, reset_peak
 from model_card import GIB, as_table, build_model_card, escape_cell
-from utils import ModelConfig, UserError
+from utils import ModelConfig
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
@@ -38,7 +38,7 @@ NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels
 class RunLog:
     """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
 
-    A context: when bad input ends the run before its first update is done, what the run has written is taken back.
+    A context: when something ends the run before its first update is done, what the run has written is taken back.
     A run that is resumed behind `start_step` updates goes on where its log was.
     """
 
@@ -95,7 +95,7 @@ class RunLog:
             self.progress.close()  # else an error's line would go on where the bar ends
         if self.memory is not None:
             self.memory.stop()
-        if exception_type is UserError and self.global_step == 0 and self.accelerator.is_main_process:
+        if exception_type is not None and self.global_step == 0 and self.accelerator.is_main_process:
             self.writer.close()
             shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)
 

@@ -37,6 +37,8 @@ from data.loader import build_loader
 from data.make_demo import ensure_demo
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
+from out_of_memory import OutOfMemory
+from rehearsal import rehearse
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
 from tiled_mlp import tile_frozen_mlps
@@ -137,6 +139,7 @@ class TrainConfig(StepConfig):
     save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
     max_nonfinite_updates: int = field(
         default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
     )
@@ -190,13 +193,18 @@ def main(config: TrainConfig) -> dict | None:
 
     with (
         Watch(accelerator) as watch,
+        OutOfMemory(accelerator, config, longest) as out_of_memory,
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
-        if checkpoint is None:
-            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
-        if checkpoint is not None:
+        if config.rehearse:
+            out_of_memory.when = "before step 1, in the largest step that the data can bring"
+            rehearse(accelerator, model, state, config, longest)
+        if checkpoint is None:
+            out_of_memory.when = "while answering held-out questions"
+            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        else:
             saver.resume(checkpoint)
         log.start()
         global_step = position.global_step
@@ -207,6 +215,7 @@ def main(config: TrainConfig) -> dict | None:
             label_tokens = sampler.label_tokens_per_update()
             first_step = global_step - sampler.first_update
             for batch in watch.batches(loader):
+                out_of_memory.when = f"in step {global_step + 1}"
                 sample_ids = batch.pop("sample_ids")
                 num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):

@@ -61,6 +61,16 @@ class TrainingState:
         else:
             self._load_torch(by_name)
 
+    def make_optimizer_state(self) -> None:
+        """What AdamW makes at its first step, where it is not there yet: moments of 0 and no step done."""
+        adamw = self.optimizer.optimizer if self.is_zero else self.optimizer
+        if not isinstance(adamw, torch.optim.AdamW):
+            return
+        for parameter in self._flat_partitions() if self.is_zero else self.parameters.values():
+            if not adamw.state.get(parameter):
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adamw.state[parameter] = {STEP: torch.tensor(0.0), **moments}
+
     def values(self) -> dict[str, Any]:
         """The scheduler's and the loss scaler's state, for JSON. The same on every process."""
         return {"scheduler": self.scheduler.state_dict(), "loss_scaler": self._loss_scaler_state()}

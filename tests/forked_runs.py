@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -27,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 class Fault:
     """What happens as the function is entered for the `call`-th time, and the next ones up to `times`.
 
-    `action`: a key of SIGNALS or ERRORS; for a forward pass `nan`, its loss, or `infinite gradient`, not its loss.
+    `action`: a key of SIGNALS or ERRORS; `little memory`, 256 MiB more than now; for a forward pass `nan`, its loss,
+    or `infinite gradient`, not its loss.
     """
 
     function: str
@@ -149,6 +152,9 @@ def install(fault: Fault) -> None:
         is_due = fault.call <= calls < fault.call + fault.times
         if is_due and fault.action in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.action])
+        if is_due and fault.action == "little memory":
+            used_bytes = psutil.Process().memory_info().vms
+            resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2**28, resource.RLIM_INFINITY))
         if is_due and fault.action in ERRORS:
             raise ERRORS[fault.action]
         result = original(*args, **kwargs)
