@@ -46,12 +46,14 @@ def test_out_of_memory_for_real(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_out_of_memory_later(tmp_path: Path) -> None:
-    """Injected, as a GPU's allocator would say it, in step 2: the checkpoint before it is intact."""
-    fault = Fault("train.training_step", 4, "out of memory")
+    """Injected, as a GPU's allocator would say it, in step 2, with no place for a prediction either: the checkpoint
+    before it is intact."""
+    faults = Fault("train.training_step", 4, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")
     flags = FLAGS.replace("save_steps 3", "save_steps 1")
-    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=(fault,))
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=faults)
     assert ended.code == 2
     assert "out of memory in step 2: Tried to allocate 500.00 MiB" in ended.error
+    assert "There is no prediction (No space left on device)" in ended.error
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     assert run(f"{flags} --output_dir {tmp_path / 'out'} --resume_from_checkpoint latest", tmp_path).code == 0
 
