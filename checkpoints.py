@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -288,6 +289,12 @@ def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> No
     is_resumed_here = resume_from is not None and (resume_from == LATEST or Path(resume_from).parent == path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file, choose a folder")
+    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({brief_error(error)}), choose another") from None
     others = [child for child in path.iterdir() if child.name != SNAPSHOT] if path.exists() else []
     if others and not overwrite and not is_resumed_here:
         raise UserError(

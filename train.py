@@ -35,6 +35,7 @@ from data.batching import column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.loader import build_loader
 from data.make_demo import ensure_demo
+from doctor import run_doctor
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from out_of_memory import OutOfMemory
@@ -133,6 +134,7 @@ class TrainConfig(StepConfig):
     num_train_epochs: int = 1
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
     # Output
+    doctor: bool = field(default=False, metadata={"help": "only look whether this machine is ready for --model"})
     output_dir: str = "outputs/demo"
     overwrite_output_dir: bool = False
     logging_steps: int = 10
@@ -153,11 +155,14 @@ class TrainConfig(StepConfig):
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
         check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
-        check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
+        if not self.doctor:
+            check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
 
 def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
+    if config.doctor:
+        return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
@@ -398,4 +403,5 @@ def training_step(
 
 
 if __name__ == "__main__":
-    run_script(main, TrainConfig)
+    result = run_script(main, TrainConfig)
+    sys.exit(2 if result and result["status"] == "problem" else 0)

@@ -1,7 +1,9 @@
 """What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
 
+import errno
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -15,6 +17,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -163,12 +166,24 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        remedy = "make room; train.py goes on with --resume_from_checkpoint latest"
+        print(f"error: {brief_error(error)}: {remedy}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as interrupted:
         print(f"stopped by {interrupted}", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
     if result is not None:
         print(json.dumps(result), flush=True)
     return result
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """No room, no quota left, or a disk that has become read-only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
@@ -221,5 +236,5 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
         raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"--model {name}: cannot be loaded ({error})") from None
