@@ -29,8 +29,8 @@ REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 MARKS = {"ok": " ", "warning": "!", "problem": "X"}
 MIN_FREE_DISK_BYTES, MIN_FREE_HOST_BYTES = 5 * GIB, 8 * GIB  # checkpoints and caches; MGM-2B's weights and more
 FLASH_HEAD_SIZE = 256  # the limit of PyTorch's flash kernel and of flash-attn 2
-# Consumer cards: there PyTorch's flash kernel trains heads up to 192 and above 224, the latter without dropout, of which
-# MGM has none (sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120). flash-attn trains
+# Consumer cards: there PyTorch's flash kernel trains heads up to 192 and above 224, the latter without dropout, as
+# MGM does (sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120). flash-attn trains
 # 256 there since 2.5.5 (its README).
 CONSUMER = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 REFUSED_HEAD_SIZES = range(193, 225)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
 from accelerate.utils import set_seed
+from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
@@ -211,6 +212,7 @@ def main(config: TrainConfig) -> dict | None:
             log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         else:
             saver.resume(checkpoint)
+        clear_device_cache()  # what loading and answering have left behind
         log.start()
         global_step = position.global_step
         sampler.start_at(position.epoch, position.update)

@@ -5,9 +5,9 @@
     python -m benchmarks.step --steps 10 --size gemma-2b       # on a GPU
 
 A bare language model with random weights, since the others have no MGM; one row, the last part of it with labels. All
-take the same weights, row, LoRA and AdamW, and their losses and gradient norms must agree, or nothing is reported. They
-take turns, backwards in every other round. Peaks come from runs of their own. Writes results/step.json; the last line on
-stdout is JSON.
+take the same weights, row, LoRA and AdamW. Their losses and gradient norms must agree, or nothing is reported. They
+take turns, backwards in every other round; peaks come from runs of their own. Writes results/step.json; the last line
+on stdout is JSON.
 """
 
 import gc
@@ -131,9 +131,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def build_peft_model(model_class: type[GemmaForCausalLM], config: StepBenchmarkConfig) -> PeftModel:
     """Frozen random weights, the same for every class, and the LoRA of train.py, without dropout so that losses agree.
-
-    Initial B matrices are zero, and then so are A's gradients; here they are not.
-    """
+    No matrix of it is zero, as B is at first: half of the gradients would be."""
     torch.manual_seed(0)
     with torch.device(config.device):
         model = model_class._from_config(SIZES[config.size](), dtype=config.dtype, attn_implementation="sdpa")
@@ -141,9 +139,8 @@ def build_peft_model(model_class: type[GemmaForCausalLM], config: StepBenchmarkC
     lora = LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, target_modules=flags.lora_target_modules)
     model = get_peft_model(model, lora)
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape).mul(0.02).to(config.device)
+    for parameter in train.trained_parameters(model):
+        parameter.data = torch.randn(parameter.shape).mul(0.02).to(config.device)
     return model.train()
 
 

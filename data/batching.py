@@ -255,12 +255,16 @@ class TrainCollator:
 def positions(
     input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
 ) -> dict[str, torch.LongTensor]:
-    """`image_positions` and `label_positions`: the flat positions (row * T + column) of both in [B, T].
+    """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].
 
     Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
     """
-    masks = {"image_positions": input_ids == image_token_id, "label_positions": labels != IGNORE_INDEX}
-    return {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
+    has_label = labels != IGNORE_INDEX
+    has_label[:, 0] = False  # nothing comes before it
+    return {
+        "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
+        "label_positions": has_label.flatten().nonzero().squeeze(1),
+    }
 
 
 class NamingCollator:

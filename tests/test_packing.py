@@ -124,7 +124,9 @@ def test_collator(dataset, processor):
     rows = PackedDataset(dataset, packing)
     collate = PackedCollator(processor, 1000, "pad")
     batch = collate([rows[i] for i in range(len(rows))])
-    assert batch.keys() == set("input_ids labels position_ids image_positions pixel_values pixel_values_aux".split())
+    assert batch.keys() == set(
+        "input_ids labels position_ids image_positions label_positions pixel_values pixel_values_aux".split()
+    )
     for i, row in enumerate(ROWS):
         encoded = [processor.tokenize(dataset[sample]["conversations"]) for sample in row]
         input_ids = sum((ids for ids, _ in encoded), [])
@@ -134,6 +136,7 @@ def test_collator(dataset, processor):
         assert batch["position_ids"][i, :end].tolist() == sum((list(range(len(ids))) for ids, _ in encoded), [])
         assert (batch["labels"][i, end:] == IGNORE_INDEX).all() and (batch["position_ids"][i, end:] == 0).all()
     assert (batch["input_ids"].flatten()[batch["image_positions"]] == processor.image_token_id).all()
+    assert len(batch["label_positions"]) == (batch["labels"] != IGNORE_INDEX).sum()
     images = [image for row in ROWS for sample in row for image in dataset[sample]["images"]]
     expected = torch.stack([processor.image_views(image, "pad")[0] for image in images])
     assert torch.equal(batch["pixel_values"], expected)
@@ -250,6 +253,6 @@ def test_log_counts_samples_and_tokens(dataset, processor):
 def test_flash_attention_packs_one_row():
     """Several rows would leak there: transformers looks for packed samples in a single row alone."""
     flags = {"packing": True, "attn_implementation": "flash_attention_2"}
-    with pytest.raises(UserError, match="--packing with flash_attention_2: --per_device_train_batch_size 1"):
+    with pytest.raises(UserError, match="--packing with flash_attention_2: choose --per_device_train_batch_size 1"):
         TrainConfig(**flags, per_device_train_batch_size=2)
     assert TrainConfig(**flags, per_device_train_batch_size=1).packing
