@@ -1,6 +1,7 @@
 """What ends or disturbs a run: signals, samples that cannot be had, losses that are no numbers."""
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,8 @@ class Watch:
         self.accelerator = accelerator
         self.signum = 0
         self.is_noting = False
+        # Where accelerate's launcher is told to end it may leave the run behind, alone with the GPU.
+        self.launcher = os.getppid() if any(name.startswith("ACCELERATE_") for name in os.environ) else None
         self.group = None
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
@@ -63,6 +66,8 @@ class Watch:
                 batch = next(iterator, None)  # every process has as many
             except UserError as user_error:
                 error = user_error
+            if self.launcher not in (None, os.getppid()):
+                self.signum = signal.SIGTERM
             signum, num_errors = self.reduce([self.signum, int(error is not None)], ReduceOp.MAX)
             if num_errors:
                 raise BadSample(str(error or "another process cannot go on: its line says why")) from None

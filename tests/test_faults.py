@@ -167,6 +167,23 @@ def test_skipping_keeps_the_mean(data_flags: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_skipping_in_packed_rows(data_flags: str, tmp_path: Path) -> None:
+    """A bad sample leaves its row to the others: losses are those of a data set with it left out by hand."""
+    bad = damage(tmp_path / "data")
+    flags = f"{FLAGS}{data_flags} --packing --max_seq_len 128 --max_steps 1 --gradient_accumulation_steps 8"
+    flags += " --on_bad_sample skip --max_bad_fraction 0.5"
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path)
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.result["bad_samples"] == len(bad)
+    path = tmp_path / "data/records.json"
+    path.write_text(json.dumps([record for record in json.loads(path.read_text()) if record["id"] not in bad]))
+    ended = run(f"{flags} --output_dir {tmp_path / 'by-hand'}", tmp_path)
+    assert ended.code == 0 and ended.result["bad_samples"] == 0
+    losses = [curve(tmp_path / name, "train/loss")[0] for name in ("out", "by-hand")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5), "one update has all rows"
+
+
+@pytest.mark.slow
 def test_too_many_bad_samples(data_flags: str, tmp_path: Path) -> None:
     """More than --max_bad_fraction ends the run: at once where records show it, else when enough have been met."""
     for i in range(12):

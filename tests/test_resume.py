@@ -4,11 +4,13 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from forked_runs import Ended, Fault, Run, run
+from forked_runs import ROOT, Ended, Fault, Run, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -228,6 +230,24 @@ def test_signal(signum: int, data_flags: str, references: dict[str, Path], tmp_p
     assert "Kept step 7" in ended.out and (tmp_path / "out" / "checkpoint-7").is_dir()
     assert run(flags + RESUME, tmp_path).code == 0
     assert_same_run(tmp_path / "out", references["single"])
+
+
+@pytest.mark.slow
+def test_launcher_is_terminated(data_flags: str, tmp_path: Path) -> None:
+    """`accelerate launch` ends alone: the run that it leaves behind ends too and keeps its last update."""
+    command = "accelerate launch --config_file accelerate_configs/single.yaml train.py"
+    command += f" {FLAGS}{data_flags} --output_dir {tmp_path / 'out'} --max_steps 100000 --no_rehearse"
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(command.split(), cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 200
+        while not list((tmp_path / "out").glob("checkpoint-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        [trainer] = psutil.Process(launcher.pid).children()
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait()
+        psutil.wait_procs([trainer], timeout=30)
+    assert not trainer.is_running()
+    assert "Kept step" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
