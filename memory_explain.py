@@ -83,6 +83,8 @@ def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
 def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
     """The flags that could be changed, one thing at a time: first what leaves every update as it is and costs time
     alone, then what trains less, last what cuts samples."""
+    if config.loss == "full":
+        yield {"loss": "chunked"}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if config.attn_implementation == "eager":
@@ -99,6 +101,7 @@ def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
         yield {"lora_r": 16}
         if config.optim != "sgd":
             yield {"optim": "sgd"}
-    image_positions = config.images_per_sample * load_config(config.model).num_image_tokens
+    num_image_tokens = getattr(load_config(config.model), "num_image_tokens", 0)  # a bare language model has none
+    image_positions = config.images_per_sample * num_image_tokens
     if config.max_seq_len // 2 > image_positions:
         yield {"max_seq_len": config.max_seq_len // 2}

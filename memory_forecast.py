@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,9 @@ class Forecast:
                 env=quiet_environment(),
                 start_new_session=True,  # Ctrl-C is the run's
             )
-        try:
+        with suppress(psutil.Error, OSError):  # it has ended already, or this is no Linux
             process.nice(19)
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        except (psutil.Error, OSError):
-            pass  # it has ended already, or this is no Linux
         return process
 
     def poll(self) -> dict[str, Any] | None:
@@ -97,10 +96,8 @@ class Forecast:
 
     def wait(self, timeout_seconds: float) -> dict[str, Any] | None:
         """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
-        try:
+        with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             self._process.wait(timeout_seconds)
-        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
-            pass
         self.stop()
         return self.result
 
@@ -109,21 +106,20 @@ class Forecast:
         self.poll()
         if self.result is None and self.problem is None:
             self.problem = "it was not there yet"
-            for process in [*self._process.children(recursive=True), self._process]:
-                try:
+            with suppress(psutil.NoSuchProcess):
+                for process in [*self._process.children(recursive=True), self._process]:
                     process.kill()
-                except psutil.NoSuchProcess:
-                    pass
             self._process.wait()
         self._folder.cleanup()
 
     def _read(self) -> None:
         folder = Path(self._folder.name)
-        lines = (folder / "stdout").read_text().splitlines()
-        if self._process.returncode in FITS_OR_NOT and lines:
+        code = self._process.returncode
+        words = (folder / "stderr").read_text().strip().splitlines() or [f"memory_probe.py ended with {code}"]
+        try:
+            lines = (folder / "stdout").read_text().splitlines() if code in FITS_OR_NOT else []
             self.result = json.loads(lines[-1])
-        else:
-            words = (folder / "stderr").read_text().strip().splitlines() or [f"exit code {self._process.returncode}"]
+        except (IndexError, ValueError):
             self.problem = words[-1].removeprefix("error: ")
 
 

@@ -55,7 +55,6 @@ def describe(trace: Trace) -> dict[str, Any]:
         "peak_allocated_bytes": trace.peak_bytes,
         "breakdown": trace.breakdown(),
         "phases": trace.phase_peaks(),
-        "loaded_bytes": trace.loaded_bytes,
         "largest_tensors": largest,
     }
 

@@ -3,6 +3,7 @@
     python memory_probe.py --lora-r 16
     python memory_probe.py --model mgm-7b --gpu rtx3060 --max_seq_len 1024 --explain
     python memory_probe.py --mode both --device cpu --model tiny --max_seq_len 64
+    python memory_probe.py --calibrate
     python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output results/sweep
 
 The last line on stdout is a JSON object. Exit code 3: it does not fit.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from memory_calibrate import calibrate, entry
 from memory_charts import step_chart
 from memory_explain import explain, suggest
 from memory_gpus import GIB, GPUS
@@ -52,6 +54,7 @@ class ProbeConfig(StepConfig):
         metadata={"help": "folder for the result and a picture of it"},
     )
     explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
+    calibrate: bool = field(default=False, metadata={"help": "measure memory_gpus.py's constants on this GPU"})
 
     def __post_init__(self) -> None:
         has_gpu = torch.cuda.is_available()
@@ -85,6 +88,10 @@ class ProbeConfig(StepConfig):
 
 
 def main(config: ProbeConfig) -> dict:
+    if config.calibrate:
+        result = calibrate(config)
+        print(entry(result), flush=True)
+        return result
     if config.sweep:
         return run_sweep(config, probe)
     result, trace = probe_and_trace(config)

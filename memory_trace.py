@@ -71,12 +71,6 @@ class Trace:
             sums[allocation.category] += allocation.nbytes
         return dict(sums)
 
-    @property
-    def loaded_bytes(self) -> int:
-        """What is in use when the first step begins, the batch left out."""
-        first_step = next((index for index, phase in self.record.phase_starts if phase != PHASES[0]), 0)
-        return sum(a.nbytes for a in self.alive_at(first_step - 1) if a.category != "batch")
-
     def phase_peaks(self) -> dict[str, int]:
         """The most that was in use during each phase."""
         peaks = dict.fromkeys(PHASES, 0)
@@ -240,6 +234,8 @@ def _category(allocation: Allocation, joint: str | None) -> str:
     if allocation.phase in ("load", "step"):
         return "temporaries"
     if LANGUAGE_MODULE in allocation.module.split("."):
+        return "activations" if allocation.saved_for_backward else "temporaries"
+    if joint is None and ".layers." in f".{allocation.module}.":  # of a language model without a vision side
         return "activations" if allocation.saved_for_backward else "temporaries"
     in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
     return "vision" if in_joint else "loss"

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import shutil
 import textwrap
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
@@ -24,7 +26,7 @@ from checkpoints import remove_checkpoints, remove_temporaries
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
 from memory_forecast import Row
-from memory_run import RunMemory, memory_bytes, peak_bytes, reset_peak
+from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
 from utils import ModelConfig
 
@@ -57,7 +59,6 @@ class RunLog:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.total_params, self.trainable_params = count_parameters(model)
-        self.model, self.optimizer = model, optimizer
         self.num_steps = num_steps
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
@@ -84,7 +85,7 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
-            self.memory = RunMemory(accelerator, config.step_flags, longest_row, self.writer)
+            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -112,8 +113,6 @@ class RunLog:
     def start(self) -> None:
         """The clock of throughput runs from here."""
         reset_peak()
-        if self.memory is not None:
-            self.memory.start(self.model, self.optimizer)
         bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
         self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
         self.window_start = time.perf_counter() - self.elapsed
@@ -128,6 +127,8 @@ class RunLog:
             tokens = (batch["position_ids"] > 0).sum() + samples
         self.window[1] += tokens
         self.window[2] += samples
+        if self.memory is not None:
+            self.memory.micro_batch(batch)
 
     def update(
         self,
@@ -165,7 +166,7 @@ class RunLog:
         window = (loss_sum, self.window_label_tokens, tokens, samples, seconds)
         self.totals = {name: total + new for (name, total), new in zip(self.totals.items(), window, strict=True)}
         loss, tokens_per_second = loss_sum / max(self.window_label_tokens, 1), tokens / seconds
-        memory = self.memory.scalars() if self.memory is not None else {}
+        memory = memory_bytes()
         self.accelerator.log(
             {
                 "train/loss": loss,
@@ -175,11 +176,13 @@ class RunLog:
                 "train/skipped_updates": self.num_skipped_updates,
                 "data/bad_samples": self.num_bad_samples,
                 **({} if self.loss_scale is None else {"train/loss_scale": self.loss_scale}),
-                **memory,
+                **{f"memory/{name}": value for name, value in memory.items()},
             },
             step=global_step,
         )
-        used_gib = next(iter(memory_bytes().values())) / GIB
+        if self.memory is not None:
+            self.memory.log(global_step)
+        used_gib = next(iter(memory.values())) / GIB
         self.progress.set_postfix_str(
             f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
         )
@@ -289,6 +292,31 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if ".original_module." not in name
     }
     return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+
+
+def memory_bytes() -> dict[str, int]:
+    """On a GPU what PyTorch holds there; always the process's resident memory."""
+    rss = {"rss_bytes": psutil.Process().memory_info().rss}
+    if not torch.cuda.is_available():
+        return rss
+    gpu = {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+    }
+    return gpu | rss
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most memory since the last reset on a GPU; on a CPU the most resident memory the process ever had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment(accelerator: Accelerator) -> dict:

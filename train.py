@@ -320,7 +320,9 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     check_modules(model, "trainable_modules", config.modules_trained_in_full)
-    check_modules(model.model.language_model, "lora_target_modules", config.lora_target_modules)
+    check_modules(
+        getattr(model.model, "language_model", model.model), "lora_target_modules", config.lora_target_modules
+    )
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
@@ -337,12 +339,14 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
 
 def lora_config(config: StepConfig) -> LoraConfig:
     """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
+    names = "|".join(map(re.escape, config.lora_target_modules))
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        target_modules=rf".*\blanguage_model\..*\.({'|'.join(map(re.escape, config.lora_target_modules))})",
+        # The first is where a language model without a vision side has its layers.
+        target_modules=rf"(?:model\.layers|.*\blanguage_model)\..*\.({names})",
         modules_to_save=config.modules_trained_in_full,
         task_type="CAUSAL_LM",
     )

@@ -19,7 +19,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     HfArgumentParser,
@@ -211,10 +213,12 @@ def load_config(name: str) -> PreTrainedConfig:
 def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had."""
     config = load_config(name)
+    has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     if name in PRESETS or torch.get_default_device().type == "meta":  # there no weights are read
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model, info = _from_pretrained(
-        AutoModelForImageTextToText,
+        auto_class,
         name,
         config=config,
         dtype=dtype,

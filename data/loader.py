@@ -1,6 +1,5 @@
 """From a data set to the loader of its micro-batches: packed or not, with bad samples skipped or not."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,12 @@ def build_loader(
     """
     num_tokens = np.minimum(column_values(dataset.records, "num_tokens"), config.max_seq_len)
     num_label_tokens = column_values(dataset.records, "num_label_tokens")
-    longest = longest_row(dataset.records, config.max_seq_len, processor.num_image_tokens)
+    records = dataset.records
     collator_class = TrainCollator
     if config.packing:  # from here on a row of samples stands where a sample stood
         packing = pack(num_tokens, config.max_seq_len, config.seed, num_processes)
         dataset, collator_class = PackedDataset(dataset, packing), PackedCollator
         num_tokens, num_label_tokens = packing.sums(num_tokens), packing.sums(num_label_tokens)
-        longest = replace(longest, num_tokens=int(num_tokens.max()))
     sampler = UpdateBatchSampler(
         num_label_tokens,
         config.per_device_train_batch_size,
@@ -55,4 +53,4 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: making its iterator must not change the numbers that dropout draws
     )
-    return loader, sampler, longest
+    return loader, sampler, longest_row(records, num_tokens, processor.num_image_tokens)

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from memory_allocator import replay_events
 from memory_kernels import WORKSPACES, kernels_of
-from memory_measure_cpu import measure_on_cpu, measure_training, memory_events
+from memory_measure_cpu import measure_on_cpu, measure_training
+from memory_profile import memory_events
 from memory_record import Recorder, TraceError
 from memory_trace import Trace, trace_training
 from train import StepConfig
