@@ -68,6 +68,7 @@ def measure_in_this_process(
         if not is_deepspeed:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
             model = model.cpu()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
         peaks = PhasePeaks()
