@@ -243,7 +243,7 @@ def test_log_counts_samples_and_tokens(dataset, processor):
     """RunLog's sums of a packed batch with those of its samples, which have a mask."""
     sums = []
     for batches in (unpacked(dataset, processor), [packed(dataset, processor, ROWS)]):
-        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()))
+        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), memory=None)
         for batch in batches:
             RunLog.micro_batch(log, batch, torch.tensor(0.0))
         sums.append(log.window.tolist())
