@@ -7,7 +7,7 @@ from typing import Any
 
 from memory_gpus import MIB
 from memory_predict import predict
-from memory_report import size
+from memory_report import as_flags, size
 from memory_trace import Trace
 from train import StepConfig
 from utils import load_config
@@ -105,7 +105,3 @@ def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
     image_positions = config.images_per_sample * num_image_tokens
     if config.max_seq_len // 2 > image_positions:
         yield {"max_seq_len": config.max_seq_len // 2}
-
-
-def as_flags(changes: dict[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)

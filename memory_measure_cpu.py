@@ -10,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import train
+from data.worst_case import worst_case_batch
 from memory_profile import memory_events, profile_memory, rise
-from memory_window import probe_accelerator, run_updates, worst_case_batch
+from memory_window import probe_accelerator, run_updates
 from utils import quiet_libraries
 
 

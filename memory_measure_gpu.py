@@ -17,9 +17,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 import train
+from data.worst_case import worst_case_batch
 from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import run_updates, watch_phases, worst_case_batch
+from memory_window import run_updates, watch_phases
 from memory_zero import NUM_UPDATES
 from utils import UserError
 

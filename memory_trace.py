@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import train
+from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
-from memory_window import probe_accelerator, run_updates, watch_phases, worst_case_batch
+from memory_window import probe_accelerator, run_updates, watch_phases
 
 
 CATEGORIES = (

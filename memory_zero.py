@@ -31,11 +31,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launched
 from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
-from memory_window import run_updates, worst_case_batch
+from memory_window import run_updates
 from utils import quiet_libraries
 
 

@@ -1,18 +1,23 @@
 """What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
 
+import errno
 import json
 import os
+import pickle
 import re
+import signal
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -44,6 +49,18 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # A loader's worker hands its exception over as a new one whose message is the whole traceback.
         super().__init__(message.rpartition("UserError: ")[2].strip())
+
+
+class BadSample(UserError):
+    """A sample that cannot be had, found while training. All processes raise it together."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT, where the run can be ended in good order. Exit code 143 or 130."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
 
 
 def brief_error(error: Exception) -> str:
@@ -143,18 +160,40 @@ def _raise_user_error(message: str) -> NoReturn:
 def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> dict | None:
     """Run a script and return main's result, which is the last line on stdout (None: another process prints it).
 
-    Bad input is one line on stderr and exit code 2; any other exception keeps its traceback and exit code 1.
+    Bad input is one line on stderr and exit code 2, SIGTERM and SIGINT one and 143 and 130; any other exception keeps
+    its traceback and exit code 1.
     """
     quiet_libraries()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _interrupt)
     os.environ.setdefault(ALLOCATOR_SETTINGS, "expandable_segments:True")
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        remedy = "make room; train.py goes on with --resume_from_checkpoint latest"
+        print(f"error: {brief_error(error)}: {remedy}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"stopped by {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
     if result is not None:
         print(json.dumps(result), flush=True)
     return result
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """No room, no quota left, or a disk that has become read-only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(signum)
 
 
 def quiet_libraries() -> None:
@@ -205,5 +244,5 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
         raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"--model {name}: cannot be loaded ({error})") from None
