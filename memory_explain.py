@@ -63,9 +63,11 @@ def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
         yield {"lora_r": 16}
         if config.optim != "sgd":
             yield {"optim": "sgd"}
+    elif config.quantize == "none" and not (config.use_dora and config.strategy.startswith("zero")):
+        yield {"quantize": "nf4"}
     if config.attn_implementation == "eager":
         yield {"attn_implementation": "sdpa"}
-    if config.strategy == "single":
+    if config.strategy == "single" and not (config.use_dora and config.quantize != "none"):
         yield {"strategy": "zero3", "offload": "param"}
 
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
@@ -25,6 +26,7 @@ import train
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
 from memory_window import probe_accelerator, run_updates, watch_phases, worst_case_batch
+from quantization import dequantize, replace_tensors, state_tensors
 
 
 CATEGORIES = (
@@ -116,7 +118,7 @@ def trace_training(
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+            with recorder, known_mask(is_full=config.per_device_train_batch_size == 1), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
                 run_updates(accelerator, wrapped, optimizer, batch, config)
@@ -127,7 +129,7 @@ def trace_training(
 def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], cublas_workspace_bytes: int) -> None:
     """Record what is there before the first step."""
     recorder.enter_phase("load")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *state_tensors(model)]:
         allocation = recorder.allocated(tensor, "load")
         allocation.module = name
         allocation.category = "trained" if tensor.requires_grad else "weights"
@@ -159,7 +161,12 @@ def build_fake_model(
 def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """Must run under a FakeTensorMode."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    parameter = nn.Parameter(fake, tensor.requires_grad)
+    if (state := getattr(tensor, "quant_state", None)) is not None:
+        parameter.quant_state = replace_tensors(state, lambda tensor: _fake(tensor, device))
+    return parameter
 
 
 @contextmanager
@@ -170,6 +177,18 @@ def known_mask(is_full: bool) -> Iterator[None]:
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         patch.object(masking_utils, "fast_all", lambda mask: is_full),
     ):
+        yield
+
+
+@contextmanager
+def known_quantization() -> Iterator[None]:
+    """DoRA asks for whole weights, and PEFT tells a quantized one by its class, which fake tensors lack."""
+
+    def weight_of(layer: nn.Module) -> torch.Tensor:
+        state = getattr(layer.weight, "quant_state", None)
+        return layer.weight if state is None else dequantize(layer.weight, state)
+
+    with patch.object(dora, "dequantize_module_weight", weight_of):
         yield
 
 

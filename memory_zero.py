@@ -39,7 +39,7 @@ import train
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launch_environment
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
+from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
 from memory_window import run_updates, worst_case_batch
 
 
@@ -120,7 +120,7 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+        with recorder, known_mask(is_full=config.per_device_train_batch_size == 1), known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
             run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)

@@ -25,6 +25,7 @@ from data.batching import TrainCollator, UpdateBatchSampler, column_values, meas
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
 from eval import evaluate
+from quantization import QUANTIZATIONS, is_quantized
 from run_log import RunLog
 from saving import save_trained
 from utils import (
@@ -59,6 +60,9 @@ class StepConfig(ModelConfig):
     )
     use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
     use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
+    quantize: str = field(
+        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
+    )
     trainable_modules: list[str] | None = field(
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
@@ -75,6 +79,7 @@ class StepConfig(ModelConfig):
         super().__post_init__()
         check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
         if self.lora_dropout >= 1:
@@ -82,7 +87,7 @@ class StepConfig(ModelConfig):
         if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
             others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
             raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
-        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
         for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
             raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
 
@@ -243,8 +248,10 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
 
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
     """
+    if is_deepspeed and config.use_dora and config.quantize != "none":
+        raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
     dtype = MIXED_PRECISIONS[config.mixed_precision]
-    model = load_model(config.model, dtype, config.attn_implementation)
+    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     check_trainable_modules(model, config.modules_trained_in_full)
@@ -300,6 +307,8 @@ def check_trainable_modules(model: nn.Module, names: list[str]) -> None:
             known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path})
             choices = ", ".join(path for path in known if not path.isdecimal())
             raise UserError(f"--trainable_modules {name}: {type(model).__name__} has no such module, only {choices}")
+        if any(is_quantized(module) for module in modules):
+            raise UserError(f"--trainable_modules {name}: 4-bit weights stay as they are, leave out --quantize")
 
 
 def select_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:

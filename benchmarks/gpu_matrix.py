@@ -39,6 +39,12 @@ ROWS = [
     {"config_file": "accelerate_configs/zero3.yaml", "max_seq_len": 1024},
     {"config_file": "accelerate_configs/zero2.yaml"},
     {"lora_r": 0, "optim": "sgd"},
+    {"quantize": "nf4"},
+    {"quantize": "nf4", "max_seq_len": 1024},
+    {"quantize": "nf4", "lora_target_modules": ["all-linear"]},
+    {"quantize": "nf4", "config_file": "accelerate_configs/zero3.yaml"},
+    {"lora_target_modules": ["all-linear"]},
+    {"use_dora": True},
 ]
 HISTORY_ROW = {"max_seq_len": 1024}
 

@@ -35,9 +35,13 @@ def test_suggestions_save_what_they_say(monkeypatch):
 
 
 def test_what_is_in_order_is_not_suggested():
-    """Checkpointing that is on, a batch of one row, a rank above 0, sdpa: nothing of them is left to change."""
-    config = tiny_config(strategy="ddp", images_per_sample=5)
+    """Checkpointing that is on, a batch of one row, a rank above 0, 4-bit weights, sdpa: nothing is left to change.
+    What cannot be is not suggested either: DoRA with 4-bit weights under ZeRO."""
+    config = tiny_config(strategy="ddp", images_per_sample=5, quantize="nf4")
     assert list(changes_of(config)) == []
+    assert list(changes_of(replace(config, strategy="single", use_dora=True))) == []
+    assert list(changes_of(replace(config, strategy="zero3", use_dora=True, quantize="none"))) == []
     changed = tiny_config(attn_implementation="eager", lora_r=0, gradient_checkpointing=False)
     flags = {name for changes in changes_of(changed) for name in changes}
+    assert {"quantize": "nf4"} in changes_of(tiny_config())
     assert {"attn_implementation", "lora_r", "optim", "gradient_checkpointing", "strategy", "max_seq_len"} <= flags

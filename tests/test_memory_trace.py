@@ -57,10 +57,14 @@ def test_prediction_is_what_the_allocator_does() -> None:
         (1, {"lora_r": 0, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
         (1, {"lora_r": 0, "gradient_checkpointing": False, "attn_implementation": "eager", "max_seq_len": 300}),
         (1, {"gradient_checkpointing": False, "max_seq_len": 400, "lora_dropout": 0.0}),
+        (1, {"lora_target_modules": ["all-linear"], "use_dora": True, "use_rslora": True}),
+        (1, {"quantize": "nf4", "lora_target_modules": ["all-linear"], "gradient_checkpointing": False}),
+        (0, {"quantize": "nf4", "use_dora": True, "max_seq_len": 300}),
     ],
 )
 def test_prediction_of_every_kind_of_run(images: int, flags: dict) -> None:
-    """No images and several, eager attention, full fine-tuning, accumulation: within 0.02 % of a fresh process."""
+    """No images and several, eager attention, full fine-tuning, accumulation, DoRA, 4-bit weights: within 0.02 % of a
+    fresh process."""
     config = tiny_config(**flags)
     measured_bytes = measure_training(config, images).peak_bytes
     assert trace_training(config, "cpu", images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
@@ -275,6 +279,36 @@ def test_replay_of_a_trace() -> None:
     num_alive = len(trace.alive_at(trace.peak_index))
     assert trace.peak_bytes <= replay.peak_allocated_bytes < trace.peak_bytes + 512 * num_alive + 8 * 2**20
     assert replay.peak_reserved_bytes >= replay.peak_allocated_bytes
+
+
+def test_workspace_of_a_4_bit_layer() -> None:
+    """By hand: MGM-2B's down_proj, whole in bf16 while it multiplies, and a scale of 4 bytes for each 64 weights."""
+    x = torch.empty(1, 8, 16384, dtype=torch.bfloat16)
+    for device_type in ("cpu", "cuda"):
+        nbytes = WORKSPACES[device_type]["gemm_4bit"]((x, None, (2048, 16384), None, 64, "nf4"), {}, None)
+        assert nbytes == 2 * 2048 * 16384 + 4 * 2048 * 16384 // 64
+
+
+def test_4_bit_layers_make_their_weights_anew() -> None:
+    """The backward pass of each of 28 layers makes its weight, as bitsandbytes' own code does it on fake tensors; none
+    of them lives on, so that the largest is all that is there of them at a time."""
+    trace = traced("cuda", quantize="nf4", mixed_precision="bf16")
+    made = started(trace, op="bitsandbytes.dequantize_4bit.default", phase="backward")
+    assert {a.module.rpartition(".")[0].removesuffix(".base_layer") for a in made} and len(made) == 2 * 28
+    assert {a.dtype for a in made} == {"bfloat16"}
+    edges = sorted((i, n) for a in made for i, n in ((a.start, a.nbytes), (a.end, -a.nbytes)))
+    assert max(itertools.accumulate(n for _, n in edges)) == max(a.nbytes for a in made)
+
+
+@pytest.mark.slow
+def test_mgm_2b_in_4_bits() -> None:
+    """By hand: 1,981,808,640 weights in the language model's layers, half a byte each, a byte for 64 and 4 bytes for
+    16,384 of them; two tables of 64 and 1024 bytes for each of 126 layers; the rest of MGM-2B in bf16."""
+    config = StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, quantize="nf4")
+    packed = 18 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16384)
+    expected = packed // 2 + packed // 64 + 4 * packed // 64 // 256 + 126 * (64 + 1024)
+    expected += 2 * (3_019_166_144 - packed)
+    assert trace_training(config, "cuda").breakdown()["weights"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
