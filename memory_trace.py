@@ -146,7 +146,12 @@ def build_fake_model(
     """train.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = train.build_model(config, is_deepspeed)
-    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
+    return fake_model(model, device, fake_mode).train()
+
+
+def fake_model(model: nn.Module, device: str, fake_mode: FakeTensorMode) -> nn.Module:
+    """The model, its tensors (on `meta`) replaced by fake ones on the device. What modules share stays shared."""
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
     with fake_mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -155,7 +160,7 @@ def build_fake_model(
                         if tensor not in replaced:
                             replaced[tensor] = _fake(tensor, device)
                         tensors[name] = replaced[tensor]
-    return model.train()
+    return model
 
 
 def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 
 from configuration_mgm import tiny
@@ -21,6 +22,7 @@ from utils import UserError, load_model
 
 
 MODEL = "data/tiny_mgm"
+LANGUAGE_MODEL = "base_model.model.model.language_model"
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU_MARKS)]
 
@@ -128,7 +130,8 @@ def test_the_same_answers_in_training_and_evaluation_mode():
     batch = batch_of(model, config())
     del batch["labels"]
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**batch).logits, model.train()(**batch).logits, atol=1e-5, rtol=1e-5)
+        expected = model.train()(**batch).logits
+        torch.testing.assert_close(model.eval()(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_parameters_are_counted_as_weights():
@@ -183,3 +186,5 @@ def test_building_leaves_nothing_behind():
     assert all(tensor.is_meta for _, tensor in state_tensors(model))
     assert {tensor.device.type for tensor in functional.name2qmap.values()} == {"cpu"}
     assert tiny().text_config.num_hidden_layers * 7 == len(quantized_layers(model))
+    # PEFT's own layer for 4 bits: it can be merged.
+    assert isinstance(model.get_submodule(f"{LANGUAGE_MODEL}.layers.0.self_attn.q_proj"), LoraLinear4bit)
