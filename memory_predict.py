@@ -1,6 +1,6 @@
 """A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
-import itertools
+import os
 import re
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -9,11 +9,11 @@ from memory_allocator import replay_events
 from memory_gpus import GPUS, NCCL_BYTES
 from memory_host import host_breakdown
 from memory_record import TraceError
-from memory_strategies import Strategy, strategy_of, trace_strategy
+from memory_strategies import strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
-from utils import UserError
+from utils import ALLOCATOR_SETTINGS, UserError
 
 
 PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
@@ -25,13 +25,12 @@ def predict(config: StepConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no such strategy, the images do not fit into a row, or the step does what cannot be traced.
     """
+    return summarize(trace_step(config), config)
+
+
+def trace_step(config: StepConfig) -> PlacedTrace:
+    """The step that a ProbeConfig's flags choose. Raises UserError as predict does."""
     strategy = strategy_of(config)
-    trace = trace_step(config, strategy)
-    host = host_breakdown(trace, strategy.world_size, config.device)
-    return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
-
-
-def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
     workspace_bytes = GPUS[config.gpu].family.cublas_workspace_bytes if config.device == "cuda" else 0
     try:
         return trace_strategy(config, strategy, config.device, config.images_per_sample, workspace_bytes)
@@ -39,6 +38,12 @@ def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
         raise UserError(f"--model {config.model}: {error}") from None
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
+
+
+def summarize(trace: PlacedTrace, config: StepConfig) -> dict[str, Any]:
+    """What is reported of a ProbeConfig's traced step."""
+    host = host_breakdown(trace, config.world_size, config.device)
+    return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
 
 
 def describe(trace: Trace) -> dict[str, Any]:
@@ -58,18 +63,22 @@ def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     """What the allocator reserves, and what nvidia-smi would show: that has to fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
-    replay = replay_events(itertools.chain(splitting_events(trace.split_sizes_bytes), step_events(trace.device)))
+    is_expandable = "expandable_segments:True" in os.environ.get(ALLOCATOR_SETTINGS, "")
+    peak_reserved_bytes = max(
+        # What loading has left behind is given back before the first step.
+        replay_events(events, expandable_segments=is_expandable).peak_reserved_bytes
+        for events in (splitting_events(trace.split_sizes_bytes), step_events(trace.device))
+    )
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
-        "peak_reserved_bytes": replay.peak_reserved_bytes,
-        "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
+        "peak_reserved_bytes": peak_reserved_bytes,
+        "device_bytes": peak_reserved_bytes + overhead_bytes,
     }
 
 
 def splitting_events(sizes_bytes: list[int]) -> Iterator[tuple[int, Hashable]]:
-    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces. That is over when the
-    first step begins, but the allocator keeps what it has reserved."""
+    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
     for i, nbytes in enumerate(sizes_bytes):
         yield nbytes, ("whole", i)
         yield nbytes, ("copy", i)

@@ -8,6 +8,7 @@ weight. Towers, mining, projector, embeddings and head stay as they are.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 QUANTIZATIONS = ("none", "nf4")
-LANGUAGE_MODULE = "language_model"
+# Where a language model has its layers: without a vision side, and with one.
+LANGUAGE_LAYERS = r"(?:model\.layers|.*\blanguage_model)"
 
 
 def check_quantization() -> None:
@@ -43,7 +45,7 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[rf"(?!.*\b{LANGUAGE_MODULE}\.).*"],  # for 4 bits too, whatever the name says
+        llm_int8_skip_modules=[rf"(?!{LANGUAGE_LAYERS}\.).*"],  # for 4 bits too, whatever the name says
     )
 
 
@@ -57,7 +59,7 @@ def quantize_language_model(model: PreTrainedModel, compute_dtype: torch.dtype) 
     with torch.device("cpu"):  # it is worked out from data, which `meta` lacks
         name2qmap.setdefault("dynamic", create_dynamic_map())
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and LANGUAGE_MODULE in path.split("."):
+        if type(module) is nn.Linear and re.match(rf"{LANGUAGE_LAYERS}\.", path):
             model.set_submodule(path, quantize_linear(module, compute_dtype))
     model.is_loaded_in_4bit = True  # PEFT asks for it
     keep_layout(model)

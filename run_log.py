@@ -8,6 +8,7 @@ import textwrap
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from tqdm.auto import tqdm
 
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
+from memory_forecast import Row
+from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
 from quantization import num_values
 from utils import ModelConfig, UserError
@@ -37,12 +40,21 @@ class RunLog:
     A context: when bad input ends the run inside it, what the run has written is taken back.
     """
 
-    def __init__(self, accelerator: Accelerator, config: ModelConfig, model: nn.Module, num_steps: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: ModelConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        num_steps: int,
+        longest_row: Row,
+    ) -> None:
         self.accelerator = accelerator
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.total_params, self.trainable_params = count_parameters(model)
         self.num_steps = num_steps
+        self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
         self.last_loss = float("nan")
@@ -59,6 +71,7 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
+            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -68,6 +81,8 @@ class RunLog:
     def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
         if self.progress is not None:
             self.progress.close()  # else an error's line would go on where the bar ends
+        if self.memory is not None:
+            self.memory.stop()
         if exception_type is UserError and self.accelerator.is_main_process:
             self.writer.close()
             shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)
@@ -86,8 +101,15 @@ class RunLog:
     def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        self.window[1] += batch["attention_mask"].sum()
-        self.window[2] += len(batch["input_ids"])
+        if "attention_mask" in batch:
+            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        else:  # packed: every sample has a second token, and padding has position 0
+            samples = (batch["position_ids"] == 1).sum()
+            tokens = (batch["position_ids"] > 0).sum() + samples
+        self.window[1] += tokens
+        self.window[2] += samples
+        if self.memory is not None:
+            self.memory.micro_batch(batch)
 
     def update(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor) -> None:
         """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes."""
@@ -121,6 +143,8 @@ class RunLog:
             },
             step=global_step,
         )
+        if self.memory is not None:
+            self.memory.log(global_step)
         used_gib = next(iter(memory.values())) / GIB
         self.progress.set_postfix_str(
             f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
@@ -171,6 +195,7 @@ class RunLog:
             "environment": environment(self.accelerator),
         }
         if self.accelerator.is_main_process:
+            result["memory"] = self.memory.finish(self.peak["train"])
             hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
             # Names of their own: as train/loss they would be drawn into its curve.
             metrics = {"hparams/train_loss": result["train_loss"]}
@@ -233,7 +258,8 @@ def peak_bytes() -> int:
 
 def environment(accelerator: Accelerator) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    versions = {package: version(package) for package in PACKAGES}
+    # One process needs no DeepSpeed.
+    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
     return {
         "python": platform.python_version(),
         "device": device,
