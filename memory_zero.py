@@ -35,7 +35,7 @@ from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launched
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
+from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
 from memory_window import run_updates
 from utils import quiet_libraries
 
@@ -117,7 +117,7 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(config):
+        with recorder, known_mask(config), known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
             run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)

@@ -28,6 +28,7 @@ from eval import Prediction, exact_match
 from memory_forecast import Row
 from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
+from quantization import num_values
 from utils import ModelConfig
 
 
@@ -287,7 +288,7 @@ def captioned(image: Image.Image, prediction: Prediction) -> Image.Image:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
     sizes = {
-        name: (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+        name: (num_values(p), p.requires_grad)
         for name, p in model.named_parameters()
         if ".original_module." not in name
     }

@@ -40,6 +40,7 @@ from doctor import run_doctor
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from out_of_memory import OutOfMemory
+from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
 from rehearsal import rehearse
 from run_log import RUN_JSON, RunLog
 from saving import save_trained
@@ -60,6 +61,7 @@ from utils import (
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
 
@@ -71,7 +73,15 @@ class StepConfig(ModelConfig):
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
     lora_dropout: float = 0.1
     lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
-    lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "o_proj"])
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
+        metadata={"help": "linear layers of the language model, by name, or all-linear"},
+    )
+    use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
+    use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
+    quantize: str = field(
+        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
+    )
     trainable_modules: list[str] | None = field(
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
@@ -93,6 +103,7 @@ class StepConfig(ModelConfig):
         super().__post_init__()
         check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
@@ -101,6 +112,12 @@ class StepConfig(ModelConfig):
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
+            raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
+        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
+        for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
+            raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
 
     @property
     def modules_trained_in_full(self) -> list[str]:
@@ -315,18 +332,19 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
 
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
     """
-    model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
+    if is_deepspeed and config.use_dora and config.quantize != "none":
+        raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
+    dtype = MIXED_PRECISIONS[config.mixed_precision]
+    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     model.chunked_loss = config.loss == "chunked"
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    check_modules(model, "trainable_modules", config.modules_trained_in_full)
-    check_modules(
-        getattr(model.model, "language_model", model.model), "lora_target_modules", config.lora_target_modules
-    )
+    check_trainable_modules(model, config.modules_trained_in_full)
+    targets = lora_targets(config, getattr(model.model, "language_model", model.model))
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(model, lora_config(config))
+        model = get_peft_model(model, lora_config(config, targets))
     else:
         for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
@@ -337,28 +355,46 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     return model
 
 
-def lora_config(config: StepConfig) -> LoraConfig:
+def lora_targets(config: StepConfig, language_model: nn.Module) -> list[str]:
+    """The names of the layers that get an adapter. Raises UserError for one that is no linear layer's."""
+    modules = language_model.named_modules()
+    known = sorted({path.rpartition(".")[2] for path, module in modules if isinstance(module, nn.Linear)})
+    if config.lora_target_modules == [ALL_LINEAR]:
+        return known
+    for name in config.lora_target_modules:
+        if name not in known:
+            choices = f"{', '.join(known)} or {ALL_LINEAR}"
+            raise UserError(
+                f"--lora_target_modules {name}: {type(language_model).__name__} has no such layer, choose {choices}"
+            )
+    return config.lora_target_modules
+
+
+def lora_config(config: StepConfig, targets: list[str]) -> LoraConfig:
     """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
-    names = "|".join(map(re.escape, config.lora_target_modules))
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        # The first is where a language model without a vision side has its layers.
-        target_modules=rf"(?:model\.layers|.*\blanguage_model)\..*\.({names})",
+        target_modules=rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})",
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         modules_to_save=config.modules_trained_in_full,
         task_type="CAUSAL_LM",
     )
 
 
-def check_modules(model: nn.Module, flag: str, names: list[str]) -> None:
-    """Raise UserError for a name that ends no module's path."""
+def check_trainable_modules(model: nn.Module, names: list[str]) -> None:
+    """Raise UserError for a name that ends no module's path, or a module that cannot be trained."""
     for name in names:
-        if not select_modules(model, [name]):
+        modules = select_modules(model, [name])
+        if not modules:
             known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path})
-            choices = [path for path in known if not path.isdecimal()]
-            raise UserError(f"--{flag} {name}: {type(model).__name__} has no such module, only {', '.join(choices)}")
+            choices = ", ".join(path for path in known if not path.isdecimal())
+            raise UserError(f"--trainable_modules {name}: {type(model).__name__} has no such module, only {choices}")
+        if any(is_quantized(module) for module in modules):
+            raise UserError(f"--trainable_modules {name}: 4-bit weights stay as they are, leave out --quantize")
 
 
 def select_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:

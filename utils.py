@@ -10,6 +10,7 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -29,10 +30,12 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.modeling_utils import set_quantized_state
 
 import modeling_mgm  # noqa: F401 (registers MGM with transformers' Auto classes)
 import processing_mgm  # noqa: F401
 from configuration_mgm import PRESETS
+from quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
 
 
 Config = TypeVar("Config")
@@ -65,7 +68,7 @@ class Interrupted(BaseException):
 
 def brief_error(error: Exception) -> str:
     """The system's word for it, or the message's first line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(kw_only=True)
@@ -210,13 +213,21 @@ def load_config(name: str) -> PreTrainedConfig:
     return _from_pretrained(AutoConfig, name)
 
 
-def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had."""
+def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
+    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had.
+
+    With `quantize` nf4 the language model's linear layers hold 4 bits a weight, and compute in `dtype`.
+    """
     config = load_config(name)
     has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    is_quantized = quantize != "none"
+    if is_quantized:
+        require_quantization(quantize)
     if name in PRESETS or torch.get_default_device().type == "meta":  # there no weights are read
-        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 is to split what is quantized
+            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return quantize_language_model(model, dtype) if is_quantized else model
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -224,12 +235,25 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
+        quantization_config=nf4_config(dtype) if is_quantized else None,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"--model {name}: the weights do not fit the config ({found})")
+    keep_layout(model)
     return model
+
+
+def require_quantization(quantize: str) -> None:
+    """Raise UserError where this machine cannot quantize."""
+    try:
+        check_quantization()
+    except ImportError:
+        raise UserError(f"--quantize {quantize}: bitsandbytes is missing, pip install -r requirements.txt") from None
+    except RuntimeError as error:
+        reason = f"{brief_error(error)}; python -m bitsandbytes tells more"
+        raise UserError(f"--quantize {quantize}: bitsandbytes cannot compute here ({reason})") from None
 
 
 def load_processor(name: str) -> ProcessorMixin:

@@ -48,6 +48,12 @@ ROWS = [
     {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
     *({"loss": "full", "lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (8, 32)),
     {"lora_r": 0, "optim": "sgd"},
+    {"quantize": "nf4"},
+    {"quantize": "nf4", "max_seq_len": 1024},
+    {"quantize": "nf4", "lora_target_modules": ["all-linear"]},
+    {"quantize": "nf4", "config_file": "accelerate_configs/zero3.yaml"},
+    {"lora_target_modules": ["all-linear"]},
+    {"use_dora": True},
 ]
 HISTORY_ROW = {"max_seq_len": 1024}
 FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
