@@ -1,16 +1,189 @@
-"""Answer held-out questions and score the answers: greedy generation, exact match."""
+"""Answer a benchmark's questions, score the answers, and compare two such runs.
 
-from dataclasses import dataclass
+    python eval.py --adapter outputs/demo
+    python eval.py --model mgm-2b --task textvqa --dataset TextVQA_0.5.1_val.json --image_folder train_images
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 eval.py --model mgm-2b
+    python eval.py --compare full.json lora.json
+
+Answers are greedy. They are written as they come, and the same command goes on where an interrupted one stopped. The
+last line on stdout is a JSON object.
+"""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from adapter import base_of, check_base, load_adapter
+from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
-from processing_mgm import IMAGE_TOKEN
+from eval_log import AnswersFile
+from generation import answer_batches
+from tasks import captions, conversations, mmbench, textvqa
+from tasks.task import Question, Task, by_type, mean_score
+from tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
+from utils import (
+    MIXED_PRECISIONS,
+    ModelConfig,
+    UserError,
+    check_choice,
+    check_minimum,
+    load_model,
+    load_processor,
+    run_script,
+)
+
+
+TASKS = ("demo", "textvqa", "mmbench", "caption")
+NOT_SETTINGS = ("batch_size", "dataloader_num_workers", "output", "compare")  # they change no answer
+
+
+@dataclass(kw_only=True)
+class EvalConfig(ModelConfig):
+    model: str | None = field(
+        default=None, metadata={"help": "folder or hub id; default: the adapter's base, else data/tiny_mgm"}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "folder of a PEFT adapter for the model"})
+    task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
+    dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
+    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
+    max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
+    limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})
+    ocr_file: str | None = field(
+        default=None, metadata={"help": "textvqa: words for the prompt, Rosetta's .json or LLaVA's prompts .jsonl"}
+    )
+    circular: bool = field(default=False, metadata={"help": "mmbench: right in every rotation of the options"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead"})
+    output: str | None = field(default=None, metadata={"help": "FILE.json; default outputs/eval/TASK.json"})
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "FULL.json LORA.json: two runs' scores on the same questions"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None:
+            self.model = base_of(self.adapter) if self.adapter else ModelConfig.model
+        elif self.adapter:
+            check_base(self.adapter, self.model)
+        check_choice("task", self.task, TASKS)
+        check_minimum(self, batch_size=1, max_new_tokens=1, limit=0, dataloader_num_workers=0)
+        if self.compare is not None and len(self.compare) != 2:
+            raise UserError(f"--compare {' '.join(self.compare)}: give two files, FULL.json LORA.json")
+        for name, task in (("ocr_file", "textvqa"), ("circular", "mmbench")):
+            if getattr(self, name) and self.task != task:
+                raise UserError(f"--{name}: --task {self.task} does not use it, {task} does")
+        if self.output is None:
+            self.output = f"outputs/eval/{self.task}.json"
+        elif not self.output.endswith(".json"):
+            raise UserError(f"--output {self.output}: give a file that ends in .json")
+
+    @property
+    def predictions(self) -> Path:
+        return Path(self.output).with_suffix(".predictions.jsonl")
+
+
+def main(config: EvalConfig) -> dict | None:
+    if config.compare is not None:
+        result = compare_files(*config.compare)
+        print(as_table(result))
+        return result
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"--output {output} is there already: choose another, or delete it to evaluate again")
+    accelerator = build_accelerator(config)
+    with accelerator.main_process_first():
+        task = load_task(config)
+    processor = load_processor(config.model)
+    model = build_model(accelerator, config)
+
+    start = time.perf_counter()
+    answers = answer_all(accelerator, model, processor, task.questions, config)
+    if not accelerator.is_main_process:
+        return None
+    scores = task.score(answers)
+    result = {
+        "task": config.task,
+        "metric": task.metric,
+        "score": mean_score(scores),
+        "n": len(scores),
+        "seconds": time.perf_counter() - start,
+        "predictions": str(config.predictions),
+    }
+    details = {"by_type": by_type(scores), "scores": [asdict(score) for score in scores], "config": asdict(config)}
+    output.write_text(json.dumps(result | details, indent=1) + "\n")
+    for kind, group in details["by_type"].items():
+        print(f"{kind}: {group['score']:.3f} of {group['n']}")
+    return result
+
+
+def load_task(config: EvalConfig) -> Task:
+    """The task's questions. Raises UserError for files that are not in its format, or hold no question."""
+    if config.task == "textvqa":
+        return textvqa.load(config.dataset, config.image_folder, config.limit, config.ocr_file)
+    if config.task == "mmbench":
+        return mmbench.load(config.dataset, config.limit, config.circular)
+    if config.task == "caption":
+        return captions.load(config.dataset, config.image_folder, config.limit)
+    return conversations.load(config.dataset, config.image_folder, config.limit)
+
+
+def build_accelerator(config: EvalConfig) -> Accelerator:
+    """The strategy is the launch config's, as in train.py."""
+    on_cpu = not torch.cuda.is_available()
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    accelerator = Accelerator(
+        cpu=on_cpu and not uses_deepspeed,
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
+    )
+    if uses_deepspeed:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    return accelerator
+
+
+def build_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
+    """The model with its adapter, on its device. ZeRO-3 splits it only then: PEFT loads whole tensors."""
+    plugin = accelerator.state.deepspeed_plugin
+    with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
+        model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
+        if config.adapter is not None:
+            model = load_adapter(model, config.adapter)
+    model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
+    model.eval()
+    return model
+
+
+def answer_all(
+    accelerator: Accelerator,
+    model: nn.Module,
+    processor: ProcessorMixin,
+    questions: list[Question],
+    config: EvalConfig,
+) -> list[str]:
+    """An answer to each question, those of an interrupted run included."""
+    file = None
+    if accelerator.is_main_process:
+        settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+        file = AnswersFile(config.predictions, settings, questions)
+    (answers,) = broadcast_object_list([file.answers if file else None])
+    missing = [index for index in range(len(questions)) if index not in answers]
+    sizes = (config.batch_size, config.max_new_tokens, config.dataloader_num_workers)
+    for found in answer_batches(accelerator, model, processor, questions, missing, *sizes):
+        answers |= found
+        if file:
+            file.write(found)
+    if file:
+        file.close()
+    return [answers[index] for index in range(len(questions))]
 
 
 @dataclass(frozen=True)
@@ -23,12 +196,7 @@ class Prediction:
 
     @property
     def is_exact(self) -> bool:
-        return normalize(self.prediction) == normalize(self.answer)
-
-
-def normalize(text: str) -> str:
-    """Exact match is blind to case, surrounding space and a final full stop."""
-    return text.strip().rstrip(".").casefold()
+        return conversations.is_exact(self.prediction, self.answer)
 
 
 def evaluate(
@@ -42,52 +210,24 @@ def evaluate(
     """Answer the first question of every sample, shared out among the processes. All of them get all predictions."""
     if dataset is None:
         return []
+    questions = conversations.to_questions(dataset)
     was_training = model.training
     model.eval()
-    indices = list(range(len(dataset)))
-    predictions = []
-    # Padded with repetitions: under ZeRO-3 every process has to generate as often as the others.
-    with accelerator.split_between_processes(indices, apply_padding=True) as own:
-        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not accelerator.is_main_process):
-            samples = [dataset[index] for index in batch]
-            answers = generate_answers(accelerator, model, processor, samples, max_new_tokens)
-            predictions += [
-                Prediction(index, sample["id"], question(sample), reference(sample), answer)
-                for index, sample, answer in zip(batch, samples, answers, strict=True)
-            ]
+    answers = {}
+    indices = list(range(len(questions)))
+    for found in answer_batches(accelerator, model, processor, questions, indices, batch_size, max_new_tokens):
+        answers |= found
     model.train(was_training)
-    by_index = {prediction.index: prediction for prediction in gather_object(predictions)}
-    return [by_index[index] for index in indices]
-
-
-@torch.no_grad()
-def generate_answers(
-    accelerator: Accelerator, model: nn.Module, processor: ProcessorMixin, samples: list[dict], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to the first question of each sample."""
-    inputs = processor(
-        conversations=[sample["conversations"][:1] for sample in samples],
-        images=[sample["images"] for sample in samples],
-        add_generation_prompt=True,
-        padding_side="left",
-    ).to(accelerator.device)
-    del inputs["labels"]
-    with accelerator.autocast():
-        generated = accelerator.unwrap_model(model).generate(
-            **inputs, do_sample=False, use_cache=True, max_new_tokens=max_new_tokens
-        )
-    return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def question(sample: dict) -> str:
-    return sample["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
-
-
-def reference(sample: dict) -> str:
-    return sample["conversations"][1]["value"]
+    return [
+        Prediction(index, question.id, question.prompt, question.references[0], answers[index])
+        for index, question in enumerate(questions)
+    ]
 
 
 def exact_match(predictions: list[Prediction]) -> float:
     """The share of predictions that equal their reference, 0 to 1."""
     return sum(prediction.is_exact for prediction in predictions) / len(predictions)
+
+
+if __name__ == "__main__":
+    run_script(main, EvalConfig)

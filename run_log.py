@@ -8,6 +8,7 @@ import textwrap
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,8 @@ def peak_bytes() -> int:
 
 def environment(accelerator: Accelerator) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    versions = {package: version(package) for package in PACKAGES}
+    # One process needs no DeepSpeed.
+    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
     return {
         "python": platform.python_version(),
         "device": device,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
 from accelerate.utils import set_seed
+from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -171,6 +172,7 @@ def main(config: TrainConfig) -> dict | None:
     with RunLog(accelerator, config, model, num_steps) as log:
         log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
+        clear_device_cache()  # what loading and answering have left behind
         log.start()
         global_step = 0
         while global_step < num_steps:

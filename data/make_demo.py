@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmu
 
 from configuration_mgm import tiny
 from convert_mgm import build_generation_config, build_processor
+from generation import generate_answers, prompt_inputs
 from modeling_mgm import MGMForConditionalGeneration
 from processing_mgm import MGMProcessor
 from utils import UserError, check_minimum, run_script
@@ -370,7 +371,6 @@ def to_conversation(questions: list[tuple[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-@torch.no_grad()
 def place_accuracy(model: MGMForConditionalGeneration, processor: MGMProcessor, num_images: int = 200) -> float:
     """Share of single questions about held-out scans that are answered exactly, greedily."""
     rng = random.Random(1)
@@ -381,10 +381,8 @@ def place_accuracy(model: MGMForConditionalGeneration, processor: MGMProcessor, 
         questions = list(place_questions([scan.label for scan in scans], rng))
         conversations = [to_conversation([(question, "")])[:1] for question, _ in questions]
         images = [[image]] * len(questions)
-        inputs = processor(conversations=conversations, images=images, add_generation_prompt=True, padding_side="left")
-        inputs.pop("labels")
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        replies = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = prompt_inputs(processor, conversations, images)
+        replies = generate_answers(model, processor, inputs, max_new_tokens=6)
         correct += sum(reply.strip() == answer for reply, (_, answer) in zip(replies, questions, strict=True))
         total += len(questions)
     return correct / total

@@ -284,8 +284,8 @@ def test_replay_of_a_trace() -> None:
 @pytest.mark.slow
 def test_mgm_2b() -> None:
     """MGM-2B, LoRA r=16 in bf16, 2048 tokens. By hand: the 3,019,166,144 parameters in bf16; in fp32 3,022,848 of
-    LoRA, 13,259,008 of projector and mining; the loss's backward has 2048 x 256,000 logits three times in fp32. Without
-    them the step takes half."""
+    LoRA, 13,259,008 of projector and mining; the loss's backward has 2048 x 256,000 logits three times in fp32.
+    Without them the step takes half."""
     config = StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, loss="full")
     trace = trace_training(config, "cuda")
     breakdown = trace.breakdown()

@@ -1,0 +1,177 @@
+"""Train on the demo in full, with LoRA of several ranks, and the projector alone; score all on held-out questions.
+
+    python -m benchmarks.lora_vs_full --jobs 16    # results/lora_vs_full/, a file a run; those that are there are kept
+    python -m benchmarks.lora_vs_full_report       # docs/lora_vs_full.md from those files
+
+First a search: one seed, several learning rates for each way of training. Then the other seeds with the best of them.
+A job is one process with one thread on the CPU, about three minutes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.batching import column_values
+from data.make_demo import ensure_demo
+from train import TrainConfig, build_datasets
+from utils import check_minimum, load_processor, run_script
+
+
+ROOT = Path(__file__).parent.parent
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS: dict[str, list[str]] = {
+    "full": ["--lora_r", "0"],
+    "lora-r8": ["--lora_r", "8", "--lora_alpha", "16"],  # alpha / r stays at 2, as in the recipe
+    "lora-r16": ["--lora_r", "16", "--lora_alpha", "32"],
+    "lora-r32": ["--lora_r", "32", "--lora_alpha", "64"],
+    "all-linear-r16": ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", *ALL_LINEAR],
+    "projector": ["--lora_r", "0", "--trainable_modules", "multi_modal_projector"],
+}
+# Each way gets its own. Full fine-tuning, which the others are held against, has the most candidates.
+SEARCH = {
+    "full": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+    "lora-r16": [1e-3, 2e-3, 4e-3, 8e-3],
+    "all-linear-r16": [1e-3, 2e-3, 4e-3, 8e-3],
+    "projector": [2e-3, 4e-3, 8e-3],
+}
+SEARCHED_BY = {"lora-r8": "lora-r16", "lora-r32": "lora-r16"}  # these take the rate of another
+SEEDS = (1, 2, 3)  # the search uses the first
+BASE = "base"  # the tiny model as it is
+
+
+@dataclass(kw_only=True)
+class ExperimentConfig:
+    jobs: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
+    output: str = "results/lora_vs_full"
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": " | ".join(METHODS)})
+    max_steps: int = field(default=-1, metadata={"help": "updates a run; -1: an epoch, which the report needs"})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, jobs=1, max_steps=-1)
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.method if self.method == BASE else f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.json"
+
+
+def main(config: ExperimentConfig) -> dict[str, Any]:
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    longest = prepare_demo()
+    searching = [method for method in SEARCH if method in config.methods]
+    wanted = [Run(BASE, 0.0, 0)] + [Run(method, rate, SEEDS[0]) for method in searching for rate in SEARCH[method]]
+    run_all(config, wanted, longest)
+    chosen = choose_rates(folder)
+    wanted = [Run(method, chosen[method], seed) for method in config.methods if method in chosen for seed in SEEDS]
+    run_all(config, wanted, longest)
+    return {"runs": len(list(folder.glob("*.json"))), "learning_rates": chosen, "output": config.output}
+
+
+def prepare_demo() -> int:
+    """Write the demo and its cache once, before many processes ask for them. Returns its longest sample's tokens."""
+    ensure_demo()
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(output_dir=folder, eval_samples=0)
+        train_dataset, _ = build_datasets(config, load_processor(config.model))
+    return int(column_values(train_dataset.records, "num_tokens").max())
+
+
+def choose_rates(folder: Path) -> dict[str, float]:
+    """The learning rate with the highest held-out score, for each way of training that was searched."""
+    chosen = {}
+    for method, rates in SEARCH.items():
+        paths = {rate: Run(method, rate, SEEDS[0]).path(folder) for rate in rates}
+        scores = {rate: json.loads(path.read_text())["score"] for rate, path in paths.items() if path.exists()}
+        if scores:
+            chosen[method] = max(scores, key=scores.get)
+    return chosen | {method: chosen[other] for method, other in SEARCHED_BY.items() if other in chosen}
+
+
+def run_all(config: ExperimentConfig, runs: list[Run], longest: int) -> None:
+    """Those without a result, `jobs` at a time. Raises RuntimeError at the end where one has failed."""
+    folder = Path(config.output)
+    missing = [run for run in runs if not run.path(folder).exists()]
+    failed = []
+    with ThreadPoolExecutor(max_workers=config.jobs) as pool:
+        futures = {pool.submit(execute, run, config, longest): run for run in missing}
+        for done, future in enumerate(as_completed(futures), start=1):
+            run = futures[future]
+            try:
+                result = future.result()
+            except subprocess.CalledProcessError as error:
+                failed.append(run.name)
+                print(f"{run.name} failed: {' '.join(error.cmd)}\n{error.stderr[-2000:]}", flush=True)
+                continue
+            run.path(folder).write_text(json.dumps(result) + "\n")
+            print(f"{done}/{len(missing)} {run.name}: {result['score']:.3f}, {result['seconds']:.0f} s", flush=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed: {', '.join(failed)}; start again to repeat them")
+
+
+def execute(run: Run, config: ExperimentConfig, longest: int) -> dict[str, Any]:
+    """Train, answer the held-out questions, and measure the step's memory: the scripts as a user starts them."""
+    start = time.perf_counter()
+    work = Path(tempfile.mkdtemp(prefix="lora_vs_full-"))
+    result = {"method": run.method, "learning_rate": run.learning_rate, "seed": run.seed}
+    try:
+        flags = ["--output", str(work / "eval.json"), "--dataloader_num_workers", "0", "--max_new_tokens", "16"]
+        if run.method != BASE:
+            result |= train(run, config, work / "model") | measure_peak(run, longest)
+            is_adapter = (work / "model/adapter_config.json").exists()
+            flags += ["--adapter" if is_adapter else "--model", str(work / "model")]
+        script("eval.py", *flags)
+        scored = json.loads((work / "eval.json").read_text())
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result |= {"score": scored["score"], "n": scored["n"], "by_type": scored["by_type"]}
+    # A character a question, in the data set's order: enough to compare runs question by question.
+    result["exact"] = "".join(str(int(item["value"])) for item in scored["scores"])
+    result["types"] = "".join(item["type"][0] for item in scored["scores"])
+    return result | {"seconds": time.perf_counter() - start}
+
+
+def train(run: Run, config: ExperimentConfig, output_dir: Path) -> dict[str, Any]:
+    flags = ["--learning_rate", str(run.learning_rate), "--seed", str(run.seed), "--output_dir", str(output_dir)]
+    flags += ["--eval_samples", "0", "--dataloader_num_workers", "0", "--max_steps", str(config.max_steps)]
+    result = script("train.py", *METHODS[run.method], *flags)
+    names = ("global_step", "train_loss", "trainable_params", "total_params", "samples_per_second", "environment")
+    return {name: result[name] for name in names} | {"train_peak_rss_bytes": result["peak"]["train"]}
+
+
+def measure_peak(run: Run, longest: int) -> dict[str, int]:
+    """The tensors' peak in a training step whose rows are as long as the demo's longest sample."""
+    flags = ["--mode", "measure", "--device", "cpu", "--model", TrainConfig.model, "--max_seq_len", str(longest)]
+    flags += ["--per_device_train_batch_size", str(TrainConfig.per_device_train_batch_size)]
+    result = script("memory_probe.py", *METHODS[run.method], *flags)
+    return {"peak_allocated_bytes": result["peak_allocated_bytes"], "probed_tokens": longest}
+
+
+def script(name: str, *flags: str) -> dict[str, Any]:
+    """Run a script on the CPU with one thread; returns its last line's object."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, name, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done.check_returncode()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run_script(main, ExperimentConfig)
