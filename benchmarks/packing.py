@@ -1,16 +1,17 @@
 """What --packing brings: samples a second of train.py's step, packed rows against padded batches of the same budget.
 
-    python -m benchmarks.packing
+    OMP_NUM_THREADS=1 python -m benchmarks.packing
 
-The budget is what memory has to be planned for: positions of a micro-batch at worst. A padded batch has as many samples
-as it holds of the longest, packed rows fill it. The samples, the tiny model and the step are the same, and so must the
-loss be. Samples are the demo's, 36 to 39 tokens long, and the demo's joined to conversations of one to many exchanges,
-as skewed as real data. Batches are made before the clock starts. Variants take turns, backwards in every other round.
+The budget is what memory has to be planned for: the positions of a micro-batch at worst. A padded batch has as many
+samples as it holds of the longest; packed rows fill it. Padded batches are shuffled, or sorted inside an update as
+train.py's are, or of --group_by_length too. The samples, the tiny model and the step are the same; the loss must be.
+
+Samples are the demo's, 36 to 39 tokens long, and the demo's joined to conversations of one to many exchanges, skewed
+as real data are. Batches are made before the clock starts. Variants take turns, backwards in every other round.
 Writes results/packing.json; the last line on stdout is JSON.
 """
 
 import json
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from transformers import ProcessorMixin, get_scheduler
 
 import train
 from benchmarks.loader import environment
+from benchmarks.step import clock
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
@@ -37,9 +39,9 @@ Batches = list[dict[str, torch.Tensor]]
 
 @dataclass(kw_only=True)
 class PackingConfig:
-    num_samples: int = 512
-    max_seq_len: int = field(default=512, metadata={"help": "tokens of a packed row; no sample is longer"})
-    rows: int = field(default=2, metadata={"help": "of a packed micro-batch"})
+    num_samples: int = 256
+    max_seq_len: int = field(default=256, metadata={"help": "tokens of a packed row; no sample is longer"})
+    rows: int = field(default=4, metadata={"help": "of a packed micro-batch"})
     rounds: int = 5
     output: str = "results/packing.json"
 
@@ -84,9 +86,11 @@ def compare(samples: list[dict], processor: ProcessorMixin, config: PackingConfi
     num_tokens = np.array([len(input_ids) for input_ids, _ in encoded])
     num_label_tokens = np.array([sum(label >= 0 for label in labels[1:]) for _, labels in encoded])
     batch_size = config.rows * config.max_seq_len // num_tokens.max()
+    settings = num_label_tokens, batch_size, ACCUMULATION, 1, 0
     variants = {
-        "padded": padded(samples, num_tokens, processor, batch_size, group_by_length=False),
-        "padded, group_by_length": padded(samples, num_tokens, processor, batch_size, group_by_length=True),
+        "shuffled": padded(samples, num_tokens, processor, UpdateBatchSampler(*settings)),
+        "sorted": padded(samples, num_tokens, processor, UpdateBatchSampler(*settings, num_tokens)),
+        "grouped": padded(samples, num_tokens, processor, UpdateBatchSampler(*settings, num_tokens, True)),
         "packed": packed(samples, num_tokens, processor, config),
     }
     steps = Steps(int(num_label_tokens.sum()))
@@ -98,22 +102,21 @@ def compare(samples: list[dict], processor: ProcessorMixin, config: PackingConfi
         for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
             seconds[name].append(steps.run(variants[name])[0])
     rows = {name: describe(variants[name], num_tokens, seconds[name]) for name in variants}
-    best = max(row["samples_per_second"] for name, row in rows.items() if name != "packed")
     lengths = {"shortest": int(num_tokens.min()), "mean": float(num_tokens.mean()), "longest": int(num_tokens.max())}
     return {
         "lengths": lengths,
         "padded_batch_size": int(batch_size),
         "losses": losses,
         "variants": rows,
-        "packed_against_padded": rows["packed"]["samples_per_second"] / rows["padded"]["samples_per_second"],
-        "packed_against_best": rows["packed"]["samples_per_second"] / best,
+        "speedup_of_packing": {
+            name: rows["packed"]["samples_per_second"] / row["samples_per_second"] for name, row in rows.items()
+        },
     }
 
 
 def padded(
-    samples: list[dict], num_tokens: np.ndarray, processor: ProcessorMixin, batch_size: int, group_by_length: bool
+    samples: list[dict], num_tokens: np.ndarray, processor: ProcessorMixin, sampler: UpdateBatchSampler
 ) -> Batches:
-    sampler = UpdateBatchSampler(num_tokens, batch_size, ACCUMULATION, 1, 0, num_tokens, group_by_length)
     collate = TrainCollator(processor, int(num_tokens.max()), "pad")
     return [collate([samples[index] for index in micro_batch]) for micro_batch in sampler]
 
@@ -143,20 +146,14 @@ class Steps:
     def run(self, batches: Batches) -> tuple[float, float]:
         """Seconds for all batches, and the mean loss over the label tokens of all."""
         losses = []
-        start = synchronized_time()
+        start = clock()
         for batch in batches:
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with self.accelerator.accumulate(self.model):
                 settings = (self.scheduler, batch, self.num_label_tokens, 1.0)
                 losses.append(train.training_step(self.accelerator, self.model, self.optimizer, *settings)[0])
-        seconds = synchronized_time() - start
+        seconds = clock() - start
         return seconds, torch.stack(losses).sum().item()
-
-
-def synchronized_time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def describe(batches: Batches, num_tokens: np.ndarray, seconds: list[float]) -> dict:

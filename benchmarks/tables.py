@@ -1,14 +1,16 @@
-"""Write the README's tables from what lies in results/: `python -m benchmarks.tables`. A test compares them."""
+"""Write the tables of README and docs from what lies in results/: `python -m benchmarks.tables`. Tests compare."""
 
 import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory_gpus import GIB
 
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/speed.md")
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 
@@ -45,12 +47,14 @@ def describe(flags: dict[str, Any]) -> str:
     return ", ".join(words) or "nothing"
 
 
-TABLES = {"gpu": gpu_table}
+TABLES = {"gpu": gpu_table, "step": step_table, "packing": packing_table, "loader": loader_table}
 
 
 def with_tables(text: str) -> str:
     """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, table in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         text = before + start + table() + "\n" + end + after
@@ -58,5 +62,6 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for document in DOCUMENTS:
+        path = ROOT / document
+        path.write_text(with_tables(path.read_text()))
