@@ -5,13 +5,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory_gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
 
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
-DOCUMENTS = ("README.md", "docs/memory_accuracy.md")
+DOCUMENTS = ("README.md", "docs/memory_accuracy.md", "docs/speed.md")
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
@@ -106,7 +107,14 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
     return None
 
 
-TABLES = {"headline": headline_table, "gpu": gpu_table, "cpu": cpu_table}
+TABLES = {
+    "headline": headline_table,
+    "gpu": gpu_table,
+    "cpu": cpu_table,
+    "step": step_table,
+    "packing": packing_table,
+    "loader": loader_table,
+}
 
 
 def with_tables(text: str) -> str:
