@@ -233,6 +233,16 @@ def test_signal(signum: int, data_flags: str, references: dict[str, Path], tmp_p
 
 
 @pytest.mark.slow
+def test_signal_within_a_save(data_flags: str, tmp_path: Path) -> None:
+    """The checkpoint is finished first."""
+    flags = f"{FLAGS}{data_flags} --output_dir {tmp_path / 'out'}"
+    ended = run(flags, tmp_path, faults=(Fault("checkpoints.write_durably", 2, "terminate"),))
+    assert ended.code == 143 and "Kept step 3" in ended.out, ended.err[-2000:]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "checkpoint-3" in names and not any(name.startswith(".tmp-") for name in names)
+
+
+@pytest.mark.slow
 def test_launcher_is_terminated(data_flags: str, tmp_path: Path) -> None:
     """`accelerate launch` ends alone: the run that it leaves behind ends too and keeps its last update."""
     command = "accelerate launch --config_file accelerate_configs/single.yaml train.py"
