@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # (docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32").
 CUDA_AUTOCAST_TO_FP32 = (
     "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "rsqrt", "reciprocal", "exp", "log",
-    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int",
+    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int", "upsample_bilinear2d.vec",
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
@@ -47,6 +47,11 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
+def _softmax_backward(args: tuple, kwargs: dict, output: Any) -> int:
+    """The gradient times the output (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)."""
+    return args[0].numel() * args[0].element_size()
+
+
 def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int:
     """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
 
@@ -65,6 +70,7 @@ WORKSPACES: dict[str, dict[str, Workspace]] = {
     "cuda": {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "_softmax_backward_data": _softmax_backward,
         "gemm_4bit": partial(_dequantized, num_scales=2),
     },
 }
