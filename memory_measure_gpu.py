@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 import train
 from memory_stand_in import launch_environment
@@ -87,6 +88,7 @@ def measure_in_this_process(
             batch = {name: tensor.cuda() for name, tensor in batch.items()}
             optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
             wrapped, optimizer = accelerator.prepare(model, optimizer)
+            clear_device_cache()  # as train.py does
             watch_phases(accelerator, wrapped, peaks.enter_phase)
             run_updates(accelerator, wrapped, optimizer, batch, config, NUM_UPDATES)
         except torch.OutOfMemoryError as error:

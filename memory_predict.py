@@ -1,6 +1,6 @@
 """A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
-import itertools
+import os
 import re
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from memory_strategies import Strategy, strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
-from utils import UserError
+from utils import ALLOCATOR_SETTINGS, UserError
 
 
 PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
@@ -58,18 +58,22 @@ def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     """What the allocator reserves, and what nvidia-smi would show: that has to fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
-    replay = replay_events(itertools.chain(splitting_events(trace.split_sizes_bytes), step_events(trace.device)))
+    is_expandable = "expandable_segments:True" in os.environ.get(ALLOCATOR_SETTINGS, "")
+    peak_reserved_bytes = max(
+        # What loading has left behind is given back before the first step.
+        replay_events(events, expandable_segments=is_expandable).peak_reserved_bytes
+        for events in (splitting_events(trace.split_sizes_bytes), step_events(trace.device))
+    )
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
-        "peak_reserved_bytes": replay.peak_reserved_bytes,
-        "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
+        "peak_reserved_bytes": peak_reserved_bytes,
+        "device_bytes": peak_reserved_bytes + overhead_bytes,
     }
 
 
 def splitting_events(sizes_bytes: list[int]) -> Iterator[tuple[int, Hashable]]:
-    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces. That is over when the
-    first step begins, but the allocator keeps what it has reserved."""
+    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
     for i, nbytes in enumerate(sizes_bytes):
         yield nbytes, ("whole", i)
         yield nbytes, ("copy", i)

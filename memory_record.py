@@ -103,7 +103,7 @@ class ModuleTracker:
 
     def _mark_nodes(self) -> None:
         self.first_nodes.append(torch.autograd._get_sequence_nr())
-        self.node_paths.append(self.paths[self.running[-1]] if self.running else "")
+        self.node_paths.append(self.current()[0])  # inside a backward function, that function's module
 
 
 class Recorder(TorchDispatchMode):

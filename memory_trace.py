@@ -116,7 +116,7 @@ def trace_training(
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+            with recorder, known_mask(config):
                 # The model is where it belongs: fake parameters refuse to be moved.
                 wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
                 run_updates(accelerator, wrapped, optimizer, batch, config)
@@ -163,12 +163,16 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 @contextmanager
-def known_mask(is_full: bool) -> Iterator[None]:
+def known_mask(config: train.StepConfig) -> Iterator[None]:
     """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
-    tensors lack, and then makes the mask in any case; so it is told what worst_case_batch has done."""
+    tensors lack, and then makes the mask in any case; so it is told what worst_case_batch has done. A packed batch
+    needs a mask."""
+    if config.packing:
+        yield
+        return
     with (
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        patch.object(masking_utils, "fast_all", lambda mask: is_full),
+        patch.object(masking_utils, "fast_all", lambda mask: config.per_device_train_batch_size == 1),
     ):
         yield
 

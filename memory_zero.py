@@ -120,7 +120,7 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(is_full=config.per_device_train_batch_size == 1):
+        with recorder, known_mask(config):
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
             run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)

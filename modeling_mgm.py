@@ -1,9 +1,10 @@
 """MGM in transformers' form: embed the text, encode and project the images, put them in their places, decode."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -11,7 +12,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
+from chunked_loss import IGNORE_INDEX, LanguageModelHead
 from configuration_mgm import MGMConfig
+from modeling_mining import MGMPatchInfoMining
 
 
 @dataclass
@@ -23,25 +26,6 @@ class MGMCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class MGMPatchInfoMining(nn.Module):
-    """Every CLIP patch attends to its own square of the high resolution features (arXiv:2403.18814, section 3.2)."""
-
-    def __init__(self, config: MGMConfig) -> None:
-        super().__init__()
-        dim, aux_dim = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
-        self.query_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        self.key_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
-        self.value_proj = nn.Sequential(nn.LayerNorm(aux_dim), nn.Linear(aux_dim, dim))
-
-    def forward(self, features: torch.Tensor, features_aux: torch.Tensor) -> torch.Tensor:
-        """CLIP features [N, P, C] and aux features [N, P, S, C_aux], S a patch, to mined features [N, P, C]."""
-        query = self.query_proj(features).unsqueeze(2)  # [N, P, 1, C]
-        key = self.key_proj(features_aux)  # [N, P, S, C]
-        value = self.value_proj(features_aux)  # [N, P, S, C]
-        weights = (query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(dim=-1)  # [N, P, 1, S]
-        return features + (weights @ value).squeeze(2)
 
 
 class MGMProjector(nn.Module):
@@ -106,25 +90,23 @@ class MGMModel(MGMPreTrainedModel):
     def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to patch features [N, P, C] of the last layer but one. No CLS, no final norm."""
         tower = self.vision_tower
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(tower)):
+        with _as_it_is_trained(tower):
             hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
             num_layers = self.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
             for layer in tower.encoder.layers[:num_layers]:
                 hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states[:, 1:]
 
-    def convnext_features(self, pixel_values_aux: torch.Tensor) -> torch.Tensor:
-        """[N, 3, S, S] to [N, C_aux, S/4, S/4]: all four stages, brought to the first one's size."""
+    def convnext_stages(self, pixel_values_aux: torch.Tensor) -> list[torch.Tensor]:
+        """[N, 3, S, S] to the features of all four stages, [N, C_i, S / 4, S / 4] and each half as large again."""
         tower = self.vision_tower_aux
         stages = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(tower)):
+        with _as_it_is_trained(tower):
             features = tower.embeddings(pixel_values_aux.to(tower.dtype))
             for stage in tower.encoder.stages:
                 features = stage(features)
                 stages.append(features)
-            size = stages[0].shape[-2:]
-            upsampled = [F.interpolate(x.float(), size=size, mode="bilinear").to(x.dtype) for x in stages[1:]]
-            return torch.cat([stages[0], *upsampled], dim=1)
+        return stages
 
     def get_image_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
         """N images to [N, K * P, D], ready to stand among the token embeddings (before their scaling).
@@ -136,26 +118,13 @@ class MGMModel(MGMPreTrainedModel):
         """
         self._check_views(pixel_values, pixel_values_aux)
         features = self.clip_features(pixel_values.flatten(0, -4))  # [N * K, P, C]
-        features_aux = self.convnext_features(pixel_values_aux)  # [N, C_aux, S / 4, S / 4]
-        if self.config.image_grid > 1:
-            features, features_aux = self._whole_then_crops(features, features_aux)
-        patches_aux = split_into_patches(features_aux, self.config.patch_grid_size)  # [N * K, P, S, C_aux]
-        image_features = self.multi_modal_projector(self.patch_info_mining(features, patches_aux))
-        return image_features.reshape(len(pixel_values), -1, image_features.shape[-1])
-
-    def _whole_then_crops(
-        self, features: torch.Tensor, features_aux: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP features [N * K, P, C] in the tokens' order, and the part of the aux features that each looks at."""
-        crops_aux = split_into_crops(features_aux, self.config.image_grid)  # [N, grid * grid, C_aux, h, w]
         if self.config.image_global:
-            # The whole image's share are the features scaled down, not those of a smaller image.
-            scale = 1 / self.config.image_grid
-            whole_aux = F.interpolate(features_aux.float(), scale_factor=scale, mode="bilinear").to(features_aux.dtype)
-            crops_aux = torch.cat([whole_aux[:, None], crops_aux], dim=1)
-            by_image = features.unflatten(0, (len(features_aux), -1))
+            by_image = features.unflatten(0, (len(pixel_values), -1))
             features = torch.cat([by_image[:, -1:], by_image[:, :-1]], dim=1).flatten(0, 1)
-        return features, crops_aux.flatten(0, 1)
+        features = self.patch_info_mining(
+            features, self.convnext_stages(pixel_values_aux), self.config.image_grid, self.config.image_global
+        )
+        return self.multi_modal_projector(features).reshape(len(pixel_values), -1, self.config.text_config.hidden_size)
 
     def _check_views(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor | None) -> None:
         if pixel_values_aux is None or len(pixel_values) != len(pixel_values_aux):
@@ -240,7 +209,8 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
     def __init__(self, config: MGMConfig) -> None:
         super().__init__(config)
         self.model = MGMModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.chunked_loss = True  # in training: never the logits of all positions at once
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -278,16 +248,18 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         pixel_values_aux: torch.FloatTensor | None = None,
         image_positions: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        label_positions: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> MGMCausalLMOutputWithPast:
         """The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
 
-        `image_positions` are the flat positions (row * T + column) of the image tokens. A collator that knows them
-        spares the GPU a synchronisation; without it they are looked up in `input_ids`.
+        `image_positions` and `label_positions` are the flat positions (row * T + column) of the image tokens and of
+        the tokens with a label. A collator that knows them spares the GPU a synchronisation; without it they are
+        looked up in `input_ids` and `labels`.
         """
-        if self.training:
+        if self.training or labels is not None:  # with a cache transformers would not look for packed samples
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
@@ -300,13 +272,16 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
             image_positions=image_positions,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        loss, logits = None, None
+        if labels is not None and self.training and self.chunked_loss:
+            loss = self.loss_without_logits(outputs.last_hidden_state, labels, label_positions, num_items_in_batch)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                vocab_size = self.config.text_config.vocab_size
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
+                )
         return MGMCausalLMOutputWithPast(
             loss=loss,
             # Whoever trains needs no logits, and a mixed-precision wrapper would copy this biggest of tensors to fp32.
@@ -316,23 +291,32 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        label_positions: torch.LongTensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """What `loss_function` makes of the logits of [B, T, D], from the positions before a label alone."""
+        if label_positions is None:
+            has_label = labels != IGNORE_INDEX
+            has_label[:, 0] = False  # nothing comes before it
+            label_positions = has_label.flatten().nonzero().squeeze(1)
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, label_positions - 1)
+        loss_sum = self.lm_head(hidden_states, labels.flatten().index_select(0, label_positions))
+        return loss_sum / (max(len(label_positions), 1) if num_items_in_batch is None else num_items_in_batch)
 
-def split_into_crops(features: torch.Tensor, image_grid: int) -> torch.Tensor:
-    """[N, C, H, W] to [N, grid * grid, C, H / grid, W / grid], in reading order."""
-    squares = features.unflatten(3, (image_grid, -1)).unflatten(2, (image_grid, -1))  # [N, C, grid, h, grid, w]
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
-
-def split_into_patches(features: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """[N, C, H, W] to [N, P, S, C]: the S = (H * W) / P positions that lie in each of P = grid_size**2 squares."""
-    num_images, channels, height, width = features.shape
-    rows, columns = height // grid_size, width // grid_size
-    squares = features.view(num_images, channels, grid_size, rows, grid_size, columns)
-    return squares.permute(0, 2, 4, 3, 5, 1).reshape(num_images, grid_size**2, rows * columns, channels)
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+@contextmanager
+def _as_it_is_trained(tower: nn.Module) -> Iterator[None]:
+    """A frozen tower leaves no graph behind and computes in its own dtype: autocast would bring its norms to fp32, and
+    all features after them."""
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        yield
+    else:
+        with torch.no_grad(), torch.autocast(tower.device.type, enabled=False):
+            yield
 
 
 AutoModelForImageTextToText.register(MGMConfig, MGMForConditionalGeneration)

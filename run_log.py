@@ -86,8 +86,13 @@ class RunLog:
     def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        self.window[1] += batch["attention_mask"].sum()
-        self.window[2] += len(batch["input_ids"])
+        if "attention_mask" in batch:
+            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        else:  # packed: every sample has a second token, and padding has position 0
+            samples = (batch["position_ids"] == 1).sum()
+            tokens = (batch["position_ids"] > 0).sum() + samples
+        self.window[1] += tokens
+        self.window[2] += samples
 
     def update(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor) -> None:
         """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes."""

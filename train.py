@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
 from accelerate.utils import set_seed
+from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,9 +25,11 @@ from transformers import ProcessorMixin, SchedulerType, get_scheduler
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.make_demo import ensure_demo
+from data.packing import PackedCollator, PackedDataset, pack
 from eval import evaluate
 from run_log import RunLog
 from saving import save_trained
+from tiled_mlp import tile_frozen_mlps
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,
@@ -57,10 +60,15 @@ class StepConfig(ModelConfig):
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, image positions counted"})
-    per_device_train_batch_size: int = 32
+    loss: str = field(
+        default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
+    )
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
+    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = 42
@@ -69,8 +77,12 @@ class StepConfig(ModelConfig):
         super().__post_init__()
         check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
-        check_minimum(self, gradient_accumulation_steps=1, max_grad_norm=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
+        if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
+            # It finds packed samples in a single row alone; in several they would see each other.
+            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
 
@@ -125,19 +137,27 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
+    num_tokens = np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len)
+    num_label_tokens = column_values(train_dataset.records, "num_label_tokens")
+    collator_class = TrainCollator
+    if config.packing:  # from here on a row of samples stands where a sample stood
+        packing = pack(num_tokens, config.max_seq_len, config.seed, accelerator.num_processes)
+        accelerator.print(f"Packed {len(num_tokens)} samples into {len(packing)} rows")
+        train_dataset, collator_class = PackedDataset(train_dataset, packing), PackedCollator
+        num_tokens, num_label_tokens = packing.sums(num_tokens), packing.sums(num_label_tokens)
     sampler = UpdateBatchSampler(
-        column_values(train_dataset.records, "num_label_tokens"),
+        num_label_tokens,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         accelerator.num_processes,
         config.seed,
-        np.minimum(column_values(train_dataset.records, "num_tokens"), config.max_seq_len),
+        num_tokens,
         config.group_by_length,
     )
     loader = DataLoader(
         train_dataset,
         batch_sampler=sampler,
-        collate_fn=TrainCollator(processor, config.max_seq_len, config.image_aspect_ratio),
+        collate_fn=collator_class(processor, config.max_seq_len, config.image_aspect_ratio),
         num_workers=config.dataloader_num_workers,
         persistent_workers=config.dataloader_num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -152,6 +172,7 @@ def main(config: TrainConfig) -> dict | None:
     with RunLog(accelerator, config, model, num_steps) as log:
         log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         model.train()
+        clear_device_cache()  # what loading and answering have left behind
         log.start()
         global_step = 0
         while global_step < num_steps:
@@ -232,6 +253,7 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
     """
     model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
+    model.chunked_loss = config.loss == "chunked"
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     check_modules(model, "trainable_modules", config.modules_trained_in_full)
@@ -243,6 +265,7 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     else:
         for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
+    tile_frozen_mlps(model, config.mlp_tiles)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
             parameter.data = parameter.data.float()

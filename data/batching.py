@@ -14,6 +14,7 @@ from tokenizers import Encoding
 
 import chat_templates
 import processing_mgm
+from chunked_loss import IGNORE_INDEX
 from processing_mgm import MGMProcessor
 from utils import UserError
 
@@ -220,6 +221,19 @@ class TrainCollator:
             image_aspect_ratio=self.image_aspect_ratio,
             padding_side="right",
         )
-        # Looked up here, on the CPU: on a GPU it would be a synchronisation at every step.
-        is_image = batch["input_ids"] == self.processor.image_token_id
-        return {**batch, "image_positions": is_image.flatten().nonzero().squeeze(1)}
+        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+
+
+def positions(
+    input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
+) -> dict[str, torch.LongTensor]:
+    """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].
+
+    Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
+    """
+    has_label = labels != IGNORE_INDEX
+    has_label[:, 0] = False  # nothing comes before it
+    return {
+        "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
+        "label_positions": has_label.flatten().nonzero().squeeze(1),
+    }

@@ -10,7 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 from configuration_mgm import tiny
 from convert_mgm import ConvertConfig
@@ -82,3 +84,18 @@ def tiny_model() -> MGMForConditionalGeneration:
     """The preset `tiny` with random weights, in eval mode."""
     torch.manual_seed(0)
     return MGMForConditionalGeneration(tiny()).eval()
+
+
+def aux_feature_map(model: MGMForConditionalGeneration, pixel_values_aux: torch.Tensor) -> torch.Tensor:
+    """[N, C_aux, H, W] as the original makes it: all four stages brought to the first one's size and put together."""
+    stages = model.model.convnext_stages(pixel_values_aux)
+    size = stages[0].shape[-2:]
+    upsampled = [F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages[1:]]
+    return torch.cat([stages[0], *upsampled], dim=1)
+
+
+def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
+    """What the original does with mining's key and value: LayerNorm and Linear, whatever classes hold the weights."""
+    norm, linear = projection
+    normed = F.layer_norm(features, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.linear(normed, linear.weight, linear.bias)

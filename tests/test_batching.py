@@ -333,7 +333,7 @@ def test_collator(dataset_path, processor, reference_model):
         image_aspect_ratio="square",
         padding_side="right",
     )
-    assert batch.keys() == {*expected.keys(), "image_positions"}
+    assert batch.keys() == {*expected.keys(), "image_positions", "label_positions"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
     assert batch["image_positions"].shape == (16,)
     assert (batch["input_ids"].flatten()[batch["image_positions"]] == processor.image_token_id).all()

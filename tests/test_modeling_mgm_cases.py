@@ -7,6 +7,7 @@ embeddings it puts together to the language model, where no image is involved an
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import aux_feature_map, norm_and_project
 from transformers import AutoConfig
 
 from configuration_mgm import MGMConfig
@@ -69,7 +70,7 @@ def naive_image_features(model: MGMForConditionalGeneration, pixels: torch.Tenso
     """One image's [K * P, D]: the whole image first, then crop by crop, each patch by itself."""
     config, inner = model.config, model.model
     grid, side = config.image_grid, config.patch_grid_size
-    features_aux = inner.convnext_features(aux[None])[0]  # [C_aux, H, W]
+    features_aux = aux_feature_map(model, aux[None])[0]  # [C_aux, H, W]
     size = features_aux.shape[-1] // grid
     looks = []  # what CLIP sees and the aux features under it
     for i in range(grid):
@@ -87,8 +88,11 @@ def naive_image_features(model: MGMForConditionalGeneration, pixels: torch.Tenso
             top, left = patch // side * step, patch % side * step
             square = under[:, top : top + step, left : left + step].flatten(1).T  # [S, C_aux]
             query = inner.patch_info_mining.query_proj(clip[patch])
-            scores = inner.patch_info_mining.key_proj(square) @ query / len(query) ** 0.5
-            mined = clip[patch] + scores.softmax(0) @ inner.patch_info_mining.value_proj(square)
+            key, value = (
+                norm_and_project(projection, square)
+                for projection in (inner.patch_info_mining.key_proj, inner.patch_info_mining.value_proj)
+            )
+            mined = clip[patch] + (key @ query / len(query) ** 0.5).softmax(0) @ value
             tokens.append(inner.multi_modal_projector(mined))
     return torch.stack(tokens)
 

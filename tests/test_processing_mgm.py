@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +46,16 @@ def test_pixels_are_the_originals(processor, reference_folder, case):
     low, high = processor.image_views(Image.open(reference_folder / f"images/{name}.png"), aspect_ratio)
     assert torch.equal(low, expected[f"{case}.image"])
     assert torch.equal(high, expected[f"{case}.image_aux"])
+
+
+def test_high_view_is_the_image_processors(processor):
+    """Bit for bit what transformers makes of it, with every byte in every channel."""
+    size = processor.image_processor.crop_size["height"]
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels.reshape(-1, 3)[:256] = np.arange(256)[:, None]
+    image = Image.fromarray(pixels)
+    expected = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(processor.image_views(image)[1], expected)
 
 
 def test_pad_to_square_is_the_originals(processor, reference_folder, image):

@@ -35,6 +35,10 @@ STRATEGIES = {
     "zero3-2-processes": ("zero3", 2, 1, 4),
 }
 
+# Every update has the whole data set: in 8 rows of 200 tokens, or in 40 samples.
+EPOCH_FLAGS = "--num_train_epochs 3 --max_seq_len 200 --logging_steps 1 --eval_samples 0 --lora_dropout 0"
+EPOCH_FLAGS += " --max_grad_norm 0.1 --image_folder data/demo"
+
 
 @pytest.fixture(scope="module")
 def mixed_dataset(tmp_path_factory) -> Path:
@@ -181,6 +185,30 @@ def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
     assert result["trainable_params"] == sum(
         p.numel() for name, p in base.named_parameters() if "vision_tower" not in name
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "num_processes", "rows"), [("single", 1, 8), ("ddp", 2, 4), ("zero3", 2, 1)])
+def test_packed_updates_are_the_unpacked(config, num_processes, rows, mixed_dataset, whole_epochs, tmp_path):
+    """An update of all samples, three times: loss and gradient norm with those of a padded batch in one process."""
+    accumulation = 8 // (rows * num_processes)
+    flags = f"{EPOCH_FLAGS} --dataset {mixed_dataset} --packing --per_device_train_batch_size {rows}"
+    flags += f" --gradient_accumulation_steps {accumulation} --output_dir {tmp_path / 'out'}"
+    result, _ = launch(config, num_processes, *flags.split())
+    assert result["global_step"] == 3
+    for tag in ("train/loss", "train/grad_norm"):
+        expected = scalars(whole_epochs[0], tag)
+        assert scalars(tmp_path / "out", tag) == pytest.approx(expected, abs=1e-4, rel=1e-4), tag
+    assert scalars(tmp_path / "out", "train/tokens_per_second")[-1] > 0
+    assert result["samples_per_second"] > 0
+
+
+@pytest.fixture(scope="module")
+def whole_epochs(mixed_dataset, tmp_path_factory) -> tuple[Path, dict]:
+    """Three updates of all 40 samples in a padded batch, without dropout."""
+    output_dir = tmp_path_factory.mktemp("whole") / "out"
+    flags = f"{EPOCH_FLAGS} --dataset {mixed_dataset} --per_device_train_batch_size 40 --output_dir {output_dir}"
+    return output_dir, launch("single", 1, *flags.split())[0]
 
 
 def fail(capsys, monkeypatch, *flags: str) -> str:

@@ -1,0 +1,405 @@
+"""One LoRA step by train.py, by transformers' Trainer with PEFT and by TRL's SFTTrainer: time and peak memory.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.step                                  # about ten minutes on two cores
+    python -m benchmarks.step --steps 10 --size gemma-2b       # on a GPU
+
+A bare language model with random weights, since the others have no MGM; one row, the last part of it with labels. All
+take the same weights, row, LoRA and AdamW. Their losses and gradient norms must agree, or nothing is reported. They
+take turns, backwards in every other round; peaks come from runs of their own. Writes results/step.json; the last line
+on stdout is JSON.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl import SFTConfig, SFTTrainer
+
+import train
+from chunked_loss import IGNORE_INDEX, LanguageModelHead
+from configuration_mgm import mgm_2b
+from memory_measure_cpu import memory_events, rise
+from modeling_mgm import MGMForConditionalGeneration
+from tiled_mlp import tile_frozen_mlps
+from utils import check_choice, check_minimum, load_processor, run_script
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
+SIZES = {
+    # Gemma-2B's proportions: an MLP eight times as wide as the hidden states, heads of 256, a tied head.
+    "small": lambda: GemmaConfig(
+        vocab_size=65536,
+        hidden_size=768,
+        intermediate_size=6144,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=256,
+    ),
+    "gemma-2b": lambda: mgm_2b().text_config,
+}
+
+
+@dataclass(kw_only=True)
+class StepBenchmarkConfig:
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda | cpu"})
+    size: str = field(default="small", metadata={"help": " | ".join(SIZES)})
+    rounds: int = 5
+    steps: int = field(default=1, metadata={"help": "in each round"})
+    num_tokens: int = 1024
+    label_share: float = field(default=0.3, metadata={"help": "of the tokens"})
+    output: str = "results/step.json"
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, ("cuda", "cpu"))
+        check_choice("size", self.size, tuple(SIZES))
+        check_minimum(self, rounds=1, steps=1, num_tokens=2, label_share=0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and the computation. What is trained is held in fp32."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def num_labels(self) -> int:
+        return round(self.num_tokens * self.label_share)
+
+
+@dataclass
+class Step:
+    seconds: float
+    loss: float
+    grad_norm: float
+
+
+class OurLanguageModel(GemmaForCausalLM):
+    """A bare language model with MGM's head and MGM's way to the loss."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__(config)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        labels: torch.LongTensor,
+        label_positions: torch.LongTensor,
+        num_items_in_batch: int,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        loss = MGMForConditionalGeneration.loss_without_logits(
+            self, outputs.last_hidden_state, labels, label_positions, num_items_in_batch
+        )
+        return CausalLMOutputWithPast(loss=loss)
+
+
+def make_row(config: StepBenchmarkConfig) -> dict[str, list[int]]:
+    """A prompt and a reply of random words; the reply has the labels."""
+    vocab_size = SIZES[config.size]().vocab_size
+    input_ids = torch.randint(vocab_size, (config.num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    num_prompt = config.num_tokens - config.num_labels
+    return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * num_prompt + input_ids[num_prompt:]}
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def build_peft_model(model_class: type[GemmaForCausalLM], config: StepBenchmarkConfig) -> PeftModel:
+    """Frozen random weights, the same for every class, and the LoRA of train.py, without dropout so that losses agree.
+    No matrix of it is zero, as B is at first: half of the gradients would be."""
+    torch.manual_seed(0)
+    with torch.device(config.device):
+        model = model_class._from_config(SIZES[config.size](), dtype=config.dtype, attn_implementation="sdpa")
+    flags = train.StepConfig()
+    lora = LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, target_modules=flags.lora_target_modules)
+    model = get_peft_model(model, lora)
+    torch.manual_seed(0)
+    for parameter in train.trained_parameters(model):
+        parameter.data = torch.randn(parameter.shape).mul(0.02).to(config.device)
+    return model.train()
+
+
+class Ours:
+    """train.training_step on the model as train.build_model would make it."""
+
+    def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
+        is_cpu = config.device == "cpu"
+        self.accelerator = Accelerator(cpu=is_cpu, mixed_precision="no" if is_cpu else "bf16")
+        model = build_peft_model(OurLanguageModel, config)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            tile_frozen_mlps(model, train.StepConfig().mlp_tiles)
+        optimizer = train.build_optimizer(model, "adamw_torch", LEARNING_RATE)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.scheduler = get_scheduler("constant", self.optimizer)
+        batch = collate([make_row(config)])
+        batch["label_positions"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        self.batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
+        self.num_items_in_batch = len(batch["label_positions"])
+
+    def run(self, num_steps: int) -> list[Step]:
+        steps = []
+        for _ in range(num_steps):
+            start = synchronized_time()
+            with self.accelerator.accumulate(self.model):
+                loss, grad_norm = train.training_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    self.batch,
+                    self.num_items_in_batch,
+                    MAX_GRAD_NORM,
+                )
+            steps.append(Step(synchronized_time() - start, loss.item(), grad_norm.item()))
+        return steps
+
+
+class StepTimer(TrainerCallback):
+    """From a step's beginning to its end, its batch loaded before and its figures logged afterwards."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.start = synchronized_time()
+
+    def on_step_end(self, *_, **__) -> None:
+        self.seconds.append(synchronized_time() - self.start)
+
+
+class Baseline:
+    """A trainer of transformers' kind, as its own documentation sets it up."""
+
+    def __init__(
+        self, make_trainer: Callable[..., Trainer], config: StepBenchmarkConfig, gradient_checkpointing: bool
+    ) -> None:
+        self.model = build_peft_model(GemmaForCausalLM, config)
+        self.folder = tempfile.TemporaryDirectory()
+        self.trainer = make_trainer(
+            self.model,
+            {
+                "output_dir": self.folder.name,
+                "per_device_train_batch_size": 1,
+                "learning_rate": LEARNING_RATE,
+                "max_grad_norm": MAX_GRAD_NORM,
+                "optim": "adamw_torch",
+                "weight_decay": 0.0,
+                "lr_scheduler_type": "constant",
+                "gradient_checkpointing": gradient_checkpointing,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "use_cpu": config.device == "cpu",
+                "bf16": config.device == "cuda",
+                "max_steps": 1,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+            },
+            datasets.Dataset.from_list([make_row(config)]),
+        )
+        self.trainer.remove_callback(transformers.PrinterCallback)
+        self.timer = StepTimer()
+        self.trainer.add_callback(self.timer)
+
+    def run(self, num_steps: int) -> list[Step]:
+        self.timer.seconds.clear()
+        self.trainer.args.max_steps = num_steps
+        self.trainer.train()
+        logs = [log for log in self.trainer.state.log_history if "grad_norm" in log]
+        return [
+            Step(seconds, log["loss"], log["grad_norm"]) for seconds, log in zip(self.timer.seconds, logs, strict=True)
+        ]
+
+
+def make_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -> Trainer:
+    return Trainer(model, TrainingArguments(**arguments), train_dataset=dataset, data_collator=collate)
+
+
+def make_sft_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -> SFTTrainer:
+    arguments = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
+    tokenizer = load_processor("data/tiny_mgm").tokenizer  # asked for, though the row is tokenized
+    return SFTTrainer(model, arguments, train_dataset=dataset, data_collator=collate, processing_class=tokenizer)
+
+
+KINDS: dict[str, Callable[[StepBenchmarkConfig, bool], Ours | Baseline]] = {
+    "train.py": Ours,
+    "transformers Trainer + PEFT": lambda *settings: Baseline(make_trainer, *settings),
+    "TRL SFTTrainer": lambda *settings: Baseline(make_sft_trainer, *settings),
+}
+VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS]
+
+
+def synchronized_time() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(config: StepBenchmarkConfig) -> dict:
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for variant in VARIANTS:  # before this process takes memory of the GPU
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            peaks[variant] = pool.submit(measure_peak, config, *variant).result()
+    steps = take_turns(config)
+    check_agreement(steps)
+    rows = [
+        {
+            "kind": kind,
+            "gradient_checkpointing": checkpointing,
+            "seconds": [round(step.seconds, 4) for step in steps[kind, checkpointing]],
+            "median_seconds": median(step.seconds for step in steps[kind, checkpointing]),
+            "peak_bytes": peaks[kind, checkpointing],
+            "losses": [step.loss for step in steps[kind, checkpointing]],
+            "grad_norms": [step.grad_norm for step in steps[kind, checkpointing]],
+        }
+        for kind, checkpointing in VARIANTS
+    ]
+    flops = step_flops(config)
+    rate = matmul_flops_per_second(config)
+    for row in rows:
+        row["tokens_per_second"] = config.num_tokens / row["median_seconds"]
+        row["share_of_matmul_rate"] = flops / row["median_seconds"] / rate
+    result = {"benchmark": "step", **asdict(config), **environment(config), "matmul_flops_per_second": rate}
+    result |= {"step_flops": flops, "rows": rows, "ratios": ratios(rows)}
+    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measure_peak(config: StepBenchmarkConfig, kind: str, gradient_checkpointing: bool) -> int:
+    """Bytes at the peak of two steps, weights and all. In a process of its own."""
+    variant = KINDS[kind](config, gradient_checkpointing)
+    if config.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        variant.run(2)
+        return torch.cuda.max_memory_allocated()
+    resident_bytes = storage_bytes(variant.model)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        variant.run(2)
+    return resident_bytes + rise(memory_events(profiler))
+
+
+def storage_bytes(model: nn.Module) -> int:
+    """Of the weights; a tied head counts once."""
+    storages = (tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()])
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def take_turns(config: StepBenchmarkConfig) -> dict[tuple[str, bool], list[Step]]:
+    """The steps of all rounds; each variant's first step, which comes before them, is not counted."""
+    variants = {variant: KINDS[variant[0]](config, variant[1]) for variant in VARIANTS}
+    for variant in variants.values():
+        variant.run(1)
+    steps: dict[tuple[str, bool], list[Step]] = {variant: [] for variant in VARIANTS}
+    for number in range(config.rounds):
+        for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
+            gc.collect()
+            steps[variant] += variants[variant].run(config.steps)
+        print(f"round {number + 1} of {config.rounds}", flush=True)
+    return steps
+
+
+def check_agreement(steps: dict[tuple[str, bool], list[Step]]) -> None:
+    """Raise ValueError unless every step of all variants, each after its own updates, has the same loss and norm."""
+    is_cpu = not torch.cuda.is_available()
+    tolerance = 1e-4 if is_cpu else 3e-2
+    expected = steps[VARIANTS[0]]
+    for variant, found in steps.items():
+        for a, b in zip(expected, found, strict=True):
+            for name in ("loss", "grad_norm"):
+                x, y = getattr(a, name), getattr(b, name)
+                if abs(x - y) > tolerance * abs(x):
+                    raise ValueError(f"{name} of {variant} is {y}, of {VARIANTS[0]} {x}: they do not do the same")
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """train.py against the better baseline with and without checkpointing, and against the lowest peak of all."""
+    baselines = [row for row in rows if row["kind"] != "train.py"]
+    lowest_peak = min(row["peak_bytes"] for row in baselines)
+    found = []
+    for ours in (row for row in rows if row["kind"] == "train.py"):
+        entry = {"gradient_checkpointing": ours["gradient_checkpointing"]}
+        for checkpointing, name in ((True, "with"), (False, "without")):
+            rivals = [row for row in baselines if row["gradient_checkpointing"] == checkpointing]
+            fastest = max(row["tokens_per_second"] for row in rivals)
+            entry[f"speed_against_{name}_checkpointing"] = ours["tokens_per_second"] / fastest
+            entry[f"peak_against_{name}_checkpointing"] = ours["peak_bytes"] / min(row["peak_bytes"] for row in rivals)
+        found.append(entry | {"peak_against_lowest": ours["peak_bytes"] / lowest_peak})
+    return found
+
+
+def step_flops(config: StepBenchmarkConfig) -> int:
+    """What a step has to compute: forward, and backward to the inputs of frozen matrices; the head for labels alone.
+
+    Attention is causal: half of its square, and twice as much backward as forward. LoRA's matrices are left out.
+    """
+    model = SIZES[config.size]()
+    attention_size = model.num_attention_heads * model.head_dim
+    matrices = model.hidden_size * (2 * attention_size + 2 * model.num_key_value_heads * model.head_dim)
+    matrices += 3 * model.hidden_size * model.intermediate_size
+    attention = 3 * 2 * config.num_tokens**2 * attention_size
+    head = 4 * config.num_labels * model.hidden_size * model.vocab_size
+    return model.num_hidden_layers * (4 * config.num_tokens * matrices + attention) + head
+
+
+def matmul_flops_per_second(config: StepBenchmarkConfig) -> float:
+    """The rate of a large product of square matrices, the best of ten."""
+    size = 8192 if config.device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=config.device, dtype=config.dtype) for _ in range(2))
+    seconds = []
+    for _ in range(11):
+        start = synchronized_time()
+        a @ b
+        seconds.append(synchronized_time() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def environment(config: StepBenchmarkConfig) -> dict:
+    """What the figures hold for."""
+    cores = f"{os.cpu_count()} cores, PyTorch on {torch.get_num_threads()}"
+    machine = torch.cuda.get_device_name() if config.device == "cuda" else cores
+    num_parameters = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    versions = {name: version(name) for name in PACKAGES}
+    return {
+        "machine": machine,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "num_parameters": num_parameters,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def meta_model(config: StepBenchmarkConfig) -> GemmaForCausalLM:
+    with torch.device("meta"):
+        return GemmaForCausalLM(SIZES[config.size]())
+
+
+if __name__ == "__main__":
+    run_script(main, StepBenchmarkConfig)

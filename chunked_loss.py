@@ -1,0 +1,93 @@
+"""The cross entropy of a language model's head without its logits: [tokens, vocabulary] is never there as a whole.
+
+For MGM-2B the logits of 1024 tokens are 500 MiB in bf16, and a loss in fp32 holds several times that. Here a chunk of
+tokens has its logits made, turned into its loss and into the gradient of its hidden states, and given up. Nothing is
+recomputed in the backward pass: there the gradients only wait for their factor.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
+# Elements of a chunk's logits, which are there once in the dtype of the hidden states and once in fp32: 96 MiB in
+# bf16. Of MGM-2B's vocabulary this is 65 tokens. benchmarks/loss.py tells what other sizes cost.
+CHUNK_ELEMENTS = 2**24
+WEIGHT_GRADIENT_ROWS = 2**13  # words whose gradient is worked out at a time
+
+
+class LanguageModelHead(nn.Linear):
+    """`lm_head`. Given targets it returns their summed cross entropy instead of logits.
+
+    That happens inside the module's forward because there ZeRO-3 has gathered the weight.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.LongTensor | None = None) -> torch.Tensor:
+        """[..., D] to logits [..., V]; with targets [N], hidden states [N, D] to a sum in fp32 (0 if N is 0)."""
+        if targets is None:
+            return super().forward(hidden_states)
+        return ChunkedCrossEntropy.apply(hidden_states, self.weight, targets)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy of `hidden_states @ weight.T` [N, V] with targets [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.LongTensor
+    ) -> torch.Tensor:
+        _, weight_is_trained, _ = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        hidden_gradient = torch.empty_like(hidden_states)
+        weight_gradient = torch.zeros_like(weight) if weight_is_trained else None
+        head = weight.to(hidden_states.dtype)
+        chunk_size = max(1, CHUNK_ELEMENTS // len(weight))
+        # The dtypes are chosen here; autocast would choose others on the way.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            for start in range(0, len(hidden_states), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                chunk_loss, gradient = _loss_and_gradient(hidden_states[chunk], head, targets[chunk])
+                loss += chunk_loss
+                torch.mm(gradient, head, out=hidden_gradient[chunk])
+                if weight_is_trained:
+                    _add_weight_gradient(weight_gradient, gradient, hidden_states[chunk])
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # fp16: the gradients up to here are no smaller than a probability, the factor brings the loss scale along.
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return (
+            (hidden_gradient * factor).to(hidden_gradient.dtype),
+            None if weight_gradient is None else (weight_gradient * factor).to(weight_gradient.dtype),
+            None,
+        )
+
+
+def _loss_and_gradient(
+    hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chunk's summed cross entropy, and its gradient by the logits in the dtype of the hidden states.
+
+    In place as far as it goes: two tensors as large as the logits are all there is.
+    """
+    values = (hidden_states @ head.T).float()  # logits; probabilities in the end; then the gradient
+    targets = targets[:, None]
+    values -= values.amax(dim=1, keepdim=True)
+    target_values = values.gather(1, targets)
+    sums = values.exp_().sum(dim=1, keepdim=True)
+    loss = (sums.log() - target_values).sum()
+    values /= sums
+    values.scatter_add_(1, targets, values.new_full(targets.shape, -1))
+    return loss, values.to(hidden_states.dtype)
+
+
+def _add_weight_gradient(weight_gradient: torch.Tensor, gradient: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    """Word by word some rows at a time: the sum may be in fp32, and its addend is then not as large as the head."""
+    for rows, words in zip(
+        weight_gradient.split(WEIGHT_GRADIENT_ROWS), gradient.split(WEIGHT_GRADIENT_ROWS, dim=1), strict=True
+    ):
+        rows += words.T @ hidden_states

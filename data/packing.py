@@ -1,0 +1,109 @@
+"""Several conversations with their images in one row: which samples share a row, and their collation.
+
+Nothing tells a model where a sample ends but `position_ids`, which begin at 0 again. transformers finds the samples by
+them and lets none attend to another: a block-diagonal mask for `eager` and `sdpa`, variable lengths for
+`flash_attention_2` (which looks for them in batches of a single row alone). It looks only where there is no
+`attention_mask`, so that a packed batch has none.
+"""
+
+from bisect import bisect_left, insort
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data.batching import TrainCollator, positions
+from processing_mgm import IGNORE_INDEX
+
+
+class Packing:
+    """Which samples share a row: `order` has all samples, row after row, `starts` where in it each row begins."""
+
+    def __init__(self, order: np.ndarray, starts: np.ndarray) -> None:
+        self.order = order
+        self.starts = starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The samples of a row."""
+        end = self.starts[row + 1] if row + 1 < len(self) else len(self.order)
+        return self.order[self.starts[row] : end]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum over each row's samples of what `values` has for every sample."""
+        return np.add.reduceat(values[self.order], self.starts)
+
+
+def pack(num_tokens: np.ndarray, row_length: int, seed: int, num_processes: int = 1) -> Packing:
+    """Share samples out among rows of `row_length` tokens: each goes to the row that it fills up most, or a new one.
+
+    Those above a quarter of a row come first, longest first (best-fit decreasing), the others as shuffled by `seed`:
+    sorted, they would fill rows no better, and dozens of equal length, often of one kind of question, would share one.
+
+    Args:
+        num_tokens: of each sample, none above `row_length`.
+        num_processes: there will be a multiple of it in rows, if there are samples enough, so that none is left out.
+    """
+    order = np.random.default_rng(seed).permutation(len(num_tokens))
+    is_long = num_tokens[order] > row_length // 4
+    order = order[np.argsort(-num_tokens[order] * is_long, kind="stable")]
+    row_of = np.empty(len(num_tokens), dtype=int)
+    rows_with: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the tokens left in them
+    rooms: list[int] = []  # the numbers of tokens left of which there is a row, in order
+    num_rows = 0
+    for place, length in enumerate(num_tokens[order].tolist()):
+        found = bisect_left(rooms, length)
+        if found == len(rooms):
+            row, room = num_rows, row_length
+            num_rows += 1
+        else:
+            room = rooms[found]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[found]
+        row_of[place] = row
+        room -= length
+        if room:
+            if not rows_with[room]:
+                insort(rooms, room)
+            rows_with[room].append(row)
+    by_row = np.argsort(row_of, kind="stable")
+    starts = np.flatnonzero(np.diff(row_of[by_row], prepend=-1))
+    inside_rows = np.setdiff1d(np.arange(len(num_tokens)), starts)
+    starts = np.union1d(starts, inside_rows[: -len(starts) % num_processes])  # a row is cut by one more start
+    return Packing(order[by_row], starts)
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """The rows of a packing, each a list of the data set's samples."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, packing: Packing) -> None:
+        self.dataset = dataset
+        self.packing = packing
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    def __getitem__(self, row: int) -> list[dict]:
+        return [self.dataset[index] for index in self.packing[row].tolist()]
+
+
+class PackedCollator(TrainCollator):
+    """Rows of samples to forward's arguments: [R, T] with T the longest row's tokens, `position_ids` in place of the
+    mask. Images stay in reading order over the batch. Padding has position 0, each of it a sequence of its own."""
+
+    def __call__(self, rows: list[list[dict]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__([sample for row in rows for sample in row])  # a row for each sample
+        is_token = batch.pop("attention_mask").bool()
+        lengths = is_token.sum(1).split([len(row) for row in rows])
+        position_ids = torch.arange(is_token.shape[1]).expand_as(is_token)
+        # The sample before would be asked for the first token.
+        batch["labels"][:, 0] = IGNORE_INDEX
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0}
+        for name, fill in padding.items():
+            tokens = (position_ids if name == "position_ids" else batch[name])[is_token]
+            row_tokens = tokens.split([int(each.sum()) for each in lengths])
+            batch[name] = pad_sequence(row_tokens, batch_first=True, padding_value=fill)
+        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}

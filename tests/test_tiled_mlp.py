@@ -1,0 +1,84 @@
+"""MLPs in tiles against whole ones: the same step, run no more often, with less in memory."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import train
+from data.batching import IGNORE_INDEX
+from memory_trace import trace_training
+from tiled_mlp import tile_frozen_mlps, tiles
+from train import StepConfig
+
+
+def step(mlp_tiles: int, **flags) -> tuple[dict[str, torch.Tensor], Counter]:
+    """Loss and gradients of a step with LoRA on the preset `tiny`, and how many tokens each MLP has seen."""
+    torch.manual_seed(0)
+    config = StepConfig(model="tiny", mixed_precision="no", mlp_tiles=mlp_tiles, lora_dropout=0.0, **flags)
+    model = train.build_model(config, is_deepspeed=False).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and then so are most gradients
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    seen = Counter()
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate_proj"):
+            module.register_forward_hook(
+                lambda _, args, output, name=name: seen.update({name: args[0][..., 0].numel()})
+            )
+    input_ids = torch.randint(6, 500, (3, 21), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, :5] = IGNORE_INDEX
+    loss = model(input_ids=input_ids, labels=labels).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {"loss": loss.detach()} | gradients, seen
+
+
+@pytest.mark.parametrize("num_tiles", [2, 5, 100])
+def test_step_is_the_same(num_tiles):
+    """Loss and all trainable gradients within 1e-5, also with more tiles than tokens."""
+    expected, _ = step(1)
+    found, _ = step(num_tiles)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_mlps_run_twice_not_three_times():
+    """Forward, and in the backward pass; the recomputation of a layer stops before its MLP."""
+    _, seen = step(4)
+    assert len(seen) == 4 and set(seen.values()) == {2 * 3 * 21}
+
+
+@pytest.mark.parametrize(
+    "flags", [{"gradient_checkpointing": False}, {"lora_target_modules": ["q_proj", "gate_proj"]}, {"lora_r": 0}]
+)
+def test_others_are_left_alone(flags):
+    """Without checkpointing tiles would be recomputed for nothing, and a trained MLP's gradients would be lost."""
+    whole, tiled = (step(num_tiles, **flags) for num_tiles in (1, 4))
+    assert whole[1] == tiled[1]
+    assert all(torch.equal(tiled[0][name], tensor) for name, tensor in whole[0].items())
+
+
+def test_tiles_are_all_tokens_in_order():
+    hidden_states = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
+    parts = tiles(hidden_states, 4)
+    assert [part.shape for part in parts] == [(1, 3, 3), (1, 3, 3), (1, 2, 3), (1, 2, 3)]
+    assert torch.equal(torch.cat(parts, dim=1).view(2, 5, 3), hidden_states)
+    assert len(tiles(hidden_states, 100)) == 100
+
+
+def test_tiling_lowers_the_predicted_peak():
+    peaks = []
+    for num_tiles in (1, 4):
+        config = StepConfig(
+            model="tiny", mixed_precision="no", mlp_tiles=num_tiles, max_seq_len=400, per_device_train_batch_size=8
+        )
+        trace = trace_training(config, device_type="cpu")
+        peaks.append(max(total for total in trace.timeline()))
+    assert peaks[1] < peaks[0]
+
+
+def test_a_model_without_mlps_is_no_error():
+    tile_frozen_mlps(torch.nn.Linear(2, 2), 4)
