@@ -1,5 +1,6 @@
 """eval.py as users start it: answers, files, resuming, several processes, and bad input in one line."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 
 import eval as evaluation
@@ -72,6 +75,26 @@ def test_result(tmp_path):
     assert sum(group["n"] for group in written["by_type"].values()) == 10
     assert written["score"] == sum(item["value"] for item in written["scores"]) / 10
     assert len(answers_of(tmp_path)) == 10
+
+
+def test_tensorboard(adapter, tmp_path):
+    """Scores by type; a grid of the same questions whatever the run, so that runs can be laid side by side."""
+    run(*flags(tmp_path, None, "first", limit=30))
+    run(*flags(tmp_path, None, "second", limit=30, adapter=adapter))
+    tables, grids = [], []
+    for name in ("first", "second"):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name))
+        events.Reload()
+        written = json.loads((tmp_path / f"{name}.json").read_text())
+        scores = {"eval/exact_match": written["score"]}
+        scores |= {f"eval/exact_match_{kind}": group["score"] for kind, group in written["by_type"].items()}
+        assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == pytest.approx(scores)
+        tables.append(events.Tensors("eval/samples/text_summary")[0].tensor_proto.string_val[0].decode())
+        grids.append(Image.open(io.BytesIO(events.Images("eval/samples")[0].encoded_image_string)))
+    ids = [[line.split("|")[1] for line in table.splitlines()] for table in tables]
+    assert ids[0] == ids[1] and len(ids[0]) == 2 + 12
+    assert tables[0] != tables[1]
+    assert min(grid.width for grid in grids) == 4 * 328
 
 
 def greedy(model, processor, question, max_new_tokens: int) -> str:
