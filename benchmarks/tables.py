@@ -1,4 +1,4 @@
-"""Write the README's tables from what lies in results/: `python -m benchmarks.tables`. A test compares them."""
+"""Write the tables of README and docs from what lies in results/: `python -m benchmarks.tables`. A test compares."""
 
 import json
 from pathlib import Path
@@ -45,18 +45,62 @@ def describe(flags: dict[str, Any]) -> str:
     return ", ".join(words) or "nothing"
 
 
-TABLES = {"gpu": gpu_table}
+def lora_table() -> str:
+    """Predicted for MGM-2B: what each way of training trains and takes."""
+    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["lora"]
+    lines = ["| trained | parameters | share | peak | device |", "|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['trainable_params'] / row['total_params']:.2%}"
+        sizes = [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
+        lines.append(f"| {what_is_trained(row['flags'])} | {row['trainable_params']:,} | {share} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
+def what_is_trained(flags: dict[str, Any]) -> str:
+    if flags["lora_r"]:
+        targets = "all linear layers" if len(flags.get("lora_target_modules", ())) == 7 else "q, v, o"
+        return f"LoRA r={flags['lora_r']} on {targets}; projector and mining"
+    return "projector and mining alone" if "trainable_modules" in flags else "all but the towers"
+
+
+PURPOSES = {
+    "weights, optimizer, gradients": ("weights", "optimizer", "gradients"),
+    "rounding of pinned memory": ("pinned_rounding",),
+    "process": ("process",),
+    "workers and batches": ("workers", "batches"),
+}
+
+
+def host_table() -> str:
+    """Predicted for MGM-2B: the host's memory by purpose."""
+    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["host"]
+    header = ["config", "trained", "processes", *PURPOSES, "other", "sum", "loading"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        flags, host = row["flags"], row["host"]
+        sizes = [sum(host.get(name, 0) for name in names) for names in PURPOSES.values()]
+        sizes += [sum(host.values()) - sum(sizes), sum(host.values()), row["loading_bytes"]]
+        first = [f"`{Path(flags['config_file']).name}`", "all" if flags.get("lora_r") == 0 else "LoRA r=16"]
+        cells = [*first, str(flags.get("world_size", 1)), *(f"{size / GIB:.2f}" for size in sizes)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In GiB (2**30 bytes)."])
+
+
+TABLES = {"gpu": gpu_table, "lora": lora_table, "host": host_table}
+DOCUMENTS = ("README.md", "docs/lora.md", "docs/host_memory.md")
 
 
 def with_tables(text: str) -> str:
     """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, table in TABLES.items():
         before, start, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        text = before + start + table() + "\n" + end + after
+        if start:
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            text = before + start + table() + "\n" + end + after
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for document in DOCUMENTS:
+        path = ROOT / document
+        path.write_text(with_tables(path.read_text()))

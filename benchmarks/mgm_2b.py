@@ -1,0 +1,87 @@
+"""Predict what MGM-2B takes of a GPU and of the host, for the tables in docs/: `python -m benchmarks.mgm_2b`.
+
+Needs no GPU. Writes results/mgm_2b.json; `python -m benchmarks.tables` writes the tables from it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from benchmarks.lora_vs_full import ALL_LINEAR
+from memory_host import host_breakdown, loading_bytes
+from memory_probe import ProbeConfig, probe
+from memory_strategies import strategy_of, trace_strategy
+from run_log import count_parameters
+from utils import run_script
+
+
+ROWS = {
+    "lora": [
+        {"lora_r": 8, "lora_alpha": 16},
+        {"lora_r": 16, "lora_alpha": 32},
+        {"lora_r": 32, "lora_alpha": 64},
+        {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ALL_LINEAR},
+        {"lora_r": 0, "trainable_modules": ["multi_modal_projector", "patch_info_mining"]},
+        {"lora_r": 0},
+    ],
+    "host": [
+        {"config_file": "accelerate_configs/zero3.yaml"},
+        {"config_file": "accelerate_configs/zero3.yaml", "world_size": 2},
+        {"config_file": "accelerate_configs/zero3.yaml", "lora_r": 0},
+        {"config_file": "accelerate_configs/zero2.yaml"},
+        {"config_file": "accelerate_configs/single.yaml"},
+    ],
+}
+
+
+@dataclass(kw_only=True)
+class DocumentConfig:
+    output: str = "results/mgm_2b.json"
+
+
+def main(config: DocumentConfig) -> dict[str, Any]:
+    result = {
+        "lora": [{"flags": flags} | trained(flags) | peak(flags) for flags in ROWS["lora"]],
+        "host": [{"flags": flags} | host(flags) for flags in ROWS["host"]],
+    }
+    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    return {"rows": sum(map(len, result.values())), "output": config.output}
+
+
+def probe_config(flags: dict[str, Any]) -> ProbeConfig:
+    """bf16, a row of 2048 tokens with an image, checkpointing: ProbeConfig's defaults."""
+    return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", **flags)
+
+
+def trained(flags: dict[str, Any]) -> dict[str, int]:
+    with torch.device("meta"):
+        model = train.build_model(probe_config(flags), is_deepspeed=False)
+    total, trainable = count_parameters(model)
+    return {"total_params": total, "trainable_params": trainable}
+
+
+def peak(flags: dict[str, Any]) -> dict[str, int]:
+    result = probe(probe_config(flags))
+    return {name: result[name] for name in ("peak_allocated_bytes", "device_bytes")}
+
+
+def host(flags: dict[str, Any]) -> dict[str, Any]:
+    """The host's memory by purpose while the steps run, and while the weights are loaded."""
+    config = probe_config(flags)
+    strategy = strategy_of(config)
+    trace = trace_strategy(config, strategy, config.device)
+    with torch.device("meta"):
+        weight_bytes = 2 * count_parameters(train.build_model(config, is_deepspeed=False))[0]  # bf16
+    is_split = strategy.name == "zero3"
+    return {
+        "host": host_breakdown(trace, config.world_size),
+        "loading_bytes": loading_bytes(trace, weight_bytes, config.world_size, is_split),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, DocumentConfig)
