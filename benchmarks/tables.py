@@ -52,7 +52,9 @@ def lora_table() -> str:
     for row in rows:
         share = f"{row['trainable_params'] / row['total_params']:.2%}"
         sizes = [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
-        lines.append(f"| {what_is_trained(row['flags'])} | {row['trainable_params']:,} | {share} | {' | '.join(sizes)} |")
+        lines.append(
+            f"| {what_is_trained(row['flags'])} | {row['trainable_params']:,} | {share} | {' | '.join(sizes)} |"
+        )
     return "\n".join(lines)
 
 
