@@ -44,11 +44,14 @@ class DocumentConfig:
 
 
 def main(config: DocumentConfig) -> dict[str, Any]:
-    result = {
-        "lora": [{"flags": flags} | trained(flags) | peak(flags) for flags in ROWS["lora"]],
-        "host": [{"flags": flags} | host(flags) for flags in ROWS["host"]],
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    path = Path(config.output)
+    result = json.loads(path.read_text()) if path.exists() else {name: [] for name in ROWS}
+    for name, predict_row in (("lora", lora), ("host", host)):
+        there = [row["flags"] for row in result[name]]  # by a run that was interrupted: delete the file to begin anew
+        for flags in [flags for flags in ROWS[name] if flags not in there]:
+            result[name].append({"flags": flags} | predict_row(flags))
+            print(result[name][-1], flush=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
     return {"rows": sum(map(len, result.values())), "output": config.output}
 
 
@@ -57,16 +60,14 @@ def probe_config(flags: dict[str, Any]) -> ProbeConfig:
     return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", **flags)
 
 
-def trained(flags: dict[str, Any]) -> dict[str, int]:
+def lora(flags: dict[str, Any]) -> dict[str, int]:
+    """What is trained, and the GPU's memory."""
     with torch.device("meta"):
         model = train.build_model(probe_config(flags), is_deepspeed=False)
     total, trainable = count_parameters(model)
-    return {"total_params": total, "trainable_params": trainable}
-
-
-def peak(flags: dict[str, Any]) -> dict[str, int]:
     result = probe(probe_config(flags))
-    return {name: result[name] for name in ("peak_allocated_bytes", "device_bytes")}
+    sizes = {name: result[name] for name in ("peak_allocated_bytes", "device_bytes")}
+    return {"total_params": total, "trainable_params": trainable} | sizes
 
 
 def host(flags: dict[str, Any]) -> dict[str, Any]:

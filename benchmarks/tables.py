@@ -66,7 +66,7 @@ def what_is_trained(flags: dict[str, Any]) -> str:
 
 
 PURPOSES = {
-    "weights, optimizer, gradients": ("weights", "optimizer", "gradients"),
+    "weights, optimizer, gradients": ("weights", "trained", "optimizer", "gradients"),
     "rounding of pinned memory": ("pinned_rounding",),
     "process": ("process",),
     "workers and batches": ("workers", "batches"),

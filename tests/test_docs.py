@@ -1,5 +1,6 @@
 """What docs/ says, against the repository: links, commands, tables, quoted messages."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_quoted_settings_are_those_of_the_files():
     assert '"zero_force_ds_cpu_optimizer": false' in config and '"pin_memory": true' in config
     assert TrainConfig.attn_implementation == "sdpa" and TrainConfig.mixed_precision == "auto"
     assert (TrainConfig.lora_r, TrainConfig.lora_alpha, TrainConfig.lora_dropout) == (16, 32, 0.1)
+
+
+def test_host_memory_verdict():
+    """docs/host_memory.md: full fine-tuning with offload against 64 GB and LoRA."""
+    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["host"]
+    full, lora = (sum(row["host"].values()) for row in (rows[2], rows[0]))
+    assert rows[2]["flags"]["lora_r"] == 0 and "lora_r" not in rows[0]["flags"]
+    assert full > 64 * 2**30 and lora < full / 8
 
 
 def test_lora_arithmetic():
