@@ -6,26 +6,60 @@ from dataclasses import replace
 from typing import Any
 
 from memory_gpus import MIB
-from memory_predict import predict, trace_step
-from memory_report import size
-from memory_strategies import strategy_of
+from memory_predict import predict
+from memory_report import as_flags, size
 from memory_trace import Trace
 from train import StepConfig
 from utils import load_config
 
 
-def explain(config: StepConfig, device_bytes: int) -> list[str]:
-    """Lines for a reader: the logits, then each change with what it saves of `device_bytes`, most first."""
-    trace = trace_step(config, strategy_of(config)).device
-    vocab_size = load_config(config.model).text_config.vocab_size
+def suggest(config: StepConfig, device_bytes: int) -> dict[str, Any]:
+    """What each change of a ProbeConfig's flags would do to its `device_bytes`, and the least that fits the budget.
+
+    Returns `changes`, in the order of how much they cost (see changes_of), each with `flags`, `device_bytes`,
+    `saved_bytes` and `fits`; and `nearest`, the `flags` and `device_bytes` of the first change, or else of the first
+    changes together, with which it fits: None where it does so already or nothing helps.
+    """
+    changes = [_traced(config, flags, device_bytes) for flags in changes_of(config)]
+    nearest = None
+    if device_bytes > config.budget_bytes:
+        alone = next((change for change in changes if change["fits"]), None)
+        nearest = {key: alone[key] for key in ("flags", "device_bytes")} if alone else _together(config, device_bytes)
+    return {"changes": changes, "nearest": nearest}
+
+
+def _together(config: StepConfig, device_bytes: int) -> dict[str, Any] | None:
+    """Change after change, as long as something saves memory and it does not fit."""
+    made, useless = {}, []
+    while True:
+        remaining = (flags for flags in changes_of(replace(config, **made)) if flags not in useless)
+        flags = next(remaining, None)
+        if flags is None:
+            return None
+        change = _traced(config, made | flags, device_bytes)
+        if change["saved_bytes"] <= 0:
+            useless.append(flags)
+            continue
+        made, device_bytes = change["flags"], change["device_bytes"]
+        if change["fits"]:
+            return {"flags": made, "device_bytes": device_bytes}
+
+
+def _traced(config: StepConfig, flags: dict[str, Any], device_bytes: int) -> dict[str, Any]:
+    needed_bytes = predict(replace(config, **flags))["device_bytes"]
+    saved_bytes, fits = device_bytes - needed_bytes, needed_bytes <= config.budget_bytes
+    return {"flags": flags, "device_bytes": needed_bytes, "saved_bytes": saved_bytes, "fits": fits}
+
+
+def explain(config: StepConfig, trace: Trace, suggestions: dict[str, Any]) -> list[str]:
+    """Lines for a reader: the logits of the device's trace, then each change with what it saves, most first."""
+    vocab_size = load_config(config.model).get_text_config().vocab_size
     lines = ["The logits:", *logits_lines(trace, config.max_seq_len, vocab_size), "What to change first:"]
-    suggestions = []
-    for changes in changes_of(config):
-        saved_bytes = device_bytes - predict(replace(config, **changes))["device_bytes"]
-        suggestions.append((saved_bytes, as_flags(changes)))
-    for saved_bytes, flags in sorted(suggestions, reverse=True):
-        if saved_bytes > 0:
-            lines.append(f"  {size(saved_bytes):>12} less with {flags}")
+    for change in sorted(suggestions["changes"], key=lambda change: -change["saved_bytes"]):
+        if change["saved_bytes"] > 0:
+            lines.append(f"  {size(change['saved_bytes']):>12} less with {as_flags(change['flags'])}")
+    if (nearest := suggestions["nearest"]) is not None:
+        lines.append(f"Nearest that fits: {as_flags(nearest['flags'])} ({size(nearest['device_bytes'])})")
     return lines
 
 
@@ -47,27 +81,30 @@ def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
 
 
 def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
-    """The flags that could be changed, one thing at a time."""
+    """The flags that could be changed, one thing at a time: first what leaves every update as it is and costs time
+    alone, then what trains less, last what cuts samples."""
+    if config.loss == "full":
+        yield {"loss": "chunked"}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if config.attn_implementation == "eager":
+        yield {"attn_implementation": "sdpa"}
     if config.per_device_train_batch_size > 1:
         rows = config.per_device_train_batch_size // 2
         yield {
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": config.gradient_accumulation_steps * 2,
         }
-    image_positions = config.images_per_sample * load_config(config.model).num_image_tokens
-    if config.max_seq_len // 2 > image_positions:
-        yield {"max_seq_len": config.max_seq_len // 2}
+    is_quantized_dora = config.use_dora and config.quantize != "none"  # not under ZeRO
+    if (config.strategy, config.offload) != ("zero3", "param") and not is_quantized_dora:
+        yield {"strategy": "zero3", "offload": "param", "config_file": None}
     if config.lora_r == 0:
         yield {"lora_r": 16}
         if config.optim != "sgd":
             yield {"optim": "sgd"}
-    if config.attn_implementation == "eager":
-        yield {"attn_implementation": "sdpa"}
-    if config.strategy == "single":
-        yield {"strategy": "zero3", "offload": "param"}
-
-
-def as_flags(changes: dict[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in changes.items())
+    elif config.quantize == "none" and not config.use_dora:
+        yield {"quantize": "nf4"}
+    num_image_tokens = getattr(load_config(config.model), "num_image_tokens", 0)  # a bare language model has none
+    image_positions = config.images_per_sample * num_image_tokens
+    if config.max_seq_len // 2 > image_positions:
+        yield {"max_seq_len": config.max_seq_len // 2}

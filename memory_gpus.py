@@ -54,3 +54,13 @@ GPUS = {
     "rtx3070": Gpu("RTX 3070, 8 GB", int(7.78 * GIB), AMPERE),  # akshitac8/OW-DETR #46
     "h100": Gpu("H100, 80 GB", 85_017_493_504, HOPPER),  # torch.cuda.mem_get_info
 }
+
+
+def nearest_gpu(name: str, capability: tuple[int, int]) -> str:
+    """The entry for a card as PyTorch names it ("NVIDIA GeForce RTX 4090"), or else one of its generation."""
+    for key, gpu in GPUS.items():
+        if gpu.title.partition(",")[0] in name:
+            return key
+    if capability >= (9, 0):
+        return "h100"
+    return "rtx4090" if capability == (8, 9) else "rtx3090"

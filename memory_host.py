@@ -3,7 +3,8 @@
     host_breakdown(trace_strategy(config, strategy), strategy.world_size)    # bytes by purpose
 
 What DeepSpeed offloads comes from its trace. Page-locked ("pinned") memory comes in blocks of a power of two, which is
-where an offloaded run takes more than its tensors.
+where an offloaded run takes more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
+checkpoint's file, which the system can drop.
 """
 
 from collections import Counter
@@ -43,18 +44,6 @@ def host_breakdown(
     sums["workers"] = num_workers * WORKER_BYTES
     sums["batches"] = num_workers * PREFETCH_FACTOR * batch_bytes(trace.device)
     return {purpose: world_size * nbytes for purpose, nbytes in sums.items() if nbytes}
-
-
-def loading_bytes(trace: PlacedTrace, weight_bytes: int, world_size: int, is_split: bool) -> int:
-    """The most host memory that loading the weights takes, `weight_bytes` being the checkpoint's.
-
-    With `zero3_init_flag` (`is_split`) rank 0 has the checkpoint's tensors beside what is offloaded already
-    (transformers' _load_state_dict_into_zero3_model); pages of a safetensors file can be dropped under pressure.
-    Else each process reads the whole model before it goes to its device.
-    """
-    if not is_split:
-        return world_size * (PROCESS_BYTES["cuda"] + weight_bytes)
-    return world_size * (PROCESS_BYTES["cuda"] + pinned_blocks_bytes(trace.pinned.record)) + weight_bytes
 
 
 def batch_bytes(trace: Trace) -> int:

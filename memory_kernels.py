@@ -8,6 +8,7 @@ a kernel allocates besides its outputs and frees before it returns.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +47,25 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
+def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int:
+    """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
+
+    Source: bitsandbytes/backends, _gemm_4bit_default_impl and cuda's _dequant_linear_fallback, which holds the scales
+    without their mean as well. On CUDA few tokens (at most 1536, depending on GPU and shape) go through a kernel that
+    takes the weight as it is; making it is the worst case.
+    """
+    x, _, (rows, columns), _, block_size, *_ = args
+    return rows * columns * x.element_size() + 4 * num_scales * -(-rows * columns // block_size)
+
+
 BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
 WORKSPACES: dict[str, dict[str, Workspace]] = {
-    "cpu": {},  # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
+    # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
+    "cpu": {"gemm_4bit": partial(_dequantized, num_scales=1)},
     "cuda": {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "gemm_4bit": partial(_dequantized, num_scales=2),
     },
 }
 

@@ -28,9 +28,6 @@ def measure(config: StepConfig) -> dict[str, Any]:
         "peak_allocated_bytes": peak_bytes,
         "peak_reserved_bytes": peak_bytes,
         "device_bytes": peak_bytes,
-        "breakdown": {},
-        "phases": {},
-        "largest_tensors": [],
     }
 
 

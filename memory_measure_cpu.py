@@ -9,11 +9,12 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
-
 import train
-from memory_window import probe_accelerator, run_updates, worst_case_batch
+from data.worst_case import worst_case_batch
+from memory_profile import memory_events, profile_memory, rise
+from memory_window import probe_accelerator, run_updates
+from quantization import state_tensors
+from utils import quiet_libraries
 
 
 @dataclass
@@ -33,35 +34,16 @@ def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Me
 
 
 def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurement:
+    quiet_libraries()
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         batch = worst_case_batch(model.config, config, images_per_sample)
-        tensors = [*model.parameters(), *model.buffers(), *batch.values()]
+        states = [tensor for _, tensor in state_tensors(model)]
+        tensors = [*model.parameters(), *model.buffers(), *states, *batch.values()]
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile_memory() as profiler:
             model, optimizer = accelerator.prepare(model, optimizer)
             run_updates(accelerator, model, optimizer, batch, config)
     baseline_bytes, events = sum(storages.values()), memory_events(profiler)
     return Measurement(baseline_bytes + rise(events), baseline_bytes, events)
-
-
-def rise(events: list[int]) -> int:
-    """The most that is in use above the beginning."""
-    total = peak = 0
-    for nbytes in events:
-        total += nbytes
-        peak = max(peak, total)
-    return peak
-
-
-def memory_events(profiler: profile) -> list[int]:
-    """The allocator's events in the order of time. The profiler hangs them on the operators that made them."""
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
-    found = []
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return [nbytes for _, nbytes in sorted(found, key=lambda pair: pair[0])]

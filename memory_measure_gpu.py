@@ -5,26 +5,22 @@
 The step is train.py's, the batch memory_window's. A smaller card is emulated by a limit on what PyTorch may reserve.
 """
 
-import json
 import multiprocessing
-import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 
 import train
-from memory_stand_in import launch_environment
+from data.worst_case import worst_case_batch
+from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import run_updates, watch_phases, worst_case_batch
+from memory_window import run_updates, watch_phases
 from memory_zero import NUM_UPDATES
 from utils import UserError
 
@@ -44,18 +40,11 @@ def measure_gpu(
     if strategy.world_size > 1:
         raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deepspeed.json"
-        path.write_text(json.dumps(strategy.deepspeed_config))
-        environment = launch_environment(path, 1) | {"MASTER_PORT": "29511"}
-        environment.pop("CUDA_VISIBLE_DEVICES")
-        if not strategy.name.startswith("zero"):
-            environment = {}
-        elif strategy.name == "zero3":
-            environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true"
-        with patch.dict(os.environ, environment):
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                return pool.submit(measure_in_this_process, config, images_per_sample, limit_bytes).result()
+    is_deepspeed = strategy.name.startswith("zero")
+    launch = launched(strategy.deepspeed_config, 1, 29511, splits_weights=strategy.name == "zero3", gpu=True)
+    with launch if is_deepspeed else nullcontext():
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            return pool.submit(measure_in_this_process, config, images_per_sample, limit_bytes).result()
 
 
 def refuse_gpu_in_use() -> None:
@@ -74,11 +63,13 @@ def measure_in_this_process(
         context_bytes = used_bytes()
         accelerator = train.build_accelerator(config)
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
-        with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
+        is_moved = not is_deepspeed and config.quantize == "none"  # 4-bit weights are made where they stay
+        with torch.device("cuda") if is_moved else nullcontext():  # drawing numbers there is quick
             model = train.build_model(config, is_deepspeed)
-        if not is_deepspeed:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
+        if is_moved:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
             model = model.cpu()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
         peaks = PhasePeaks()
@@ -98,6 +89,7 @@ def measure_in_this_process(
             "peak_allocated_bytes": max(peaks.allocated_bytes.values()),
             "peak_reserved_bytes": peaks.reserved_bytes,
             "device_bytes": used_bytes(),
+            "reserved_at_end_bytes": torch.cuda.memory_reserved(),
             "host_bytes": psutil.Process().memory_info().rss,
             "context_bytes": context_bytes,
             "phases": peaks.allocated_bytes,

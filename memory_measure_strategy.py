@@ -6,53 +6,40 @@ Tensors that gloo's threads are the last to hold are released where the profiler
 a step begins is counted by walking over all tensors, and only what the step adds comes from the profiler.
 """
 
-import gc
-import json
 import multiprocessing
 import os
 import socket
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from pathlib import Path
-from unittest.mock import patch
 
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 import train
-from memory_measure_cpu import memory_events, rise
-from memory_stand_in import launch_environment
+from data.worst_case import worst_case_batch
+from memory_profile import bytes_in_use, memory_events, profile_memory, rise
+from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import worst_case_batch
 from memory_zero import NUM_UPDATES
+from utils import quiet_libraries
 
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
     """Bytes at the peak of rank 0's steady state, device and host together: a CPU has one memory for both."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free_port:
-        path = Path(folder) / "deepspeed.json"
-        path.write_text(json.dumps(strategy.deepspeed_config))
-        environment = launch_environment(path, strategy.world_size)
-        if not strategy.name.startswith("zero"):
-            environment = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE")}
-        if strategy.name == "zero3":
-            environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true"
+    with socket.socket() as free_port:
         free_port.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(free_port.getsockname()[1])
-        free_port.close()
-        with patch.dict(os.environ, environment):
-            with ProcessPoolExecutor(max_workers=strategy.world_size, mp_context=context) as pool:
-                ranks = range(strategy.world_size)
-                runs = [pool.submit(_measure, config, rank, strategy.world_size, images_per_sample) for rank in ranks]
-                return [run.result() for run in runs][0]
+        port = free_port.getsockname()[1]
+    with launched(strategy.deepspeed_config, strategy.world_size, port, splits_weights=strategy.name == "zero3"):
+        with ProcessPoolExecutor(max_workers=strategy.world_size, mp_context=context) as pool:
+            ranks = range(strategy.world_size)
+            runs = [pool.submit(_measure, config, rank, strategy.world_size, images_per_sample) for rank in ranks]
+            return [run.result() for run in runs][0]
 
 
 def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sample: int) -> int:
+    quiet_libraries()
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     with redirect_stdout(sys.stderr):
         accelerator = train.build_accelerator(config)
@@ -64,8 +51,8 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
         scheduler = get_scheduler("constant", optimizer)
         peaks = []
         for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
-            before_bytes = _bytes_in_use(model)
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            before_bytes = bytes_in_use(model)
+            with profile_memory() as profiler:
                 with accelerator.accumulate(model):
                     train.training_step(
                         accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
@@ -74,17 +61,3 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return peaks[-1]
-
-
-def _bytes_in_use(model: nn.Module) -> int:
-    """Bytes of all tensors of this process, and of DDP's buckets, which no Python object holds."""
-    gc.collect()
-    storages = {}
-    for tensor in filter(lambda thing: isinstance(thing, torch.Tensor), gc.get_objects()):
-        for part in (tensor, tensor.grad if tensor.is_leaf else None):
-            if part is not None:
-                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        buckets = [bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets()]
-        return sum(storages.values()) + sum(bucket.nbytes for bucket in buckets)
-    return sum(storages.values())

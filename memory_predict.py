@@ -9,7 +9,7 @@ from memory_allocator import replay_events
 from memory_gpus import GPUS, NCCL_BYTES
 from memory_host import host_breakdown
 from memory_record import TraceError
-from memory_strategies import Strategy, strategy_of, trace_strategy
+from memory_strategies import strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
@@ -25,13 +25,12 @@ def predict(config: StepConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no such strategy, the images do not fit into a row, or the step does what cannot be traced.
     """
+    return summarize(trace_step(config), config)
+
+
+def trace_step(config: StepConfig) -> PlacedTrace:
+    """The step that a ProbeConfig's flags choose. Raises UserError as predict does."""
     strategy = strategy_of(config)
-    trace = trace_step(config, strategy)
-    host = host_breakdown(trace, strategy.world_size, config.device)
-    return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
-
-
-def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
     workspace_bytes = GPUS[config.gpu].family.cublas_workspace_bytes if config.device == "cuda" else 0
     try:
         return trace_strategy(config, strategy, config.device, config.images_per_sample, workspace_bytes)
@@ -39,6 +38,12 @@ def trace_step(config: StepConfig, strategy: Strategy) -> PlacedTrace:
         raise UserError(f"--model {config.model}: {error}") from None
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
+
+
+def summarize(trace: PlacedTrace, config: StepConfig) -> dict[str, Any]:
+    """What is reported of a ProbeConfig's traced step."""
+    host = host_breakdown(trace, config.world_size, config.device)
+    return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
 
 
 def describe(trace: Trace) -> dict[str, Any]:

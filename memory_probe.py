@@ -3,6 +3,7 @@
     python memory_probe.py --lora-r 16
     python memory_probe.py --model mgm-7b --gpu rtx3060 --max_seq_len 1024 --explain
     python memory_probe.py --mode both --device cpu --model tiny --max_seq_len 64
+    python memory_probe.py --calibrate
     python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output results/sweep
 
 The last line on stdout is a JSON object. Exit code 3: it does not fit.
@@ -16,14 +17,16 @@ from pathlib import Path
 
 import torch
 
+from memory_calibrate import calibrate, entry
 from memory_charts import step_chart
-from memory_explain import explain
+from memory_explain import explain, suggest
 from memory_gpus import GIB, GPUS
 from memory_measure import measure
-from memory_predict import predict, trace_step
+from memory_predict import summarize, trace_step
 from memory_report import report
-from memory_strategies import Strategy, strategy_of
+from memory_strategies import Strategy
 from memory_sweep import run_sweep
+from memory_zero import PlacedTrace
 from train import StepConfig
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
 
@@ -51,6 +54,7 @@ class ProbeConfig(StepConfig):
         metadata={"help": "folder for the result and a picture of it"},
     )
     explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
+    calibrate: bool = field(default=False, metadata={"help": "measure memory_gpus.py's constants on this GPU"})
 
     def __post_init__(self) -> None:
         has_gpu = torch.cuda.is_available()
@@ -67,6 +71,8 @@ class ProbeConfig(StepConfig):
             self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
         check_choice("gpu", self.gpu, tuple(GPUS))
         check_minimum(self, images_per_sample=0, world_size=1)
+        if self.explain and self.mode == "measure":
+            raise UserError("--explain: it explains a prediction; choose --mode predict or both")
         if self.budget_gib is not None and self.budget_gib <= 0:
             raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0")
 
@@ -82,33 +88,44 @@ class ProbeConfig(StepConfig):
 
 
 def main(config: ProbeConfig) -> dict:
+    if config.calibrate:
+        result = calibrate(config)
+        print(entry(result), flush=True)
+        return result
     if config.sweep:
         return run_sweep(config, probe)
-    result = probe(config)
+    result, trace = probe_and_trace(config)
     print(report(result), flush=True)
-    if config.output is not None:
-        write_output(config, result)
     if config.explain:
-        print("", *explain(config, result["device_bytes"]), sep="\n", flush=True)
+        suggestions = suggest(config, result["device_bytes"])
+        result |= suggestions
+        print("", *explain(config, trace.device, suggestions), sep="\n", flush=True)
+    if config.output is not None:
+        write_output(Path(config.output), result, trace)
     return result
 
 
-def write_output(config: ProbeConfig, result: dict) -> None:
+def write_output(folder: Path, result: dict, trace: PlacedTrace | None) -> None:
     """The result and, of a prediction, a picture of the step as it goes on."""
-    folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
-    if config.mode != "measure":
-        step_chart(trace_step(config, strategy_of(config)).device).savefig(folder / "step.png", dpi=120)
+    if trace is not None:
+        step_chart(trace.device).savefig(folder / "step.png", dpi=120)
     print(f"Saved to {folder}", flush=True)
 
 
 def probe(config: ProbeConfig) -> dict:
     """One configuration's memory: predicted, measured or both, in the contract's keys."""
+    return probe_and_trace(config)[0]
+
+
+def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedTrace | None]:
+    """What probe returns, and the traced step that a prediction comes from."""
     start = time.monotonic()
-    result = {"mode": config.mode, "model": config.model, "config": asdict(config)}
+    result, trace = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
     if config.mode != "measure":
-        result |= predict(config)
+        trace = trace_step(config)
+        result |= summarize(trace, config)
     if config.mode != "predict":
         measured = measure(config)
         if config.mode == "both":
@@ -117,7 +134,7 @@ def probe(config: ProbeConfig) -> dict:
         result |= measured
     result["budget_bytes"] = config.budget_bytes
     result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
-    return result | {"seconds": time.monotonic() - start}
+    return result | {"seconds": time.monotonic() - start}, trace
 
 
 def compare(predicted_bytes: int, measured_bytes: int) -> dict[str, float]:

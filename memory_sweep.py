@@ -59,7 +59,7 @@ def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Fi
 def parse_grid(config: StepConfig, words: list[str]) -> dict[str, list[Any]]:
     """`KEY=V1,V2` words to the values of each flag. Raises UserError for what is no flag or no value of it."""
     hints = typing.get_type_hints(type(config))
-    names = {field.name for field in fields(config)} - {"sweep", "output", "explain"}
+    names = {field.name for field in fields(config)} - {"sweep", "output", "explain", "calibrate"}
     grid = {}
     for word in words:
         name, equals, values = word.partition("=")

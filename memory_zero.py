@@ -17,18 +17,13 @@ Two CPU processes under ZeRO-3 were measured to allocate some 4 % more than this
 """
 
 import copy
-import json
 import multiprocessing
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -36,11 +31,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
-from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launch_environment
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
-from memory_window import run_updates, worst_case_batch
+from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launched
+from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
+from memory_window import run_updates
+from utils import quiet_libraries
 
 
 # DeepSpeed records the order of the modules in the first step and fetches ahead from the second one on, so that the
@@ -82,16 +79,16 @@ def trace_deepspeed(
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deepspeed.json"
-        path.write_text(json.dumps(deepspeed_config))
-        with patch.dict(os.environ, launch_environment(path, world_size)):
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
-                return pool.submit(_trace, config, *settings).result()
+    with launched(
+        deepspeed_config, world_size
+    ):  # not split as it is read: the model is made before the engine is there
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
+            return pool.submit(_trace, config, *settings).result()
 
 
 def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
+    quiet_libraries()
     with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
         try:
             return _trace_in_this_process(config, *settings)
@@ -120,7 +117,7 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(config):
+        with recorder, known_mask(config), known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
             run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)

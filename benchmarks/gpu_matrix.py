@@ -25,24 +25,37 @@ from memory_probe import ProbeConfig, probe
 from utils import check_choice, run_script
 
 
+ZERO2, ZERO3 = ({"config_file": f"accelerate_configs/{name}.yaml"} for name in ("zero2", "zero3"))
 ROWS = [
-    *({"lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (16, 0, 8, 32)),
-    {"attn_implementation": "eager"},
-    {"gradient_checkpointing": False, "max_seq_len": 1024},
+    *({"lora_r": rank, "max_seq_len": length} for length in (2048, 1024) for rank in (16, 8, 32, 0)),
+    ZERO3,
+    {"budget_gib": 7.78},  # the defaults on an 8 GB card
+    {"lora_r": 0, "loss": "full", "budget_gib": 23.63},  # the story: full fine-tuning with logits on a 24 GB card
+    *({"loss": "full", "lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (16, 0)),
     {"gradient_checkpointing": False},
+    {"gradient_checkpointing": False, "max_seq_len": 1024},
+    {"attn_implementation": "eager"},
+    ZERO3 | {"max_seq_len": 1024},
+    ZERO3 | {"loss": "full", "max_seq_len": 1024},
+    ZERO2,
+    {"max_seq_len": 4096},
+    {"mlp_tiles": 1},
     {"per_device_train_batch_size": 2},
     {"images_per_sample": 3},
     {"images_per_sample": 0},
     {"gradient_accumulation_steps": 2},
-    {"config_file": "accelerate_configs/zero3.yaml"},
-    {"lora_r": 0, "budget_gib": 23.63},  # the story: full fine-tuning with full logits on a 24 GB card
-    {"config_file": "accelerate_configs/zero3.yaml", "max_seq_len": 1024},
-    {"config_file": "accelerate_configs/zero2.yaml"},
+    {"packing": True},
+    {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    *({"loss": "full", "lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (8, 32)),
     {"lora_r": 0, "optim": "sgd"},
+    {"quantize": "nf4"},
+    {"quantize": "nf4", "max_seq_len": 1024},
+    {"quantize": "nf4", "lora_target_modules": ["all-linear"]},
+    {"quantize": "nf4", "config_file": "accelerate_configs/zero3.yaml"},
+    {"lora_target_modules": ["all-linear"]},
+    {"use_dora": True},
 ]
 HISTORY_ROW = {"max_seq_len": 1024}
-
-
 FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
 
 

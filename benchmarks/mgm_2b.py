@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import train
-from benchmarks.lora_vs_full import ALL_LINEAR
 from memory_host import host_breakdown, loading_bytes
 from memory_probe import ProbeConfig, probe
 from memory_strategies import strategy_of, trace_strategy
@@ -24,7 +23,7 @@ ROWS = {
         {"lora_r": 8, "lora_alpha": 16},
         {"lora_r": 16, "lora_alpha": 32},
         {"lora_r": 32, "lora_alpha": 64},
-        {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ALL_LINEAR},
+        {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["all-linear"]},
         {"lora_r": 0, "trainable_modules": ["multi_modal_projector", "patch_info_mining"]},
         {"lora_r": 0},
     ],

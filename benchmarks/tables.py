@@ -1,16 +1,20 @@
-"""Write the tables of README and docs from what lies in results/: `python -m benchmarks.tables`. A test compares."""
+"""Write the documents' tables from what lies in results/: `python -m benchmarks.tables`. A test compares them."""
 
 import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memory_gpus import GIB
+from memory_gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
 
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
+DOCUMENTS = ("README.md", "docs/memory_accuracy.md", "docs/lora.md", "docs/host_memory.md")
+CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
+HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
+LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
 
 
 def gpu_table() -> str:
@@ -60,7 +64,7 @@ def lora_table() -> str:
 
 def what_is_trained(flags: dict[str, Any]) -> str:
     if flags["lora_r"]:
-        targets = "all linear layers" if len(flags.get("lora_target_modules", ())) == 7 else "q, v, o"
+        targets = "all linear layers" if "lora_target_modules" in flags else "q, v, o"
         return f"LoRA r={flags['lora_r']} on {targets}; projector and mining"
     return "projector and mining alone" if "trainable_modules" in flags else "all but the towers"
 
@@ -88,21 +92,81 @@ def host_table() -> str:
     return "\n".join([*lines, "", "In GiB (2**30 bytes)."])
 
 
-TABLES = {"gpu": gpu_table, "lora": lora_table, "host": host_table}
-DOCUMENTS = ("README.md", "docs/lora.md", "docs/host_memory.md")
+def cpu_table() -> str:
+    """Each row of results/cpu/matrix.json, one process's and the strategies' apart."""
+    rows = json.loads(CPU_MATRIX.read_text())["rows"]
+    lines = []
+    for title, kept in (("One process", False), ("ZeRO-3 with everything offloaded, device and host together", True)):
+        lines += [
+            f"**{title}**",
+            "",
+            "| model | what differs | measured | predicted | error |",
+            "|---|---|---|---|---|",
+        ]
+        part = [row for row in rows if ("strategy" in row["flags"]) == kept]
+        for row in part:
+            flags = {key: value for key, value in row["flags"].items() if key not in ("model", "strategy", "offload")}
+            sizes = [f"{row[name] / MIB:.2f} MiB" for name in ("measured_bytes", "predicted_bytes")]
+            cells = [row["flags"]["model"], describe(flags), *sizes, f"{row['error']:+.3%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        errors = [row["error"] for row in part]
+        worst, lowest = max(errors, key=abs), min(errors)
+        lines += ["", f"{len(part)} rows. Median error {median(map(abs, errors)):.3%}, worst {worst:+.3%}, "
+                  f"most below what was measured {min(lowest, 0):+.3%}.", ""]  # fmt: skip
+    return "\n".join(lines).strip()
+
+
+def headline_table() -> str:
+    """Each row of results/headline.json: what it needs, on which cards that is there, and what else was said of it."""
+    headline = json.loads(HEADLINE.read_text())
+    estimates = headline["estimates"]
+    capacities = {gpu: GPUS[gpu].capacity_bytes for gpu in HEADLINE_CARDS}
+    columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
+    columns += ["device, predicted", "measured on an H100", "host", "accelerate says", "DeepSpeed says"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in headline["rows"]:
+        rank, length, strategy = row["flags"].values()
+        fits = ["yes" if row["device_bytes"][gpu] <= capacity else "no" for gpu, capacity in capacities.items()]
+        sizes = [row["device_bytes"]["rtx4090"], measured_device_bytes(row), row["host_bytes"]]
+        sizes += [estimates["accelerate"], estimates.get(strategy)]
+        words = [f"{size / GIB:.1f} GiB" if size is not None else "" for size in sizes]
+        lines.append("| " + " | ".join([str(rank or "full"), str(length), strategy, *fits, *words]) + " |")
+    return "\n".join(lines)
+
+
+def measured_device_bytes(row: dict[str, Any]) -> int | None:
+    """The row's device memory on the GPU of results/gpu, if it is there with the same flags and by the same code: what
+    was predicted for that card differs from this row by the card's cuBLAS workspaces at most."""
+    matrix = json.loads((ROOT / "results/gpu/matrix.json").read_text())
+    rank, length, strategy = row["flags"].values()
+    flags = DEFAULTS | {"lora_r": rank, "max_seq_len": length}
+    flags |= {"config_file": LAUNCH_CONFIGS[strategy]} if strategy in LAUNCH_CONFIGS else {}
+    for found in (found for found in matrix["rows"] if DEFAULTS | found["flags"] == flags):
+        predicted_bytes = found.get("predicted", {}).get("peak_allocated_bytes", 0)
+        is_same_code = abs(predicted_bytes - row["peak_allocated_bytes"]) < 2 * CUBLAS_HOPPER
+        if is_same_code and found["measured"].get("oom") is None and "failed" not in found["measured"]:
+            return found["measured"]["device_bytes"]
+    return None
+
+
+TABLES = {"headline": headline_table, "gpu": gpu_table, "cpu": cpu_table, "lora": lora_table, "host": host_table}
 
 
 def with_tables(text: str) -> str:
     """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, table in TABLES.items():
         before, start, rest = text.partition(f"<!-- {name} -->\n")
-        if start:
-            _, end, after = rest.partition(f"<!-- /{name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if start and end:
             text = before + start + table() + "\n" + end + after
     return text
 
 
+def write_tables() -> None:
+    for name in DOCUMENTS:
+        document = ROOT / name
+        document.write_text(with_tables(document.read_text()))
+
+
 if __name__ == "__main__":
-    for document in DOCUMENTS:
-        path = ROOT / document
-        path.write_text(with_tables(path.read_text()))
+    write_tables()

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.tables import with_tables
 from convert_mgm import ConvertConfig
 from memory_probe import ProbeConfig
+from memory_run import RunMemory
 from run_log import RunLog
 from train import TrainConfig
 from utils import parse_config
@@ -55,8 +56,8 @@ def test_recipes_are_read(recipe, monkeypatch, tmp_path):
 
 
 def test_tags_are_logged():
-    """Every TensorBoard tag that the README explains is written somewhere in run_log.py."""
-    source = Path(RunLog.__init__.__code__.co_filename).read_text()
+    """Every TensorBoard tag that the README explains is written somewhere in run_log.py or memory_run.py."""
+    source = "".join(Path(part.__init__.__code__.co_filename).read_text() for part in (RunLog, RunMemory))
     rows = re.findall(r"^\| `(\w+/\w+)", README, flags=re.M)
     assert rows
     for tag in rows:

@@ -1,0 +1,58 @@
+"""Reads what the CPU's allocator did from PyTorch's profiler, which is the only one that counts it.
+
+with profile_memory() as profiler:
+    step()
+peak_bytes = bytes_in_use_before + rise(memory_events(profiler))
+"""
+
+import gc
+import os
+
+import torch
+from torch import nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+def profile_memory() -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr that it starts and stops
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def memory_events(profiler: profile) -> list[int]:
+    """The allocator's events in the order of time: bytes of each allocation (positive) and release (negative). The
+    profiler hangs them on the operators that made them."""
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    found = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [nbytes for _, nbytes in sorted(found, key=lambda pair: pair[0])]
+
+
+def rise(events: list[int]) -> int:
+    """The most that is in use above the beginning."""
+    total = peak = 0
+    for nbytes in events:
+        total += nbytes
+        peak = max(peak, total)
+    return peak
+
+
+def bytes_in_use(model: nn.Module) -> int:
+    """Bytes of all tensors of this process, and of DDP's buckets, which no Python object holds.
+
+    What a loader's workers have read ahead into shared memory is left out: the allocator did not make it.
+    """
+    gc.collect()
+    storages = {}
+    for tensor in filter(lambda thing: issubclass(type(thing), torch.Tensor), gc.get_objects()):
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is not None and not part.is_shared():
+                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        buckets = [bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets()]
+        return sum(storages.values()) + sum(bucket.nbytes for bucket in buckets)
+    return sum(storages.values())

@@ -1,0 +1,52 @@
+"""--calibrate: the sums by hand, an entry that Python reads, the refusal; the measuring itself where there is a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_calibrate import calibrate, entry, overheads
+from memory_gpus import GPUS, Family, Gpu
+from memory_probe import ProbeConfig
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_overheads_by_hand():
+    """A device with 1000 in use, of which 600 are reserved and 300 the context: 100 are kernels; NCCL is what the
+    second process has beyond that."""
+    single = {"device_bytes": 1000, "reserved_at_end_bytes": 600, "context_bytes": 300}
+    parallel = {"device_bytes": 1250, "reserved_at_end_bytes": 700, "context_bytes": 305}
+    assert overheads(single, parallel) == {"context_bytes": 300, "kernels_bytes": 100, "nccl_bytes": 150}
+
+
+def test_the_entry_is_python():
+    """What is printed can be pasted: it makes the card that was measured."""
+    result = {"gpu_name": "NVIDIA GeForce RTX 4090", "torch": "2.13.0", "cuda": "13.0", "capacity_bytes": 25 * 2**30}
+    result |= {"context_bytes": 1, "kernels_bytes": 2, "cublas_workspace_bytes": 3, "nccl_bytes": 4}
+    lines = entry(result).splitlines()
+    names = {"Family": Family, "Gpu": Gpu}
+    exec("\n".join([*lines[:2], "CARDS = {", lines[2], "}", lines[3]]), names)
+    assert names["CARDS"] == {"rtx4090": Gpu("NVIDIA GeForce RTX 4090, 25 GB", 25 * 2**30, Family(1, 2, 3))}
+    assert names["NCCL_BYTES"] == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    """One line, exit code 2."""
+    done = subprocess.run([sys.executable, "memory_probe.py", "--calibrate"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1] == "error: --calibrate: this machine has no GPU to measure"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_the_table_says_of_this_gpu():
+    """Within 64 MiB of the table's entry, where it has this card; every figure above zero."""
+    result = calibrate(ProbeConfig(model="tiny", max_seq_len=64, mode="measure"))
+    assert min(result[key] for key in ("context_bytes", "kernels_bytes", "nccl_bytes", "cublas_workspace_bytes")) > 0
+    for gpu in (gpu for gpu in GPUS.values() if gpu.title.partition(",")[0] in result["gpu_name"]):
+        assert result["context_bytes"] == pytest.approx(gpu.family.context_bytes, abs=64 * 2**20)
