@@ -45,6 +45,7 @@ def test_flags_exist(path):
     """Every flag after a script's name is one of the script's; so is every flag in the text one of some script's."""
     text = path.read_text().replace("\\\n", " ")
     every = {f.name for config in SCRIPTS.values() for f in fields(config)}
+    every |= {f"no_{name}" for name in every}
     for script, words in re.findall(rf"({'|'.join(map(re.escape, SCRIPTS))})((?: +[^\s`|]+)*)", text):
         names = {f.name for f in fields(SCRIPTS[script])} | {"recipe", "help"}
         names |= {f"no_{name}" for name in names}
