@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import train
-from memory_host import host_breakdown, loading_bytes
+from memory_host import host_breakdown
 from memory_probe import ProbeConfig, probe
 from memory_strategies import strategy_of, trace_strategy
 from run_log import count_parameters
@@ -70,17 +70,10 @@ def lora(flags: dict[str, Any]) -> dict[str, int]:
 
 
 def host(flags: dict[str, Any]) -> dict[str, Any]:
-    """The host's memory by purpose while the steps run, and while the weights are loaded."""
+    """The host's memory by purpose while the steps run."""
     config = probe_config(flags)
-    strategy = strategy_of(config)
-    trace = trace_strategy(config, strategy, config.device)
-    with torch.device("meta"):
-        weight_bytes = 2 * count_parameters(train.build_model(config, is_deepspeed=False))[0]  # bf16
-    is_split = strategy.name == "zero3"
-    return {
-        "host": host_breakdown(trace, config.world_size),
-        "loading_bytes": loading_bytes(trace, weight_bytes, config.world_size, is_split),
-    }
+    trace = trace_strategy(config, strategy_of(config), config.device)
+    return {"host": host_breakdown(trace, config.world_size)}
 
 
 if __name__ == "__main__":

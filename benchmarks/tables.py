@@ -80,12 +80,12 @@ PURPOSES = {
 def host_table() -> str:
     """Predicted for MGM-2B: the host's memory by purpose."""
     rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["host"]
-    header = ["config", "trained", "processes", *PURPOSES, "other", "sum", "loading"]
+    header = ["config", "trained", "processes", *PURPOSES, "other", "sum"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         flags, host = row["flags"], row["host"]
         sizes = [sum(host.get(name, 0) for name in names) for names in PURPOSES.values()]
-        sizes += [sum(host.values()) - sum(sizes), sum(host.values()), row["loading_bytes"]]
+        sizes += [sum(host.values()) - sum(sizes), sum(host.values())]
         first = [f"`{Path(flags['config_file']).name}`", "all" if flags.get("lora_r") == 0 else "LoRA r=16"]
         cells = [*first, str(flags.get("world_size", 1)), *(f"{size / GIB:.2f}" for size in sizes)]
         lines.append("| " + " | ".join(cells) + " |")
