@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,16 @@ def test_adapter(adapter, tmp_path, capsys, monkeypatch):
     line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=tmp_path))
     assert "there is no adapter_config.json" in line
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+def test_500_samples_take_less_than_a_minute(tmp_path):
+    """The script's own start included."""
+    words = ["--dataset", str(ensure_demo() / "train.json"), "--limit", "500", "--output", str(tmp_path / "out.json")]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "eval.py", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["n"] == 500
+    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.slow
