@@ -4,7 +4,6 @@ import json
 import platform
 import resource
 import shutil
-import textwrap
 import time
 from copy import copy
 from dataclasses import asdict
@@ -17,7 +16,6 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
@@ -25,6 +23,7 @@ from tqdm.auto import tqdm
 from checkpoints import remove_checkpoints, remove_temporaries
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
+from eval_pictures import caption, captioned
 from memory_forecast import Row
 from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
@@ -36,7 +35,7 @@ PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "dataset
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 RUN_JSON = "run.json"
 LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_sample_ids")
-NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels
+NUM_PICTURES = 4
 
 
 class RunLog:
@@ -224,7 +223,9 @@ class RunLog:
     def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:
         for i, prediction in enumerate(predictions):
             for image in dataset[prediction.index]["images"][:1]:
-                picture = np.asarray(captioned(image, prediction))
+                mark = "exact" if prediction.is_exact else "not exact"
+                lines = caption(prediction.question, [prediction.answer], prediction.prediction, mark)
+                picture = np.asarray(captioned(image, lines))
                 self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
         rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
         table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
@@ -271,18 +272,6 @@ def remove_run(output_dir: Path) -> None:
     shutil.rmtree(output_dir / TENSORBOARD, ignore_errors=True)
     (output_dir / RUN_JSON).unlink(missing_ok=True)
     remove_checkpoints(output_dir, num_kept=0)
-
-
-def captioned(image: Image.Image, prediction: Prediction) -> Image.Image:
-    """The image, brought to a fixed width, over its question, reference answer and prediction."""
-    image = image.resize((PICTURE_WIDTH, round(PICTURE_WIDTH * image.height / image.width)))
-    mark = "exact" if prediction.is_exact else "not exact"
-    lines = [prediction.question, f"answer: {prediction.answer}", f"predicted: {prediction.prediction} ({mark})"]
-    text = "\n".join(line for paragraph in lines for line in textwrap.wrap(paragraph, width=40)[:4])
-    canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")
-    canvas.paste(image)
-    ImageDraw.Draw(canvas).text((8, image.height + 4), text, fill="black", font_size=16)
-    return canvas
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
