@@ -219,8 +219,7 @@ def test_host_breakdown_counts_processes_and_workers() -> None:
         ("zero3", "param", 1, {}),
         ("zero2", "none", 1, {"lora_r": 0}),
         ("ddp", "none", 2, {}),
-        ("zero3", "param", 1, {"quantize": "nf4"}),
-        ("zero3", "none", 1, {"use_dora": True}),
+        ("zero3", "param", 1, {"quantize": "nf4", "mlp_tiles": 1}),
     ],
 )
 def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, flags: dict) -> None:
