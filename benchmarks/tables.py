@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.memory_tables import ladder_table, loss_table
 from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory_gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
 
@@ -12,7 +13,10 @@ from memory_gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
 ROOT = Path(__file__).parent.parent
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
-DOCUMENTS = ("README.md", "docs/memory_accuracy.md", "docs/speed.md", "docs/lora.md", "docs/host_memory.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("memory", "memory_accuracy", "speed", "lora", "host_memory")),
+)
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
@@ -154,6 +158,8 @@ TABLES = {
     "headline": headline_table,
     "gpu": gpu_table,
     "cpu": cpu_table,
+    "ladder": ladder_table,
+    "loss": loss_table,
     "step": step_table,
     "packing": packing_table,
     "loader": loader_table,

@@ -14,7 +14,7 @@ from torch import nn
 
 from configuration_mgm import tiny
 from conversion.merge_adapter import AdapterMerger
-from memory_window import worst_case_batch
+from data.worst_case import worst_case_batch
 from quantization import dequantize, quantize_language_model, state_tensors
 from run_log import count_parameters
 from train import StepConfig, build_model, trained_parameters
