@@ -1,7 +1,7 @@
 """Measures what memory_gpus.py holds of a GPU: `python memory_probe.py --calibrate`, where that GPU is.
 
 What a process takes besides its tensors is what is left of the device's use when PyTorch's reserved memory is taken
-away: the CUDA context before the first kernel, and after a step of training the kernels and libraries that were loaded.
+away: the CUDA context before the first kernel, and after a step of training the kernels and libraries that it loaded.
 The same step under DeepSpeed has NCCL's buffers too. Nothing else may use the GPU meanwhile.
 """
 

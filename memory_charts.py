@@ -32,12 +32,14 @@ def sweep_chart(rows: list[dict], keys: list[str]) -> Figure:
     labels = [", ".join(f"{key} {row['config'][key]}" for key in keys) for row in rows]
     left = [0.0] * len(rows)
     for category in CATEGORIES:
-        widths = [row["breakdown"][category] / GIB for row in rows]
+        widths = [row.get("breakdown", {}).get(category, 0) / GIB for row in rows]
         if max(widths) > 0.005:
             axes.barh(labels, widths, left=left, color=COLOURS[category], label=WORDS[category])
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    # What was measured has no breakdown.
+    rest = "allocator and context" if all("breakdown" in row for row in rows) else "all that was measured"
     overheads = [row["device_bytes"] / GIB - start for row, start in zip(rows, left, strict=True)]
-    axes.barh(labels, overheads, left=left, color=OVERHEAD_COLOUR, label="allocator and context")
+    axes.barh(labels, overheads, left=left, color=OVERHEAD_COLOUR, label=rest)
     for budget_bytes in {row["budget_bytes"] for row in rows}:
         axes.axvline(budget_bytes / GIB, color="black", linestyle="--", linewidth=1)
     axes.invert_yaxis()

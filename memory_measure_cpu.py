@@ -26,7 +26,9 @@ class Measurement:
 
 def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Measurement:
     """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
-    context = multiprocessing.get_context("spawn")
+    # The server has imported what is needed, once; each measurement is a fork of it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(measure_on_cpu, config, images_per_sample).result()
 

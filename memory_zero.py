@@ -78,9 +78,7 @@ def trace_deepspeed(
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
-    with launched(
-        deepspeed_config, world_size
-    ):  # not split as it is read: the model is made before the engine is there
+    with launched(deepspeed_config, world_size):
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
             return pool.submit(_trace, config, *settings).result()

@@ -1,4 +1,4 @@
-"""--calibrate: the sums by hand, an entry that Python reads, the refusal; the measuring itself where there is a GPU."""
+"""--calibrate: sums by hand, an entry that Python reads, the refusal; the measuring itself where there is a GPU."""
 
 import subprocess
 import sys

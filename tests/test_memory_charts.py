@@ -3,7 +3,6 @@
 from memory_charts import MAX_POINTS, category_series, highest_points
 from memory_predict import trace_step
 from memory_probe import ProbeConfig
-from memory_strategies import strategy_of
 
 
 def test_no_peak_is_lost():
@@ -18,7 +17,7 @@ def test_no_peak_is_lost():
 def test_categories_add_up():
     """At every event of a traced step, and at its peak."""
     config = ProbeConfig(model="tiny", max_seq_len=48, mode="predict")
-    trace = trace_step(config, strategy_of(config)).device
+    trace = trace_step(config).device
     series = category_series(trace)
     assert [sum(values) for values in zip(*series.values(), strict=True)] == trace.timeline()
     assert {category: values[trace.peak_index] for category, values in series.items()} == trace.breakdown()
