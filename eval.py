@@ -6,7 +6,7 @@
     python eval.py --compare full.json lora.json
 
 Answers are greedy. They are written as they come, and the same command goes on where an interrupted one stopped. The
-last line on stdout is a JSON object.
+last line on stdout is a JSON object. `tensorboard --logdir outputs/eval` lays runs side by side.
 """
 
 import json
@@ -26,6 +26,7 @@ from adapter import base_of, check_base, load_adapter
 from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
 from eval_log import AnswersFile
+from eval_pictures import write_tensorboard
 from generation import answer_batches
 from tasks import captions, conversations, mmbench, textvqa
 from tasks.task import Question, Task, by_type, mean_score
@@ -120,6 +121,7 @@ def main(config: EvalConfig) -> dict | None:
     }
     details = {"by_type": by_type(scores), "scores": [asdict(score) for score in scores], "config": asdict(config)}
     output.write_text(json.dumps(result | details, indent=1) + "\n")
+    write_tensorboard(output.parent / "tensorboard" / output.stem, task.metric, task.questions, answers, scores)
     for kind, group in details["by_type"].items():
         print(f"{kind}: {group['score']:.3f} of {group['n']}")
     return result

@@ -250,16 +250,20 @@ def replay_events(
     events: Iterable[tuple[int, Hashable] | tuple[int, Hashable, int]],
     budget_bytes: int | None = None,
     expandable_segments: bool = False,
+    release_before: int | None = None,
 ) -> Replay:
     """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones release what
     it stands for.
 
-    Events of 0 bytes are passed over. The replay ends at the first request that `budget_bytes` cannot serve.
+    Events of 0 bytes are passed over. Before event `release_before` the cache is given back, as empty_cache does. The
+    replay ends at the first request that `budget_bytes` cannot serve.
     """
     allocator = CachingAllocator(budget_bytes, expandable_segments)
     blocks: dict[Hashable, Block] = {}
     oom = None
     for index, (nbytes, key, *stream) in enumerate(events):
+        if index == release_before:
+            allocator.release_cached()
         if nbytes < 0:
             allocator.free(blocks.pop(key))
         elif nbytes > 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from memory_gpus import MIB
 from memory_predict import predict
-from memory_report import size
+from memory_report import as_flags, size
 from memory_trace import Trace
 from train import StepConfig
 from utils import load_config
@@ -95,17 +95,16 @@ def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": config.gradient_accumulation_steps * 2,
         }
-    if (config.strategy, config.offload) != ("zero3", "param"):
+    is_quantized_dora = config.use_dora and config.quantize != "none"  # not under ZeRO
+    if (config.strategy, config.offload) != ("zero3", "param") and not is_quantized_dora:
         yield {"strategy": "zero3", "offload": "param", "config_file": None}
     if config.lora_r == 0:
         yield {"lora_r": 16}
         if config.optim != "sgd":
             yield {"optim": "sgd"}
+    elif config.quantize == "none" and not config.use_dora:
+        yield {"quantize": "nf4"}
     num_image_tokens = getattr(load_config(config.model), "num_image_tokens", 0)  # a bare language model has none
     image_positions = config.images_per_sample * num_image_tokens
     if config.max_seq_len // 2 > image_positions:
         yield {"max_seq_len": config.max_seq_len // 2}
-
-
-def as_flags(changes: dict[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)

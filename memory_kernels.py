@@ -8,6 +8,7 @@ a kernel allocates besides its outputs and frees before it returns.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ aten = torch.ops.aten
 # (docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32").
 CUDA_AUTOCAST_TO_FP32 = (
     "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "rsqrt", "reciprocal", "exp", "log",
-    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int",
+    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int", "upsample_bilinear2d.vec",
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
@@ -46,12 +47,31 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
+def _softmax_backward(args: tuple, kwargs: dict, output: Any) -> int:
+    """The gradient times the output (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)."""
+    return args[0].numel() * args[0].element_size()
+
+
+def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int:
+    """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
+
+    Source: bitsandbytes/backends, _gemm_4bit_default_impl and cuda's _dequant_linear_fallback, which holds the scales
+    without their mean as well. On CUDA few tokens (at most 1536, depending on GPU and shape) go through a kernel that
+    takes the weight as it is; making it is the worst case.
+    """
+    x, _, (rows, columns), _, block_size, *_ = args
+    return rows * columns * x.element_size() + 4 * num_scales * -(-rows * columns // block_size)
+
+
 BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
 WORKSPACES: dict[str, dict[str, Workspace]] = {
-    "cpu": {},  # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
+    # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
+    "cpu": {"gemm_4bit": partial(_dequantized, num_scales=1)},
     "cuda": {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "_softmax_backward_data": _softmax_backward,
+        "gemm_4bit": partial(_dequantized, num_scales=2),
     },
 }
 

@@ -10,8 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import train
+from data.worst_case import worst_case_batch
 from memory_profile import memory_events, profile_memory, rise
-from memory_window import probe_accelerator, run_updates, worst_case_batch
+from memory_window import probe_accelerator, run_updates
+from quantization import state_tensors
 from utils import quiet_libraries
 
 
@@ -39,7 +41,8 @@ def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurem
         model = train.build_model(config, is_deepspeed=False).train()
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         batch = worst_case_batch(model.config, config, images_per_sample)
-        tensors = [*model.parameters(), *model.buffers(), *batch.values()]
+        states = [tensor for _, tensor in state_tensors(model)]
+        tensors = [*model.parameters(), *model.buffers(), *states, *batch.values()]
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
         with profile_memory() as profiler:
             model, optimizer = accelerator.prepare(model, optimizer)

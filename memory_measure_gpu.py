@@ -17,9 +17,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 import train
+from data.worst_case import worst_case_batch
 from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import run_updates, watch_phases, worst_case_batch
+from memory_window import run_updates, watch_phases
 from memory_zero import NUM_UPDATES
 from utils import UserError
 
@@ -62,11 +63,13 @@ def measure_in_this_process(
         context_bytes = used_bytes()
         accelerator = train.build_accelerator(config)
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
-        with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
+        is_moved = not is_deepspeed and config.quantize == "none"  # 4-bit weights are made where they stay
+        with torch.device("cuda") if is_moved else nullcontext():  # drawing numbers there is quick
             model = train.build_model(config, is_deepspeed)
-        if not is_deepspeed:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
+        if is_moved:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
             model = model.cpu()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
         peaks = PhasePeaks()

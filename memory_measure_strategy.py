@@ -17,10 +17,10 @@ import torch
 from transformers import get_scheduler
 
 import train
+from data.worst_case import worst_case_batch
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import worst_case_batch
 from memory_zero import NUM_UPDATES
 from utils import quiet_libraries
 

@@ -75,26 +75,15 @@ def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
     is_expandable = "expandable_segments:True" in os.environ.get(ALLOCATOR_SETTINGS, "")
-    peak_reserved_bytes = max(
-        # What loading has left behind is given back before the first step.
-        replay_events(events, expandable_segments=is_expandable).peak_reserved_bytes
-        for events in (splitting_events(trace.split_sizes_bytes), step_events(trace.device))
-    )
+    # What loading has left behind is given back before the first step.
+    first_step = next(index for index, phase in trace.device.record.phase_starts if phase == "forward")
+    replay = replay_events(step_events(trace.device), expandable_segments=is_expandable, release_before=first_step)
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
-        "peak_reserved_bytes": peak_reserved_bytes,
-        "device_bytes": peak_reserved_bytes + overhead_bytes,
+        "peak_reserved_bytes": replay.peak_reserved_bytes,
+        "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
     }
-
-
-def splitting_events(sizes_bytes: list[int]) -> Iterator[tuple[int, Hashable]]:
-    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
-    for i, nbytes in enumerate(sizes_bytes):
-        yield nbytes, ("whole", i)
-        yield nbytes, ("copy", i)
-        yield -nbytes, ("whole", i)
-        yield -nbytes, ("copy", i)
 
 
 def step_events(trace: Trace) -> Iterator[tuple[int, Hashable, int]]:

@@ -1,5 +1,7 @@
 """What people read: the verdict and a table for one configuration, Markdown for many."""
 
+from typing import Any
+
 from memory_gpus import GIB, GPUS, MIB
 
 
@@ -96,3 +98,7 @@ def markdown_table(rows: list[dict], keys: list[str]) -> str:
 def size(nbytes: float) -> str:
     """Small sizes in MiB, so that they do not all read 0.00."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
+
+
+def as_flags(changes: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)

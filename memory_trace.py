@@ -17,14 +17,17 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import train
+from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
-from memory_window import probe_accelerator, run_updates, watch_phases, worst_case_batch
+from memory_window import probe_accelerator, run_updates, watch_phases
+from quantization import dequantize, replace_tensors, state_tensors
 
 
 CATEGORIES = (
@@ -116,7 +119,7 @@ def trace_training(
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            with recorder, known_mask(config):
+            with recorder, known_mask(config), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
                 run_updates(accelerator, wrapped, optimizer, batch, config)
@@ -127,7 +130,7 @@ def trace_training(
 def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], cublas_workspace_bytes: int) -> None:
     """Record what is there before the first step."""
     recorder.enter_phase("load")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *state_tensors(model)]:
         allocation = recorder.allocated(tensor, "load")
         allocation.module = name
         allocation.category = "trained" if tensor.requires_grad else "weights"
@@ -144,7 +147,12 @@ def build_fake_model(
     """train.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = train.build_model(config, is_deepspeed)
-    replaced: dict[torch.Tensor, torch.Tensor] = {}  # what modules share stays shared
+    return fake_model(model, device, fake_mode).train()
+
+
+def fake_model(model: nn.Module, device: str, fake_mode: FakeTensorMode) -> nn.Module:
+    """The model, its tensors (on `meta`) replaced by fake ones on the device. What modules share stays shared."""
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
     with fake_mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -153,13 +161,18 @@ def build_fake_model(
                         if tensor not in replaced:
                             replaced[tensor] = _fake(tensor, device)
                         tensors[name] = replaced[tensor]
-    return model.train()
+    return model
 
 
 def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """Must run under a FakeTensorMode."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    parameter = nn.Parameter(fake, tensor.requires_grad)
+    if (state := getattr(tensor, "quant_state", None)) is not None:
+        parameter.quant_state = replace_tensors(state, lambda tensor: _fake(tensor, device))
+    return parameter
 
 
 @contextmanager
@@ -174,6 +187,18 @@ def known_mask(config: train.StepConfig) -> Iterator[None]:
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         patch.object(masking_utils, "fast_all", lambda mask: config.per_device_train_batch_size == 1),
     ):
+        yield
+
+
+@contextmanager
+def known_quantization() -> Iterator[None]:
+    """DoRA asks for whole weights, and PEFT tells a quantized one by its class, which fake tensors lack."""
+
+    def weight_of(layer: nn.Module) -> torch.Tensor:
+        state = getattr(layer.weight, "quant_state", None)
+        return layer.weight if state is None else dequantize(layer.weight, state)
+
+    with patch.object(dora, "dequantize_module_weight", weight_of):
         yield
 
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
-from memory_stand_in import STAND_IN_DEVICE, install_stand_in, launched
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, random_states
-from memory_window import run_updates, worst_case_batch
+from memory_stand_in import HOST, STAND_IN_DEVICE, install_stand_in, launched
+from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
+from memory_window import run_updates
 from utils import quiet_libraries
 
 
@@ -51,7 +52,6 @@ class PlacedTrace:
     device: Trace
     pinned: Trace
     host: Trace
-    split_sizes_bytes: list[int] = field(default_factory=list)  # weights that the device saw whole, one by one
 
 
 def trace_deepspeed(
@@ -114,7 +114,7 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(config):
+        with recorder, known_mask(config), known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             num_events_before_steps = len(recorder.record.events)
             run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
@@ -242,30 +242,45 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
     """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
     split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
 
-    def trace_of(place: str, first: int = 0) -> Trace:
-        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first))
+    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Trace:
+        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before))
 
-    first_on_device = num_events_before_steps if is_split else 0
+    is_apart = recorder.device != torch.device(HOST)  # a CPU run's host memory is not told apart, nor is its loading
     return PlacedTrace(
-        device=trace_of("device", first_on_device),
+        device=trace_of(
+            "device",
+            num_events_before_steps if is_split else 0,
+            splitting(recorder) if is_split and is_apart else None,
+        ),
         pinned=trace_of("pinned"),
         host=trace_of("host", num_events_before_steps),
-        split_sizes_bytes=[a.nbytes for a in loaded_weights(recorder)] if is_split else [],
     )
 
 
-def loaded_weights(recorder: PlacedRecorder) -> list[Allocation]:
-    """What the model brought to the device, in the model's order."""
-    is_weight = ("weights", "trained")
-    return [a for nbytes, a in recorder.record.events if nbytes > 0 and a.op == "load" and a.category in is_weight]
+def splitting(recorder: PlacedRecorder) -> Record:
+    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
+    record = Record(phase_starts=[(0, "load")])
+    for nbytes, weight in list(recorder.record.events):
+        if nbytes > 0 and weight.op == "load" and weight.category in ("weights", "trained"):
+            pair = []
+            for what in ("split", "a copy to split"):
+                pair.append(replace(weight, start=len(record.events), op=what, category="weights"))
+                record.events.append((nbytes, pair[-1]))
+            for allocation in pair:
+                allocation.end = len(record.events)
+                record.events.append((-nbytes, allocation))
+    return record
 
 
-def _select(record: Record, is_wanted: Callable[[Allocation], bool], first: int) -> Record:
-    """The events of some allocations. Of those before `first` only what is still alive then is kept, made at once."""
-    selected, copies = Record(), {}
+def _select(
+    record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None = None
+) -> Record:
+    """The events of some allocations, behind those of `before`. Of those before `first` only what is still alive then
+    is kept, made at once."""
+    selected, copies = before or Record(), {}
     phase_starts = dict(record.phase_starts)
     for index, (nbytes, allocation) in enumerate(record.events):
-        if index in phase_starts:
+        if index in phase_starts and phase_starts[index] not in [phase for _, phase in selected.phase_starts[-1:]]:
             selected.phase_starts.append((len(selected.events), phase_starts[index]))
         was_released = allocation.end is not None and allocation.end < first
         if was_released or not is_wanted(allocation):

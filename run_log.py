@@ -4,39 +4,45 @@ import json
 import platform
 import resource
 import shutil
-import textwrap
 import time
+from copy import copy
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from checkpoints import remove_checkpoints, remove_temporaries
 from data.dataset import ConversationDataset
 from eval import Prediction, exact_match
+from eval_pictures import caption, captioned
 from memory_forecast import Row
 from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
-from utils import ModelConfig, UserError
+from quantization import num_values
+from utils import ModelConfig
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
-NUM_PICTURES, PICTURE_WIDTH = 4, 320  # pixels
+RUN_JSON = "run.json"
+LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_sample_ids")
+NUM_PICTURES = 4
 
 
 class RunLog:
     """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
 
-    A context: when bad input ends the run inside it, what the run has written is taken back.
+    A context: when something ends the run before its first update is done, what the run has written is taken back.
+    A run that is resumed behind `start_step` updates goes on where its log was.
     """
 
     def __init__(
@@ -47,12 +53,17 @@ class RunLog:
         optimizer: torch.optim.Optimizer,
         num_steps: int,
         longest_row: Row,
+        start_step: int = 0,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.total_params, self.trainable_params = count_parameters(model)
         self.num_steps = num_steps
+        self.global_step = self.start_step = start_step
+        self.num_skipped_updates = 0
+        self.num_left_out = 0  # samples, when the data set was read
+        self.bad_sample_ids: list[str] = []
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
@@ -61,13 +72,17 @@ class RunLog:
         self.window = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
         self.update_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.window_label_tokens = 0
-        self.window_start = 0.0
+        self.window_start = self.elapsed = 0.0
 
         self.progress = None
         self.output_dir_is_new = not self.output_dir.exists()
-        if accelerator.is_main_process:  # an overwritten run's curves do not belong to this one
-            shutil.rmtree(self.output_dir / TENSORBOARD, ignore_errors=True)
-        accelerator.init_trackers(TENSORBOARD)
+        if accelerator.is_main_process:
+            remove_temporaries(self.output_dir)
+            if not start_step:
+                remove_run(self.output_dir)
+        # What a killed run has drawn behind its last checkpoint is drawn again.
+        purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
+        accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
             self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
@@ -82,7 +97,7 @@ class RunLog:
             self.progress.close()  # else an error's line would go on where the bar ends
         if self.memory is not None:
             self.memory.stop()
-        if exception_type is UserError and self.accelerator.is_main_process:
+        if exception_type is not None and self.global_step == 0 and self.accelerator.is_main_process:
             self.writer.close()
             shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)
 
@@ -90,12 +105,17 @@ class RunLog:
     def writer(self) -> SummaryWriter:
         return self.accelerator.get_tracker("tensorboard", unwrap=True)
 
+    @property
+    def num_bad_samples(self) -> int:
+        """Left out when the data set was read, and since then."""
+        return self.num_left_out + len(self.bad_sample_ids)
+
     def start(self) -> None:
         """The clock of throughput runs from here."""
         reset_peak()
-        main = self.accelerator.is_main_process
-        self.progress = tqdm(total=self.num_steps, desc="Training", unit="step", disable=not main, mininterval=1)
-        self.window_start = time.perf_counter()
+        bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
+        self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
+        self.window_start = time.perf_counter() - self.elapsed
 
     def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
@@ -110,10 +130,27 @@ class RunLog:
         if self.memory is not None:
             self.memory.micro_batch(batch)
 
-    def update(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor) -> None:
-        """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes."""
-        self.window[0] += self.update_loss * num_items_in_batch
-        self.window_label_tokens += num_items_in_batch
+    def update(
+        self,
+        global_step: int,
+        num_items_in_batch: int,
+        learning_rate: float,
+        grad_norm: float,
+        loss_scale: float | None = None,
+        is_skipped: bool = False,
+    ) -> None:
+        """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes.
+
+        `loss_scale`: that of fp16. The loss of a skipped update may be NaN and counts nowhere.
+        """
+        self.global_step = global_step
+        self.loss_scale = loss_scale
+        if is_skipped:
+            self.num_skipped_updates += 1
+            self.update_loss.zero_()
+        else:
+            self.window[0] += self.update_loss * num_items_in_batch
+            self.window_label_tokens += num_items_in_batch
         if global_step % self.config.logging_steps == 0 or global_step == self.num_steps:
             self._close_window(global_step, num_items_in_batch, learning_rate, grad_norm)
         self.update_loss.zero_()
@@ -122,22 +159,23 @@ class RunLog:
             self.progress.close()
             self.peak["train"] = peak_bytes()
 
-    def _close_window(
-        self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: torch.Tensor
-    ) -> None:
+    def _close_window(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: float) -> None:
         sums = torch.cat([self.window, self.update_loss[None]])
         loss_sum, tokens, samples, self.last_loss = self.accelerator.reduce(sums, "sum").tolist()
         seconds = time.perf_counter() - self.window_start
         window = (loss_sum, self.window_label_tokens, tokens, samples, seconds)
         self.totals = {name: total + new for (name, total), new in zip(self.totals.items(), window, strict=True)}
-        loss, tokens_per_second = loss_sum / self.window_label_tokens, tokens / seconds
+        loss, tokens_per_second = loss_sum / max(self.window_label_tokens, 1), tokens / seconds
         memory = memory_bytes()
         self.accelerator.log(
             {
                 "train/loss": loss,
                 "train/learning_rate": learning_rate,
-                "train/grad_norm": float(grad_norm),
+                "train/grad_norm": grad_norm,
                 "train/tokens_per_second": tokens_per_second,
+                "train/skipped_updates": self.num_skipped_updates,
+                "data/bad_samples": self.num_bad_samples,
+                **({} if self.loss_scale is None else {"train/loss_scale": self.loss_scale}),
                 **{f"memory/{name}": value for name, value in memory.items()},
             },
             step=global_step,
@@ -151,6 +189,23 @@ class RunLog:
         self.window.zero_()
         self.window_label_tokens = 0
         self.window_start = time.perf_counter()
+
+    def state(self) -> tuple[dict[str, Any], torch.Tensor]:
+        """Where the log stands between two updates. Cheap: on a GPU nothing is waited for."""
+        values = {name: copy(getattr(self, name)) for name in LOG_VALUES}
+        return values | {"elapsed": time.perf_counter() - self.window_start}, self.window.clone()
+
+    def state_dict(self, state: tuple[dict[str, Any], torch.Tensor]) -> dict[str, Any]:
+        """What `state` returned, all processes together, for JSON."""
+        values, window = state
+        return values | {"window": self.accelerator.reduce(window, "sum").tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in LOG_VALUES:
+            setattr(self, name, state_dict[name])
+        self.elapsed = state_dict["elapsed"]
+        if self.accelerator.is_main_process:  # it is summed over the processes again
+            self.window += torch.tensor(state_dict["window"], dtype=self.window.dtype, device=self.window.device)
 
     def evaluation(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset | None) -> None:
         """Held-out answers, before training (step 0) or after it."""
@@ -168,7 +223,9 @@ class RunLog:
     def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:
         for i, prediction in enumerate(predictions):
             for image in dataset[prediction.index]["images"][:1]:
-                picture = np.asarray(captioned(image, prediction))
+                mark = "exact" if prediction.is_exact else "not exact"
+                lines = caption(prediction.question, [prediction.answer], prediction.prediction, mark)
+                picture = np.asarray(captioned(image, lines))
                 self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
         rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
         table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
@@ -182,12 +239,14 @@ class RunLog:
         result = {
             "status": "done",
             "global_step": global_step,
-            "train_loss": totals["loss"] / totals["label_tokens"],
+            "train_loss": totals["loss"] / max(totals["label_tokens"], 1),
             "last_loss": self.last_loss,
             "total_params": self.total_params,
             "trainable_params": self.trainable_params,
             "samples_per_second": totals["samples"] / totals["seconds"],
             "tokens_per_second": totals["tokens"] / totals["seconds"],
+            "skipped_updates": self.num_skipped_updates,
+            "bad_samples": self.num_bad_samples,
             "peak": self.peak,
             "eval": self.eval,
             "config": asdict(self.config),
@@ -201,29 +260,24 @@ class RunLog:
             if "exact_match" in self.eval:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
-            (self.output_dir / "run.json").write_text(json.dumps(result, indent=2) + "\n")
+            (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
             build_model_card(result).save(self.output_dir / "README.md")  # in place of PEFT's empty form
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
 
 
-def captioned(image: Image.Image, prediction: Prediction) -> Image.Image:
-    """The image, brought to a fixed width, over its question, reference answer and prediction."""
-    image = image.resize((PICTURE_WIDTH, round(PICTURE_WIDTH * image.height / image.width)))
-    mark = "exact" if prediction.is_exact else "not exact"
-    lines = [prediction.question, f"answer: {prediction.answer}", f"predicted: {prediction.prediction} ({mark})"]
-    text = "\n".join(line for paragraph in lines for line in textwrap.wrap(paragraph, width=40)[:4])
-    canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")
-    canvas.paste(image)
-    ImageDraw.Draw(canvas).text((8, image.height + 4), text, fill="black", font_size=16)
-    return canvas
+def remove_run(output_dir: Path) -> None:
+    """What an overwritten run has left: its curves and checkpoints do not belong to the new one."""
+    shutil.rmtree(output_dir / TENSORBOARD, ignore_errors=True)
+    (output_dir / RUN_JSON).unlink(missing_ok=True)
+    remove_checkpoints(output_dir, num_kept=0)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
     sizes = {
-        name: (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+        name: (num_values(p), p.requires_grad)
         for name, p in model.named_parameters()
         if ".original_module." not in name
     }

@@ -39,10 +39,10 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
-    """A context in which the parameters are whole."""
+def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+    """A context in which the parameters are whole. What the process `modifier_rank` makes of them, all get."""
     if not is_partitioned(parameters):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

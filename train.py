@@ -9,7 +9,8 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo. Th
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from checkpoints import (
+    Checkpoints,
+    Position,
+    check_output_dir,
+    find_checkpoint,
+    finished_run,
+    read_position,
+    run_settings,
+)
+from data.batching import column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.loader import build_loader
 from data.make_demo import ensure_demo
-from data.packing import PackedCollator, PackedDataset, pack
+from doctor import run_doctor
 from eval import evaluate
-from memory_run import longest_row
-from run_log import RunLog
+from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
+from out_of_memory import OutOfMemory
+from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
+from rehearsal import rehearse
+from run_log import RUN_JSON, RunLog
 from saving import save_trained
 from tiled_mlp import tile_frozen_mlps
+from training_state import TrainingState
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,
@@ -46,6 +60,8 @@ from utils import (
 
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
+MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
 
@@ -57,7 +73,15 @@ class StepConfig(ModelConfig):
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
     lora_dropout: float = 0.1
     lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
-    lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "o_proj"])
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
+        metadata={"help": "linear layers of the language model, by name, or all-linear"},
+    )
+    use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
+    use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
+    quantize: str = field(
+        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
+    )
     trainable_modules: list[str] | None = field(
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
@@ -79,6 +103,7 @@ class StepConfig(ModelConfig):
         super().__post_init__()
         check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
@@ -87,6 +112,12 @@ class StepConfig(ModelConfig):
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
+            raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
+        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
+        for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
+            raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
 
     @property
     def modules_trained_in_full(self) -> list[str]:
@@ -111,6 +142,8 @@ class TrainConfig(StepConfig):
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
+    on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
     learning_rate: float = 4e-3
     warmup_ratio: float = 0.03
@@ -119,23 +152,39 @@ class TrainConfig(StepConfig):
     num_train_epochs: int = 1
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
     # Output
+    doctor: bool = field(default=False, metadata={"help": "only look whether this machine is ready for --model"})
     output_dir: str = "outputs/demo"
     overwrite_output_dir: bool = False
     logging_steps: int = 10
+    save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
+    save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
+    max_nonfinite_updates: int = field(
+        default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
+        check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
         check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
-        output_dir = Path(self.output_dir)
-        if output_dir.exists() and any(output_dir.iterdir()) and not self.overwrite_output_dir:
-            raise UserError(f"--output_dir {output_dir} is not empty: choose another or add --overwrite_output_dir")
+        check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
+        if not self.doctor:
+            check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
 
 def main(config: TrainConfig) -> dict | None:
+    output_dir = Path(config.output_dir)
+    if config.doctor:
+        return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
+        accelerator.print(f"{output_dir} is finished already")
+        return finished if accelerator.is_main_process else None
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
@@ -144,32 +193,9 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
-    records = train_dataset.records
-    num_tokens = np.minimum(column_values(records, "num_tokens"), config.max_seq_len)
-    num_label_tokens = column_values(records, "num_label_tokens")
-    collator_class = TrainCollator
-    if config.packing:  # from here on a row of samples stands where a sample stood
-        packing = pack(num_tokens, config.max_seq_len, config.seed, accelerator.num_processes)
-        accelerator.print(f"Packed {len(num_tokens)} samples into {len(packing)} rows")
-        train_dataset, collator_class = PackedDataset(train_dataset, packing), PackedCollator
-        num_tokens, num_label_tokens = packing.sums(num_tokens), packing.sums(num_label_tokens)
-    sampler = UpdateBatchSampler(
-        num_label_tokens,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-        config.seed,
-        num_tokens,
-        config.group_by_length,
-    )
-    loader = DataLoader(
-        train_dataset,
-        batch_sampler=sampler,
-        collate_fn=collator_class(processor, config.max_seq_len, config.image_aspect_ratio),
-        num_workers=config.dataloader_num_workers,
-        persistent_workers=config.dataloader_num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
+    if config.packing:
+        accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     num_warmup_steps = round(config.warmup_ratio * num_steps)
@@ -177,32 +203,64 @@ def main(config: TrainConfig) -> dict | None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    longest = longest_row(records, num_tokens, processor.num_image_tokens)
-    with RunLog(accelerator, config, model, optimizer, num_steps, longest) as log:
-        log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+    state = TrainingState(accelerator, model, optimizer, scheduler)
+    settings = run_settings(
+        asdict(config),
+        data=sampler.digest(),
+        samples_per_update=sampler.update_size,
+        updates=num_steps,
+        trained=state.shapes(),
+    )
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
+    position = read_position(checkpoint)
+
+    with (
+        Watch(accelerator) as watch,
+        OutOfMemory(accelerator, config, longest) as out_of_memory,
+        RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
+        Checkpoints(accelerator, config, state, log, settings) as saver,
+    ):
         model.train()
+        if config.rehearse:
+            out_of_memory.when = "before step 1, in the largest step that the data can bring"
+            rehearse(accelerator, model, state, config, longest)
+        if checkpoint is None:
+            out_of_memory.when = "while answering held-out questions"
+            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        else:
+            saver.resume(checkpoint)
         clear_device_cache()  # what loading and answering have left behind
         log.start()
-        global_step = 0
+        global_step = position.global_step
+        sampler.start_at(position.epoch, position.update)
+        nonfinite = NonFiniteUpdates(accelerator, config.max_nonfinite_updates)
+        bad_samples = BadSamples(watch, log, train_dataset, config.max_bad_fraction)
         while global_step < num_steps:
             label_tokens = sampler.label_tokens_per_update()
-            first_step = global_step
-            for batch in loader:
-                num_items_in_batch = label_tokens[global_step - first_step]
+            first_step = global_step - sampler.first_update
+            for batch in watch.batches(loader):
+                out_of_memory.when = f"in step {global_step + 1}"
+                sample_ids = batch.pop("sample_ids")
+                num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
                     loss, grad_norm = training_step(
-                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm, True
                     )
                 log.micro_batch(batch, loss)
+                nonfinite.micro_batch(loss, sample_ids)
                 if accelerator.sync_gradients:
                     global_step += 1
-                    log.update(global_step, num_items_in_batch, scheduler.get_last_lr()[0], grad_norm)
+                    loss_scale = state.loss_scale()
+                    is_skipped = nonfinite.update(global_step, grad_norm, loss_scale)
+                    learning_rate = scheduler.get_last_lr()[0]
+                    log.update(global_step, num_items_in_batch, learning_rate, grad_norm, loss_scale, is_skipped)
+                    saver.update(Position(global_step, sampler.epoch, global_step - first_step), is_skipped)
                 if global_step == num_steps:
                     break
-            sampler.set_epoch(sampler.epoch + 1)
+            sampler.start_at(sampler.epoch + 1)
 
         log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
-        save_trained(accelerator, model, processor, Path(config.output_dir))
+        save_trained(accelerator, model, processor, output_dir)
         return log.finish(global_step)
 
 
@@ -222,9 +280,11 @@ def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Acc
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
     )
     if uses_deepspeed:
+        # NaN in a gradient skips the step; in bf16 stage 2 looks for it only when told to.
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
         deepspeed_config["gradient_clipping"] = config.max_grad_norm  # the engine clips, accelerator cannot
+        deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
     return accelerator
 
 
@@ -237,7 +297,8 @@ def build_datasets(
         demo = ensure_demo()
         train_path, eval_path = demo / "train.json", eval_path or demo / "validation.json"
 
-    train_dataset = open_dataset(train_path, image_folder)
+    train_dataset = open_dataset(train_path, image_folder, skips_bad=config.on_bad_sample == "skip")
+    report_left_out(train_dataset, config.max_bad_fraction)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
@@ -256,23 +317,34 @@ def build_datasets(
     return train_dataset, eval_dataset
 
 
+def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:
+    """Name the records that are skipped. Raises UserError where they are too many."""
+    problems = list(dataset.problems.values())
+    for problem in problems[:MAX_NAMED_RECORDS]:
+        PartialState().print(f"warning: left out: {problem}", file=sys.stderr)
+    if len(problems) > MAX_NAMED_RECORDS:
+        PartialState().print(f"warning: left out: {len(problems) - MAX_NAMED_RECORDS} more", file=sys.stderr)
+    check_bad_fraction(len(problems), len(dataset) + len(problems), max_bad_fraction)
+
+
 def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
 
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
     """
-    model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
+    if is_deepspeed and config.use_dora and config.quantize != "none":
+        raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
+    dtype = MIXED_PRECISIONS[config.mixed_precision]
+    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     model.chunked_loss = config.loss == "chunked"
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    check_modules(model, "trainable_modules", config.modules_trained_in_full)
-    check_modules(
-        getattr(model.model, "language_model", model.model), "lora_target_modules", config.lora_target_modules
-    )
+    check_trainable_modules(model, config.modules_trained_in_full)
+    targets = lora_targets(config, getattr(model.model, "language_model", model.model))
     model.requires_grad_(False)
     if config.lora_r:
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(model, lora_config(config))
+        model = get_peft_model(model, lora_config(config, targets))
     else:
         for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
@@ -283,28 +355,46 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     return model
 
 
-def lora_config(config: StepConfig) -> LoraConfig:
+def lora_targets(config: StepConfig, language_model: nn.Module) -> list[str]:
+    """The names of the layers that get an adapter. Raises UserError for one that is no linear layer's."""
+    modules = language_model.named_modules()
+    known = sorted({path.rpartition(".")[2] for path, module in modules if isinstance(module, nn.Linear)})
+    if config.lora_target_modules == [ALL_LINEAR]:
+        return known
+    for name in config.lora_target_modules:
+        if name not in known:
+            choices = f"{', '.join(known)} or {ALL_LINEAR}"
+            raise UserError(
+                f"--lora_target_modules {name}: {type(language_model).__name__} has no such layer, choose {choices}"
+            )
+    return config.lora_target_modules
+
+
+def lora_config(config: StepConfig, targets: list[str]) -> LoraConfig:
     """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
-    names = "|".join(map(re.escape, config.lora_target_modules))
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        # The first is where a language model without a vision side has its layers.
-        target_modules=rf"(?:model\.layers|.*\blanguage_model)\..*\.({names})",
+        target_modules=rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})",
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         modules_to_save=config.modules_trained_in_full,
         task_type="CAUSAL_LM",
     )
 
 
-def check_modules(model: nn.Module, flag: str, names: list[str]) -> None:
-    """Raise UserError for a name that ends no module's path."""
+def check_trainable_modules(model: nn.Module, names: list[str]) -> None:
+    """Raise UserError for a name that ends no module's path, or a module that cannot be trained."""
     for name in names:
-        if not select_modules(model, [name]):
+        modules = select_modules(model, [name])
+        if not modules:
             known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path})
-            choices = [path for path in known if not path.isdecimal()]
-            raise UserError(f"--{flag} {name}: {type(model).__name__} has no such module, only {', '.join(choices)}")
+            choices = ", ".join(path for path in known if not path.isdecimal())
+            raise UserError(f"--trainable_modules {name}: {type(model).__name__} has no such module, only {choices}")
+        if any(is_quantized(module) for module in modules):
+            raise UserError(f"--trainable_modules {name}: 4-bit weights stay as they are, leave out --quantize")
 
 
 def select_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -329,11 +419,14 @@ def training_step(
     batch: dict[str, torch.Tensor],
     num_items_in_batch: int,
     max_grad_norm: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    skip_nonfinite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """One micro-batch forward and backward, and at the end of an update the optimizer's step.
 
     Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
     label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
+    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
+    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
     """
     loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
     # The engine takes the mean over micro-batches and processes; the shares are to be added up.
@@ -341,12 +434,16 @@ def training_step(
     grad_norm = None
     if accelerator.sync_gradients:
         grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
-    optimizer.step()
-    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+        grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
+    is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
+    if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips
+        optimizer.step()
+    if accelerator.sync_gradients and not is_skipped and not accelerator.optimizer_step_was_skipped:
         scheduler.step()
     optimizer.zero_grad()
     return loss.detach(), grad_norm
 
 
 if __name__ == "__main__":
-    run_script(main, TrainConfig)
+    result = run_script(main, TrainConfig)
+    sys.exit(2 if result and result["status"] == "problem" else 0)

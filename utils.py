@@ -1,18 +1,24 @@
 """What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
 
+import errno
 import json
 import os
+import pickle
 import re
+import signal
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -24,10 +30,12 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.modeling_utils import set_quantized_state
 
 import modeling_mgm  # noqa: F401 (registers MGM with transformers' Auto classes)
 import processing_mgm  # noqa: F401
 from configuration_mgm import PRESETS
+from quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
 
 
 Config = TypeVar("Config")
@@ -46,9 +54,21 @@ class UserError(Exception):
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
+class BadSample(UserError):
+    """A sample that cannot be had, found while training. All processes raise it together."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT, where the run can be ended in good order. Exit code 143 or 130."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
 def brief_error(error: Exception) -> str:
     """The system's word for it, or the message's first line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(kw_only=True)
@@ -143,18 +163,40 @@ def _raise_user_error(message: str) -> NoReturn:
 def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> dict | None:
     """Run a script and return main's result, which is the last line on stdout (None: another process prints it).
 
-    Bad input is one line on stderr and exit code 2; any other exception keeps its traceback and exit code 1.
+    Bad input is one line on stderr and exit code 2, SIGTERM and SIGINT one and 143 and 130; any other exception keeps
+    its traceback and exit code 1.
     """
     quiet_libraries()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _interrupt)
     os.environ.setdefault(ALLOCATOR_SETTINGS, "expandable_segments:True")
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        remedy = "make room; train.py goes on with --resume_from_checkpoint latest"
+        print(f"error: {brief_error(error)}: {remedy}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"stopped by {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
     if result is not None:
         print(json.dumps(result), flush=True)
     return result
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """No room, no quota left, or a disk that has become read-only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(signum)
 
 
 def quiet_libraries() -> None:
@@ -171,13 +213,21 @@ def load_config(name: str) -> PreTrainedConfig:
     return _from_pretrained(AutoConfig, name)
 
 
-def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had."""
+def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
+    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had.
+
+    With `quantize` nf4 the language model's linear layers hold 4 bits a weight, and compute in `dtype`.
+    """
     config = load_config(name)
     has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    is_quantized = quantize != "none"
+    if is_quantized:
+        require_quantization(quantize)
     if name in PRESETS or torch.get_default_device().type == "meta":  # there no weights are read
-        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 is to split what is quantized
+            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return quantize_language_model(model, dtype) if is_quantized else model
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -185,12 +235,25 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
+        quantization_config=nf4_config(dtype) if is_quantized else None,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"--model {name}: the weights do not fit the config ({found})")
+    keep_layout(model)
     return model
+
+
+def require_quantization(quantize: str) -> None:
+    """Raise UserError where this machine cannot quantize."""
+    try:
+        check_quantization()
+    except ImportError:
+        raise UserError(f"--quantize {quantize}: bitsandbytes is missing, pip install -r requirements.txt") from None
+    except RuntimeError as error:
+        reason = f"{brief_error(error)}; python -m bitsandbytes tells more"
+        raise UserError(f"--quantize {quantize}: bitsandbytes cannot compute here ({reason})") from None
 
 
 def load_processor(name: str) -> ProcessorMixin:
@@ -205,5 +268,5 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
         raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"--model {name}: cannot be loaded ({error})") from None

@@ -138,7 +138,7 @@ def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
 def endless(loader: DataLoader, sampler: UpdateBatchSampler) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         yield from loader
-        sampler.set_epoch(sampler.epoch + 1)
+        sampler.start_at(sampler.epoch + 1)
 
 
 def cpu_seconds() -> float:

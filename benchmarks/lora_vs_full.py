@@ -26,13 +26,12 @@ from utils import check_minimum, load_processor, run_script
 
 
 ROOT = Path(__file__).parent.parent
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS: dict[str, list[str]] = {
     "full": ["--lora_r", "0"],
     "lora-r8": ["--lora_r", "8", "--lora_alpha", "16"],  # alpha / r stays at 2, as in the recipe
     "lora-r16": ["--lora_r", "16", "--lora_alpha", "32"],
     "lora-r32": ["--lora_r", "32", "--lora_alpha", "64"],
-    "all-linear-r16": ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", *ALL_LINEAR],
+    "all-linear-r16": ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
     "projector": ["--lora_r", "0", "--trainable_modules", "multi_modal_projector"],
 }
 # Each way gets its own. Full fine-tuning, which the others are held against, has the most candidates.

@@ -1,7 +1,7 @@
 """One LoRA step by train.py, by transformers' Trainer with PEFT and by TRL's SFTTrainer: time and peak memory.
 
     pip install -r benchmarks/requirements.txt
-    python -m benchmarks.step                                  # about ten minutes on two cores
+    OMP_NUM_THREADS=1 python -m benchmarks.step                # about ten minutes of one core
     python -m benchmarks.step --steps 10 --size gemma-2b       # on a GPU
 
 A bare language model with random weights, since the others have no MGM; one row, the last part of it with labels. All
@@ -33,7 +33,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from trl import SFTConfig, SFTTrainer
 
 import train
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
@@ -165,7 +164,7 @@ class Ours:
     def run(self, num_steps: int) -> list[Step]:
         steps = []
         for _ in range(num_steps):
-            start = synchronized_time()
+            start = clock()
             with self.accelerator.accumulate(self.model):
                 loss, grad_norm = train.training_step(
                     self.accelerator,
@@ -176,7 +175,7 @@ class Ours:
                     self.num_items_in_batch,
                     MAX_GRAD_NORM,
                 )
-            steps.append(Step(synchronized_time() - start, loss.item(), grad_norm.item()))
+            steps.append(Step(clock() - start, loss.item(), grad_norm.item()))
         return steps
 
 
@@ -187,10 +186,10 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_, **__) -> None:
-        self.start = synchronized_time()
+        self.start = clock()
 
     def on_step_end(self, *_, **__) -> None:
-        self.seconds.append(synchronized_time() - self.start)
+        self.seconds.append(clock() - self.start)
 
 
 class Baseline:
@@ -241,7 +240,9 @@ def make_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -
     return Trainer(model, TrainingArguments(**arguments), train_dataset=dataset, data_collator=collate)
 
 
-def make_sft_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -> SFTTrainer:
+def make_sft_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -> Trainer:
+    from trl import SFTConfig, SFTTrainer  # in benchmarks/requirements.txt alone: nothing else needs it
+
     arguments = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
     tokenizer = load_processor("data/tiny_mgm").tokenizer  # asked for, though the row is tokenized
     return SFTTrainer(model, arguments, train_dataset=dataset, data_collator=collate, processing_class=tokenizer)
@@ -255,9 +256,11 @@ KINDS: dict[str, Callable[[StepBenchmarkConfig, bool], Ours | Baseline]] = {
 VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS]
 
 
-def synchronized_time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def clock() -> float:
+    """Seconds on the clock on a GPU. On a CPU, of this process's processor time: others may be at work there."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -375,9 +378,9 @@ def matmul_flops_per_second(config: StepBenchmarkConfig) -> float:
     a, b = (torch.randn(size, size, device=config.device, dtype=config.dtype) for _ in range(2))
     seconds = []
     for _ in range(11):
-        start = synchronized_time()
+        start = clock()
         a @ b
-        seconds.append(synchronized_time() - start)
+        seconds.append(clock() - start)
     return 2 * size**3 / min(seconds[1:])
 
 

@@ -5,13 +5,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.memory_tables import ladder_table, loss_table
+from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory_gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
 
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
-DOCUMENTS = ("README.md", "docs/memory_accuracy.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("memory", "memory_accuracy", "speed", "lora", "host_memory")),
+)
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
@@ -47,6 +52,49 @@ def error(row: dict[str, Any], name: str) -> float:
 def describe(flags: dict[str, Any]) -> str:
     words = [f"{name} {value}" for name, value in flags.items() if DEFAULTS.get(name) != value]
     return ", ".join(words) or "nothing"
+
+
+def lora_table() -> str:
+    """Predicted for MGM-2B: what each way of training trains and takes."""
+    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["lora"]
+    lines = ["| trained | parameters | share | peak | device |", "|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['trainable_params'] / row['total_params']:.2%}"
+        sizes = [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
+        lines.append(
+            f"| {what_is_trained(row['flags'])} | {row['trainable_params']:,} | {share} | {' | '.join(sizes)} |"
+        )
+    return "\n".join(lines)
+
+
+def what_is_trained(flags: dict[str, Any]) -> str:
+    if flags["lora_r"]:
+        targets = "all linear layers" if "lora_target_modules" in flags else "q, v, o"
+        return f"LoRA r={flags['lora_r']} on {targets}; projector and mining"
+    return "projector and mining alone" if "trainable_modules" in flags else "all but the towers"
+
+
+PURPOSES = {
+    "weights, optimizer, gradients": ("weights", "trained", "optimizer", "gradients"),
+    "rounding of pinned memory": ("pinned_rounding",),
+    "process": ("process",),
+    "workers and batches": ("workers", "batches"),
+}
+
+
+def host_table() -> str:
+    """Predicted for MGM-2B: the host's memory by purpose."""
+    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["host"]
+    header = ["config", "trained", "processes", *PURPOSES, "other", "sum"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        flags, host = row["flags"], row["host"]
+        sizes = [sum(host.get(name, 0) for name in names) for names in PURPOSES.values()]
+        sizes += [sum(host.values()) - sum(sizes), sum(host.values())]
+        first = [f"`{Path(flags['config_file']).name}`", "all" if flags.get("lora_r") == 0 else "LoRA r=16"]
+        cells = [*first, str(flags.get("world_size", 1)), *(f"{size / GIB:.2f}" for size in sizes)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In GiB (2**30 bytes)."])
 
 
 def cpu_table() -> str:
@@ -106,7 +154,18 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
     return None
 
 
-TABLES = {"headline": headline_table, "gpu": gpu_table, "cpu": cpu_table}
+TABLES = {
+    "headline": headline_table,
+    "gpu": gpu_table,
+    "cpu": cpu_table,
+    "ladder": ladder_table,
+    "loss": loss_table,
+    "step": step_table,
+    "packing": packing_table,
+    "loader": loader_table,
+    "lora": lora_table,
+    "host": host_table,
+}
 
 
 def with_tables(text: str) -> str:

@@ -1,10 +1,12 @@
 """From conversations to batches: how long each sample is, which samples make up an update, and their collation."""
 
 import ctypes
+import hashlib
 import inspect
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import numpy as np
@@ -82,6 +84,18 @@ def _count(
     return len(input_ids) + num_added, num_targets
 
 
+class MicroBatch(list):
+    """The indices of a micro-batch's samples. `others`: those of the process's other micro-batches of the update, at
+    its first one; else None."""
+
+    def __init__(self, samples: list[int], others: list[int] | None) -> None:
+        super().__init__(samples)
+        self.others = others
+
+    def __reduce__(self) -> tuple:  # to a worker
+        return MicroBatch, (list(self), self.others)
+
+
 class UpdateBatchSampler:
     """Micro-batches in the order of training: update by update, step by step, process by process.
 
@@ -119,14 +133,24 @@ class UpdateBatchSampler:
         self.num_tokens = num_tokens
         self.group_by_length = group_by_length
         self.epoch = 0
+        self.first_update = 0  # of this epoch's; those before it are done
         if (num_samples := len(num_label_tokens)) < num_processes:
             raise UserError(
                 f"the data set has {num_samples} usable samples for {num_processes} processes: "
                 f"add samples or launch with --num_processes {max(num_samples, 1)}"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def start_at(self, epoch: int, update: int = 0) -> None:
+        """Go on behind an epoch's first `update` updates, whose samples are not opened.
+
+        Not `set_epoch`: accelerate calls that with a count of its own, which a resumed run begins with 0.
+        """
+        self.epoch, self.first_update = epoch, update
+
+    def digest(self) -> str:
+        """A hash of how long all samples are: another data set, or other samples of it, has another."""
+        columns = [self.num_label_tokens] if self.num_tokens is None else [self.num_label_tokens, self.num_tokens]
+        return hashlib.sha256(b"".join(np.asarray(column, np.int64).tobytes() for column in columns)).hexdigest()[:16]
 
     def update_sizes(self) -> list[int]:
         """How many samples each update of an epoch has; only the last may have fewer than the others."""
@@ -153,13 +177,17 @@ class UpdateBatchSampler:
     def num_updates(self) -> int:
         return len(self.update_sizes())
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for update in self.updates():
-            for micro_batch in np.array_split(update, self._num_micro_batches(len(update))):
-                yield micro_batch.tolist()
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for update in self.updates()[self.first_update :]:
+            parts = [part.tolist() for part in np.array_split(update, self._num_micro_batches(len(update)))]
+            for i, part in enumerate(parts):
+                is_first = i < self.num_processes
+                yield MicroBatch(
+                    part, sum(parts[i + self.num_processes :: self.num_processes], []) if is_first else None
+                )
 
     def __len__(self) -> int:
-        return sum(self._num_micro_batches(size) for size in self.update_sizes())
+        return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
 
     def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Sort mega-batches by length, cut them into updates and shuffle those. A short last update stays last."""
@@ -237,3 +265,19 @@ def positions(
         "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
         "label_positions": has_label.flatten().nonzero().squeeze(1),
     }
+
+
+class NamingCollator:
+    """What `collator` makes of samples, and `sample_ids`, so that a message can name them."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples)]}
+
+
+def flat(samples: list[Any]) -> Iterator[dict]:
+    """The samples; those of a row, where several share one, one after the other."""
+    for sample in samples:
+        yield from flat(sample) if isinstance(sample, list) else [sample]

@@ -35,23 +35,41 @@ FEATURES = datasets.Features(
     }
 )
 EMBEDDED_FEATURES = datasets.Features({**FEATURES, "row": datasets.Value("int64")})  # where in the source
+PROBLEM = "problem"  # a column and a key: why a record or a sample cannot be used
+NO_RECORD = {"id": "", "images": [], "conversations": []}
+NO_CONVERSATION = [{"from": "human", "value": ""}]  # without a reply there is nothing to learn from it
 
 
 class ConversationDataset(torch.utils.data.Dataset):
     """Conversations with their images decoded. Nothing is open until a sample is asked for, so workers can have it."""
 
-    def __init__(self, records: datasets.Dataset, image_folder: Path, source: Source) -> None:
+    def __init__(
+        self, records: datasets.Dataset, image_folder: Path, source: Source, problems: dict[int, str] | None = None
+    ) -> None:
+        """`problems`: what was left out of the records, by its number, in a data set that skips what is bad."""
         self.records = records
         self.image_folder = image_folder
         self.source = source
+        self.problems = problems or {}
+        self.skips_bad = problems is not None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`id`, `conversations` (LLaVA turns) and `images` (RGB). Raises UserError for an image that cannot be had."""
+        """`id`, `conversations` (LLaVA turns) and `images` (RGB).
+
+        An image that cannot be had is a UserError; where bad samples are skipped, the sample has no image and no reply
+        but a `problem`, and the `num_label_tokens` that are missed.
+        """
         record = self.records[index]
-        return {"id": record["id"], "conversations": record["conversations"], "images": self._images(record)}
+        try:
+            return {"id": record["id"], "conversations": record["conversations"], "images": self._images(record)}
+        except UserError as error:
+            if not self.skips_bad:
+                raise
+            nothing = {"id": record["id"], "conversations": NO_CONVERSATION, "images": []}
+            return nothing | {PROBLEM: str(error), "num_label_tokens": record.get("num_label_tokens", 0)}
 
     def _images(self, record: dict[str, Any]) -> list[Image.Image]:
         names = record["images"]
@@ -67,17 +85,32 @@ class ConversationDataset(torch.utils.data.Dataset):
         ]
 
 
-def open_dataset(path: str | Path, image_folder: str | Path | None = None) -> ConversationDataset:
-    """The conversations in `path` with the images in `image_folder` (default: beside `path`), all seen to exist."""
+def open_dataset(
+    path: str | Path, image_folder: str | Path | None = None, skips_bad: bool = False
+) -> ConversationDataset:
+    """The conversations in `path` with the images in `image_folder` (default: beside `path`), all seen to exist.
+
+    Raises:
+        UserError: a record is not in the format or an image is missing; with `skips_bad`, none is left.
+    """
     if image_folder is None:
         image_folder = Path(path).parent if os.path.exists(path) else "."  # a hub id has no folder beside it
     folder = Path(image_folder)
     if not folder.is_dir():
         raise UserError(f"--image_folder {folder}: no such folder")
     source = find_source(path)
-    records = load_records(source)
-    check_images(records, folder)
-    return ConversationDataset(records, folder, source)
+    records = load_records(source, skips_bad)
+    missing = find_missing_images(records, folder)
+    if not skips_bad:
+        for problem in missing.values():
+            raise UserError(problem)
+        return ConversationDataset(records, folder, source)
+    malformed = records[PROBLEM]
+    problems = {index: problem for index, problem in enumerate(malformed) if problem is not None} | missing
+    if len(problems) == len(records):
+        raise UserError(f"data set {path}: no record can be used; the first: {problems[0]}")
+    kept = [index for index in range(len(records)) if index not in problems]
+    return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems)
 
 
 def load_conversations(path: str | Path) -> datasets.Dataset:
@@ -91,15 +124,19 @@ def load_conversations(path: str | Path) -> datasets.Dataset:
     return load_records(find_source(path))
 
 
-def load_records(source: Source) -> datasets.Dataset:
-    """The source's records, checked, mapped from the cache. Raises UserError for the first that is bad."""
+def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
+    """The source's records, checked, mapped from the cache. Raises UserError for the first that is bad.
+
+    `skips_bad`: those are there too, empty, and a column `problem` says what is wrong with them.
+    """
     rules = [inspect.getsource(part) for part in (data.sources, data.records, read_records, to_messages)]
     try:
+        features = EMBEDDED_FEATURES if source.image_column else FEATURES
         return datasets.Dataset.from_generator(
             read_records,
-            features=EMBEDDED_FEATURES if source.image_column else FEATURES,
-            gen_kwargs={"source": source},
-            fingerprint=Hasher.hash((source.state, rules)),
+            features=datasets.Features({**features, PROBLEM: datasets.Value("string")}) if skips_bad else features,
+            gen_kwargs={"source": source, "skips_bad": skips_bad},
+            fingerprint=Hasher.hash((source.state, rules, skips_bad)),
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -107,13 +144,20 @@ def load_records(source: Source) -> datasets.Dataset:
         raise
 
 
-def read_records(source: Source) -> Iterator[dict[str, Any]]:
+def read_records(source: Source, skips_bad: bool = False) -> Iterator[dict[str, Any]]:
     """The records one by one, checked. Raises UserError, also where there is none."""
     index = -1
     try:
         for index, record in enumerate(source.records()):
             row = {"row": index} if source.image_column else {}
-            yield {**check_record(record, index, source.name), **row}
+            problem = {PROBLEM: None} if skips_bad else {}
+            try:
+                checked = check_record(record, index, source.name)
+            except UserError as error:
+                if not skips_bad:
+                    raise
+                checked, problem = NO_RECORD, {PROBLEM: str(error)}
+            yield {**checked, **row, **problem}
     except (OSError, pa.ArrowException) as error:
         reason = f"cannot be read after {index + 1} records ({brief_error(error)}); check it or save it again"
         raise UserError(f"data set {source.name}: {reason}") from None
@@ -121,12 +165,16 @@ def read_records(source: Source) -> Iterator[dict[str, Any]]:
         raise UserError(f"data set {source.name}: there is no record in it")
 
 
-def check_images(records: datasets.Dataset, image_folder: Path) -> None:
-    """Every image that is a file is there. Each name is looked up once, without decoding it."""
+def find_missing_images(records: datasets.Dataset, image_folder: Path) -> dict[int, str]:
+    """The records with an image that is a file and not there. Each name is looked up once, without decoding it."""
     names = pc.drop_null(pc.unique(pc.list_flatten(records.data.column("images"))))
-    for name in names:
-        name = name.as_py()
-        if not os.path.isfile(os.path.join(image_folder, name)):  # several times faster than pathlib
-            index = next(i for i, images in enumerate(records["images"]) if name in images)
+    # os.path is several times faster than pathlib
+    missing = {n for name in names if not os.path.isfile(os.path.join(image_folder, n := name.as_py()))}
+    if not missing:
+        return {}
+    problems = {}
+    for index, images in enumerate(records["images"]):
+        if name := next((name for name in images if name in missing), None):
             where = f"record {index} (id {records[index]['id']})"
-            raise UserError(f"{where}: no image {image_folder / name}; is --image_folder right?")
+            problems[index] = f"{where}: no image {image_folder / name}; is --image_folder right?"
+    return problems

@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from utils import UserError, brief_error
+
+
+MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
 
 @contextmanager
@@ -46,5 +50,18 @@ def open_embedded(content: bytes, name: str, record_id: str) -> Image.Image:
 
 
 def read_rgb(file: Path | BinaryIO) -> Image.Image:
+    """The (first) image in the file; whatever its mode, RGB. Transparency is dropped, as in the original."""
     with Image.open(file) as image:
+        check_size(*image.size)
+        if image.mode.startswith("I;16"):  # convert would make white of everything above 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for a size that is small as it is but not once it is padded or scaled to a square."""
+    long, short = max(width, height), min(width, height)
+    if long**2 > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels: as a square it would have {long**2:,}; scale it down")
+    if long > MAX_ASPECT_RATIO * short:
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")

@@ -8,6 +8,10 @@ from processing_mgm import IMAGE_TOKEN, to_messages
 from utils import UserError
 
 
+class Malformed(str):
+    """Stands for a record that could not even be parsed: what is wrong, and where."""
+
+
 IMAGE_COLUMNS, TURN_COLUMNS = ("images", "image"), ("conversations", "messages")
 EMBEDDED = object()  # stands for an image inside the source, where others have a name
 
@@ -15,6 +19,8 @@ EMBEDDED = object()  # stands for an image inside the source, where others have 
 def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
     """One LLaVA record in the form of `FEATURES`. Raises UserError naming the record and what is wrong with it."""
     where = f"data set {path}, record {index}"
+    if isinstance(record, Malformed):
+        raise UserError(record)
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object with 'conversations', found {type(record).__name__}")
     record_id = index if record.get("id") is None else record["id"]

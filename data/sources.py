@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
-from data.records import EMBEDDED, IMAGE_COLUMNS, TURN_COLUMNS
+from data.records import EMBEDDED, IMAGE_COLUMNS, TURN_COLUMNS, Malformed
 from utils import UserError, brief_error
 
 
@@ -208,4 +208,4 @@ def _read_jsonl(file: BinaryIO, path: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"data set {path}, line {number}: not JSON ({error})") from None
+            yield Malformed(f"data set {path}, line {number}: not JSON ({error})")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import platform
 import random
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import data.batching
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
@@ -126,7 +127,7 @@ def test_epochs_differ_and_seeds_reproduce(group_by_length):
 
     def order(seed: int, epoch: int) -> list[list[int]]:
         sampler = make_sampler(seed=seed, num_tokens=num_tokens, group_by_length=group_by_length)
-        sampler.set_epoch(epoch)
+        sampler.start_at(epoch)
         return list(sampler)
 
     assert order(1, 0) == order(1, 0)
@@ -181,7 +182,7 @@ def test_group_by_length_cuts_padding():
 def test_the_longest_sample_comes_first(num_samples, epoch):
     """With group_by_length, memory that does not suffice is found out at the first step; later ones are mixed."""
     sampler = make_sampler(num_samples, 4, 2, 2, num_tokens=skewed_lengths(num_samples), group_by_length=True)
-    sampler.set_epoch(epoch)
+    sampler.start_at(epoch)
     longest = [sampler.num_tokens[update].max() for update in sampler.updates()]
     assert longest[0] == sampler.num_tokens.max()
     if num_samples > 100:
@@ -377,3 +378,30 @@ print(kept, psutil.Process().memory_info().rss - before)
     kept, left = map(int, done.stdout.split())
     assert kept > 150e6, "glibc needs no help any more"
     assert left < 30e6
+
+
+def test_going_on_in_an_epoch_opens_nothing_before():
+    """The rest of the epoch is what it would have been, and no sample of the updates before is asked for."""
+    sampler = UpdateBatchSampler(np.arange(1, 24), 2, 2, 1, seed=42)
+    sampler.start_at(3)
+    whole = list(sampler)
+    sampler.start_at(3, 2)
+    opened = []
+
+    class Samples(Dataset):
+        def __getitem__(self, index: int) -> int:
+            opened.append(index)
+            return index
+
+    loader = DataLoader(Samples(), batch_sampler=sampler, collate_fn=list)
+    assert list(loader) == whole[4:] and opened == sum(whole[4:], [])
+    assert len(loader) == len(whole) - 4
+    assert sampler.digest() != UpdateBatchSampler(np.arange(2, 25), 2, 2, 1, seed=42).digest()
+
+
+def test_first_micro_batches_know_the_rest():
+    """Each process's first micro-batch of an update has the samples of its others."""
+    micro_batches = list(UpdateBatchSampler(np.ones(12), 1, 3, 2, seed=42))
+    assert [batch.others is None for batch in micro_batches] == ([False] * 2 + [True] * 4) * 2
+    assert micro_batches[1].others == micro_batches[3] + micro_batches[5]
+    assert pickle.loads(pickle.dumps(micro_batches[1])).others == micro_batches[1].others

@@ -1,14 +1,18 @@
 """eval.py as users start it: answers, files, resuming, several processes, and bad input in one line."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 
 import eval as evaluation
@@ -72,6 +76,26 @@ def test_result(tmp_path):
     assert sum(group["n"] for group in written["by_type"].values()) == 10
     assert written["score"] == sum(item["value"] for item in written["scores"]) / 10
     assert len(answers_of(tmp_path)) == 10
+
+
+def test_tensorboard(adapter, tmp_path):
+    """Scores by type; a grid of the same questions whatever the run, so that runs can be laid side by side."""
+    run(*flags(tmp_path, None, "first", limit=30))
+    run(*flags(tmp_path, None, "second", limit=30, adapter=adapter))
+    tables, grids = [], []
+    for name in ("first", "second"):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name))
+        events.Reload()
+        written = json.loads((tmp_path / f"{name}.json").read_text())
+        scores = {"eval/exact_match": written["score"]}
+        scores |= {f"eval/exact_match_{kind}": group["score"] for kind, group in written["by_type"].items()}
+        assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == pytest.approx(scores)
+        tables.append(events.Tensors("eval/samples/text_summary")[0].tensor_proto.string_val[0].decode())
+        grids.append(Image.open(io.BytesIO(events.Images("eval/samples")[0].encoded_image_string)))
+    ids = [[line.split("|")[1] for line in table.splitlines()] for table in tables]
+    assert ids[0] == ids[1] and len(ids[0]) == 2 + 12
+    assert tables[0] != tables[1]
+    assert min(grid.width for grid in grids) == 4 * 328
 
 
 def greedy(model, processor, question, max_new_tokens: int) -> str:
@@ -198,6 +222,16 @@ def test_adapter(adapter, tmp_path, capsys, monkeypatch):
     line = fail(capsys, monkeypatch, *flags(tmp_path, None, adapter=tmp_path))
     assert "there is no adapter_config.json" in line
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+def test_500_samples_take_less_than_a_minute(tmp_path):
+    """The script's own start included."""
+    words = ["--dataset", str(ensure_demo() / "train.json"), "--limit", "500", "--output", str(tmp_path / "out.json")]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "eval.py", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["n"] == 500
+    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.slow

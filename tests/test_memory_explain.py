@@ -66,9 +66,13 @@ def test_the_nearest_settings_that_fit(monkeypatch, budget_gib, expected):
 
 
 def test_what_is_in_order_is_not_suggested():
-    """Checkpointing that is on, a batch of one row, a rank above 0, sdpa, ZeRO-3: nothing is left to change."""
-    config = tiny_config(strategy="zero3", offload="param", images_per_sample=5)
+    """Checkpointing that is on, a batch of one row, a rank above 0, 4-bit weights, sdpa, ZeRO-3: nothing is left to
+    change. DoRA with 4-bit weights under ZeRO cannot be, and neither half of it is suggested."""
+    config = tiny_config(strategy="zero3", offload="param", images_per_sample=5, quantize="nf4")
     assert list(changes_of(config)) == []
+    assert list(changes_of(replace(config, strategy="single", offload="none", use_dora=True))) == []
+    assert list(changes_of(replace(config, use_dora=True, quantize="none"))) == []
     changed = tiny_config(attn_implementation="eager", lora_r=0, gradient_checkpointing=False)
     flags = {name for changes in changes_of(changed) for name in changes}
+    assert {"quantize": "nf4"} in changes_of(tiny_config())
     assert {"attn_implementation", "lora_r", "optim", "gradient_checkpointing", "strategy", "max_seq_len"} <= flags

@@ -16,11 +16,12 @@ from transformers import get_scheduler
 
 import memory_run
 import train
+from data.worst_case import worst_case_batch
 from memory_forecast import Row
 from memory_measure_cpu import measure_on_cpu
 from memory_run import RunMemory, longest_row
 from memory_trace import trace_training
-from memory_window import probe_accelerator, worst_case_batch
+from memory_window import probe_accelerator
 
 
 ROOT = Path(__file__).parent.parent

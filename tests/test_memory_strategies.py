@@ -214,13 +214,18 @@ def test_host_breakdown_counts_processes_and_workers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "offload", "world_size", "lora_r"),
-    [("zero3", "param", 1, 8), ("zero2", "none", 1, 0), ("ddp", "none", 2, 8)],
+    ("name", "offload", "world_size", "flags"),
+    [
+        ("zero3", "param", 1, {}),
+        ("zero2", "none", 1, {"lora_r": 0}),
+        ("ddp", "none", 2, {}),
+        ("zero3", "param", 1, {"quantize": "nf4", "mlp_tiles": 1}),
+    ],
 )
-def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, lora_r: int) -> None:
+def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, flags: dict) -> None:
     """Device and host bytes together, within 0.1 % of what the same steps allocate under real DeepSpeed or DDP on the
     CPU."""
-    strategy, config = small_buckets(Strategy.from_flags(name, offload, world_size)), tiny_config(lora_r=lora_r)
+    strategy, config = small_buckets(Strategy.from_flags(name, offload, world_size)), tiny_config(**flags)
     measured_bytes = measure_strategy(config, strategy)
     predicted_bytes = trace_strategy(config, strategy, "cpu").device.peak_bytes
     assert predicted_bytes == pytest.approx(measured_bytes, rel=1e-3)

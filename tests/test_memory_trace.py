@@ -17,9 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from memory_allocator import replay_events
 from memory_kernels import WORKSPACES, kernels_of
 from memory_measure_cpu import measure_on_cpu, measure_training
-from memory_profile import memory_events
+from memory_profile import memory_events, rise
 from memory_record import Recorder, TraceError
-from memory_trace import Trace, trace_training
+from memory_trace import Trace, fake_model, trace_training
+from quantization import quantize_linear, state_tensors
 from train import StepConfig
 
 
@@ -59,13 +60,17 @@ def test_prediction_is_what_the_allocator_does() -> None:
         (1, {"lora_r": 0, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
         (1, {"lora_r": 0, "gradient_checkpointing": False, "attn_implementation": "eager", "max_seq_len": 300}),
         (1, {"gradient_checkpointing": False, "max_seq_len": 400, "lora_dropout": 0.0}),
+        (1, {"lora_target_modules": ["all-linear"], "use_dora": True, "use_rslora": True}),
+        (1, {"quantize": "nf4", "lora_target_modules": ["all-linear"], "gradient_checkpointing": False}),
+        (0, {"quantize": "nf4", "use_dora": True, "max_seq_len": 300}),
         (1, {"packing": True, "max_seq_len": 100}),
         (0, {"packing": True, "per_device_train_batch_size": 2, "attn_implementation": "eager"}),
         (1, {"packing": True, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "max_seq_len": 200}),
     ],
 )
 def test_prediction_of_every_kind_of_run(images: int, flags: dict) -> None:
-    """With and without images, eager, full fine-tuning, accumulation, packing: within 0.02 % of a fresh process."""
+    """With and without images, eager, full fine-tuning, accumulation, DoRA, 4-bit weights, packing: within 0.02 % of a
+    fresh process."""
     config = tiny_config(**flags)
     measured_bytes = measure_training(config, images).peak_bytes
     assert trace_training(config, "cpu", images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
@@ -280,6 +285,58 @@ def test_replay_of_a_trace() -> None:
     num_alive = len(trace.alive_at(trace.peak_index))
     assert trace.peak_bytes <= replay.peak_allocated_bytes < trace.peak_bytes + 512 * num_alive + 8 * 2**20
     assert replay.peak_reserved_bytes >= replay.peak_allocated_bytes
+
+
+def test_workspace_of_a_4_bit_layer() -> None:
+    """By hand: MGM-2B's down_proj, whole in bf16 while it multiplies, and a scale of 4 bytes for each 64 weights,
+    on CUDA with the mean of all scales and without."""
+    x = torch.empty(1, 8, 16384, dtype=torch.bfloat16)
+    for device_type, num_scales in (("cpu", 1), ("cuda", 2)):
+        nbytes = WORKSPACES[device_type]["gemm_4bit"]((x, None, (2048, 16384), None, 64, "nf4"), {}, None)
+        assert nbytes == 2 * 2048 * 16384 + num_scales * 4 * 2048 * 16384 // 64
+
+
+def test_a_4_bit_layer_on_the_cpu() -> None:
+    """Forward and backward of a layer whose weight, 1 MiB whole, is larger than all else: every allocation that the
+    profiler sees is recorded of fake tensors, those inside the forward's kernel as one."""
+    linear, gradient = nn.Linear(512, 512, bias=False), torch.ones(16, 512)
+    layer, x = quantize_linear(linear, torch.float32), torch.ones(16, 512, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer(x).backward(gradient)
+    meta_layer, fake_mode = quantize_linear(linear.to("meta"), torch.float32), FakeTensorMode()
+    fake_layer = fake_model(meta_layer, "cpu", fake_mode)
+    with fake_mode:
+        fake_x, fake_gradient = torch.ones(16, 512, requires_grad=True), torch.ones(16, 512)
+        with Recorder(fake_layer, WORKSPACES["cpu"]) as recorder:
+            for tensor in [fake_x, fake_layer.weight, *(tensor for _, tensor in state_tensors(fake_layer))]:
+                recorder.allocated(tensor, "load")
+            num_loaded = len(recorder.record.events)
+            fake_layer(fake_x).backward(fake_gradient)
+    recorded, measured = [n for n, _ in recorder.record.events[num_loaded:]], memory_events(profiler)
+    assert rise(recorded) == rise(measured) > 4 * 512 * 512
+    num_forward = recorded.index(max(recorded)) + 2
+    assert recorded[num_forward:] == measured[7:], "the backward pass"
+
+
+def test_4_bit_layers_make_their_weights_anew() -> None:
+    """Each of 28 layers makes its weight in the backward pass, as bitsandbytes' own code does it on fake tensors; none
+    of them lives on, so that the largest is all that is there of them at a time. Two updates are traced."""
+    trace = traced("cuda", quantize="nf4", mixed_precision="bf16", mlp_tiles=1)
+    made = started(trace, op="bitsandbytes.dequantize_4bit.default", phase="backward")
+    assert len(made) == 2 * 28 and {a.dtype for a in made} == {"bfloat16"}
+    edges = sorted((i, n) for a in made for i, n in ((a.start, a.nbytes), (a.end, -a.nbytes)))
+    assert max(itertools.accumulate(n for _, n in edges)) == max(a.nbytes for a in made)
+
+
+@pytest.mark.slow
+def test_mgm_2b_in_4_bits() -> None:
+    """By hand: 1,981,808,640 weights in the language model's layers, half a byte each, a byte for 64 and 4 bytes for
+    16,384 of them; two tables of 64 and 1024 bytes for each of 126 layers; the rest of MGM-2B in bf16."""
+    config = StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, quantize="nf4")
+    packed = 18 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16384)
+    expected = packed // 2 + packed // 64 + 4 * packed // 64 // 256 + 126 * (64 + 1024)
+    expected += 2 * (3_019_166_144 - packed)
+    assert trace_training(config, "cuda").breakdown()["weights"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from utils import UserError
 
 
 LORA_TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj|o_proj)"
+ALL_LINEAR = r".*\blanguage_model\..*_proj"
 
 
 def qwen2() -> MGMConfig:
@@ -64,12 +65,22 @@ def merge_all(merger: AdapterMerger, base: dict[str, torch.Tensor]) -> dict[str,
         (tiny, {}),
         (tiny, {"use_dora": True}),
         (tiny, {"use_rslora": True}),
+        (tiny, {"target_modules": ALL_LINEAR, "use_dora": True, "use_rslora": True}),
         (tiny, {"target_modules": r".*\blanguage_model\..*\.(up_proj|k_proj)", "rank_pattern": {"up_proj": 2}}),
         (qwen2, {"bias": "lora_only"}),
         (qwen2, {"bias": "all"}),
         (qwen2, {"modules_to_save": None}),
     ],
-    ids=["plain", "DoRA", "rsLoRA", "other targets", "biases of its layers", "all biases", "no modules"],
+    ids=[
+        "plain",
+        "DoRA",
+        "rsLoRA",
+        "all linear layers",
+        "other targets",
+        "biases of its layers",
+        "all biases",
+        "no modules",
+    ],
 )
 def test_like_peft(tmp_path, dtype, adapter_dtype, make_config, lora):
     """Every tensor with PEFT's `merge_and_unload` of the whole model, bit for bit, type included."""

@@ -86,7 +86,7 @@ def test_updates_of_rows(num_processes):
     sampler = UpdateBatchSampler(packing.sums(num_label_tokens), *shape, 42)
     epochs = []
     for epoch in range(2):
-        sampler.set_epoch(epoch)
+        sampler.start_at(epoch)
         samples = [sum((rows_of(packing)[row] for row in update), []) for update in sampler.updates()]
         assert sorted(sum(samples, [])) == list(range(401))
         assert sampler.label_tokens_per_update() == [num_label_tokens[update].sum() for update in samples]
@@ -243,7 +243,7 @@ def test_log_counts_samples_and_tokens(dataset, processor):
     """RunLog's sums of a packed batch with those of its samples, which have a mask."""
     sums = []
     for batches in (unpacked(dataset, processor), [packed(dataset, processor, ROWS)]):
-        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()))
+        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), memory=None)
         for batch in batches:
             RunLog.micro_batch(log, batch, torch.tensor(0.0))
         sums.append(log.window.tolist())

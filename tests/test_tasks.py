@@ -125,6 +125,7 @@ def test_mmbench_circular(tmp_path):
         assert choice.options["ABC".index(choice.answer)] == "a dog"
     assert mean_score(task.score(["B", "A", "C"])) == 1
     assert mean_score(task.score(["B", "B", "B"])) == 0, "always the same letter is right in plain evaluation alone"
+    assert mean_score(task.score(["C", "A", "C"])) == 0, "one wrong rotation is enough"
     assert len(task.score(["B", "A", "C"])) == 1
 
 

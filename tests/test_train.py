@@ -53,8 +53,8 @@ def mixed_dataset(tmp_path_factory) -> Path:
 
 
 def launch(config: str, num_processes: int, *flags: str) -> tuple[dict, str]:
-    """Run train.py under a launch config; returns the last line's JSON and everything on stderr."""
-    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+    """Run train.py under a launch config, by name or path without .yaml; returns the last line's JSON and stderr."""
+    command = ["accelerate", "launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
     command += ["--num_processes", str(num_processes), "train.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -150,7 +150,7 @@ def test_run_json_and_tensorboard(runs):
     output_dir, result = runs["zero3"]
     assert json.loads((output_dir / "run.json").read_text()) == result
     keys = "status global_step train_loss last_loss total_params trainable_params samples_per_second"
-    keys += " tokens_per_second peak eval config environment"
+    keys += " tokens_per_second skipped_updates bad_samples peak eval config environment"
     assert list(result) == keys.split()
     assert result["status"] == "done" and result["global_step"] == NUM_STEPS
     assert result["last_loss"] == pytest.approx(scalars(output_dir, "train/loss")[-1], abs=1e-5)
@@ -185,6 +185,92 @@ def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
     assert result["trainable_params"] == sum(
         p.numel() for name, p in base.named_parameters() if "vision_tower" not in name
     )
+
+
+def adapted(**flags: object) -> PeftModel:
+    """The tiny model with an adapter whose tensors are as if trained, in evaluation mode."""
+    model = train.build_model(train.StepConfig(**({"model": MODEL, "mixed_precision": "no"} | flags)), False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in train.trained_parameters(model):
+            parameter += 0.02 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def test_all_linear_is_the_language_models(tmp_path):
+    """LoRA on all 28 linear layers of the language model, on none of towers, projector, mining and head; it comes back
+    from its folder."""
+    model = adapted(lora_target_modules=["all-linear"])
+    layers = {path.partition(".lora_A")[0] for path in dict(model.named_modules()) if path.endswith("lora_A")}
+    linear = {
+        f"base_model.model.{path}"
+        for path, module in load_model(MODEL, torch.float32, "sdpa").named_modules()
+        if isinstance(module, torch.nn.Linear) and ".language_model." in path
+    }
+    assert layers == linear and len(layers) == 28
+    assert_comes_back(model, tmp_path)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    """alpha / sqrt(r) instead of alpha / r: 32 / 4 instead of 32 / 16."""
+    scalings = {}
+    for use_rslora in (False, True):
+        model = adapted(use_rslora=use_rslora)
+        layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+        scalings[use_rslora] = layer.scaling["default"]
+    assert scalings == {False: 2.0, True: 8.0}
+    assert_comes_back(model, tmp_path)
+
+
+def test_dora_trains_the_rows_lengths(tmp_path):
+    """A magnitude for each output of each layer, in fp32; before training the model is the base."""
+    config = train.StepConfig(model=MODEL, mixed_precision="no", use_dora=True)
+    model = train.build_model(config, is_deepspeed=False).eval()
+    magnitudes = {name: p for name, p in model.named_parameters() if "lora_magnitude_vector" in name}
+    assert len(magnitudes) == 4 * 3 and all(p.requires_grad and p.dtype == torch.float32 for p in magnitudes.values())
+    base = load_model(MODEL, torch.float32, "sdpa").eval()
+    lengths = base.model.language_model.layers[0].self_attn.v_proj.weight.norm(dim=1)
+    first = next(p for name, p in magnitudes.items() if "layers.0.self_attn.v_proj" in name)
+    torch.testing.assert_close(first.data, lengths.data)
+    inputs = {"input_ids": torch.tensor([[2, 4, 20, 21, 22]])}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, base(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert_comes_back(adapted(use_dora=True), tmp_path)
+
+
+def assert_comes_back(model: PeftModel, folder: Path) -> None:
+    """What is saved gives the same logits from its folder, and others than the base."""
+    model.save_pretrained(folder)
+    inputs = {"input_ids": torch.tensor([[2, 4, 20, 21, 22]])}
+    base = load_model(MODEL, torch.float32, "sdpa").eval()
+    with torch.no_grad():
+        expected, plain = model(**inputs).logits, base(**inputs).logits
+        loaded = PeftModel.from_pretrained(base, folder).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, expected)
+    assert (plain - expected).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_dora_under_zero3(mixed_dataset, tmp_path):
+    """DoRA reads whole weights outside their layers' own forward. Two processes under ZeRO-3 that split every weight
+    (the tiny model's would all stay whole) agree with a single process, and save an adapter that loads."""
+    deepspeed_config = json.loads((ROOT / "accelerate_configs/deepspeed_zero3.json").read_text())
+    deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "deepspeed.json").write_text(json.dumps(deepspeed_config))
+    launch_config = (ROOT / "accelerate_configs/zero3.yaml").read_text()
+    launch_config = launch_config.replace("accelerate_configs/deepspeed_zero3.json", str(tmp_path / "deepspeed.json"))
+    (tmp_path / "zero3.yaml").write_text(launch_config)
+    flags = "--use_dora --lora_target_modules all-linear --lora_dropout 0 --max_steps 3 --logging_steps 1"
+    flags += f" --eval_samples 0 --dataset {mixed_dataset} --image_folder data/demo"
+    losses = []
+    for name, config, num_processes in (("one", "single", 1), ("two", str(tmp_path / "zero3"), 2)):
+        rows = f"--per_device_train_batch_size {8 // num_processes} --output_dir {tmp_path / name}"
+        launch(config, num_processes, *flags.split(), *rows.split())
+        losses.append(scalars(tmp_path / name, "train/loss"))
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-4, rel=1e-4)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and sum("lora_magnitude_vector" in key for key in two) == 28
+    PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -245,6 +331,13 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--dataset missing.json", ["missing.json", "no such file"]),
         ("--image_folder missing", ["--image_folder missing", "no such folder"]),
         ("--lora_target_modules out_proj", ["--lora_target_modules out_proj", "q_proj"]),
+        ("--lora_target_modules mlp", ["--lora_target_modules mlp", "down_proj", "or all-linear"]),
+        ("--lora_target_modules all-linear q_proj", ["--lora_target_modules all-linear", "leave out q_proj"]),
+        ("--lora_r 0 --use_dora", ["--use_dora True", "--lora_r 0", "a rank above 0"]),
+        ("--lora_r 0 --use_rslora", ["--use_rslora True", "a rank above 0"]),
+        ("--lora_r 0 --quantize nf4", ["--quantize nf4", "a rank above 0"]),
+        ("--quantize int8", ["--quantize int8", "none, nf4"]),
+        ("--quantize nf4 --trainable_modules mlp", ["--trainable_modules mlp", "leave out --quantize"]),
         ("--trainable_modules nothing", ["--trainable_modules nothing"]),
         ("--mixed_precision fp16", ["--mixed_precision fp16", "no GPU"]),
         ("--mixed_precision fp8", ["--mixed_precision fp8", "choose one of"]),

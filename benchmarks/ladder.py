@@ -1,0 +1,146 @@
+"""Predict what each technique saves of MGM-2B's memory and what it costs: results/ladder.json, docs/memory.md.
+
+    python -m benchmarks.ladder
+
+Rung by rung from full fine-tuning with logits down, and each technique alone. What it costs is counted in operations:
+torch's FlopCounterMode over the same traced step.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from benchmarks.tables import ROOT, write_tables
+from memory_charts import COLOURS
+from memory_gpus import GIB
+from memory_predict import summarize, trace_step
+from memory_probe import ProbeConfig
+from memory_report import WORDS
+from memory_trace import CATEGORIES
+from modeling_mining import MGMPatchInfoMining, View
+from utils import run_script
+
+
+# Where it begins, and what each technique changes. `mining` is no flag: the original's form of it is put back.
+START = {
+    "lora_r": 0, "loss": "full", "gradient_checkpointing": False, "mlp_tiles": 1, "mining": "original",
+}  # fmt: skip
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "LoRA r=16": {"lora_r": 16},
+    "no logits": {"loss": "chunked"},
+    "mining from the query's side": {"mining": "query"},
+    "MLP in tiles": {"mlp_tiles": 4},
+}
+BRANCHES = {  # from the last rung on
+    "4-bit weights": {"quantize": "nf4"},
+    "ZeRO-3, all offloaded": {"config_file": "accelerate_configs/zero3.yaml"},
+}
+
+
+@dataclass(kw_only=True)
+class LadderConfig:
+    model: str = field(default="mgm-2b", metadata={"help": "preset name"})
+    max_seq_len: int = 2048
+
+
+def main(config: LadderConfig) -> dict[str, Any]:
+    rungs, flags = [{"title": "full fine-tuning, with logits", "flags": dict(START)}], dict(START)
+    for title, change in TECHNIQUES.items():
+        flags = flags | change
+        rungs.append({"title": title, "flags": flags})
+    branches = [{"title": title, "flags": flags | change} for title, change in BRANCHES.items()]
+    alone = [{"title": title, "flags": START | change} for title, change in TECHNIQUES.items()]
+    for row in (*rungs, *branches, *alone):
+        row |= predict_row(config, row["flags"])
+        print(
+            f"{row['title']}: {row['peak_allocated_bytes'] / GIB:.2f} GiB, {row['flops'] / 1e12:.1f} TFLOP", flush=True
+        )
+    result = {"model": config.model, "max_seq_len": config.max_seq_len}
+    result |= {"rungs": rungs, "branches": branches, "alone": alone}
+    (ROOT / "results/ladder.json").write_text(json.dumps(result, indent=1) + "\n")
+    ladder_chart([*rungs, *branches]).savefig(ROOT / "docs/ladder.png", dpi=120)
+    write_tables()
+    return {"rungs": len(rungs), "output": "results/ladder.json"}
+
+
+def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
+    flags = dict(flags)
+    is_original = flags.pop("mining") == "original"
+    probe_config = ProbeConfig(model=config.model, mode="predict", max_seq_len=config.max_seq_len, **flags)
+    with patch.object(MGMPatchInfoMining, "forward", original_mining) if is_original else nullcontext():
+        with counted_operations() as flops:
+            trace = trace_step(probe_config)
+    result = summarize(trace, probe_config)
+    names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "breakdown")
+    # Under ZeRO the step runs in a process of its own; its operations are those without.
+    return {name: result[name] for name in names} | {"flops": flops[-1] if flops else 0}
+
+
+@contextmanager
+def counted_operations() -> Iterator[list[int]]:
+    """The floating point operations of each call of train.training_step."""
+    step, counts = train.training_step, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = step(*args, **kwargs)
+        counts.append(counter.get_total_flops())
+        return result
+
+    with patch.object(train, "training_step", counted):
+        yield counts
+
+
+def original_mining(
+    self: MGMPatchInfoMining, features: torch.Tensor, stages_aux: list[torch.Tensor], *_: Any
+) -> torch.Tensor:
+    """A key and a value for each of an image's positions, kept for the backward pass. For models without crops."""
+    grid = round(features.shape[1] ** 0.5)
+    squares = View(0, 1, False, grid).squares(stages_aux, slice(0, grid))  # [N, P, S, C_aux]
+    key, value = (norm_and_project(projection, squares) for projection in (self.key_proj, self.value_proj))
+    query = self.query_proj(features).unsqueeze(2)  # [N, P, 1, C]
+    weights = (query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(dim=-1)
+    return features + (weights @ value).squeeze(2)
+
+
+def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch.Tensor:
+    norm, linear = projection
+    normed = F.layer_norm(features, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.linear(normed, linear.weight, linear.bias)
+
+
+def ladder_chart(rows: list[dict[str, Any]]) -> Figure:
+    """A bar a rung, by what the peak holds, and what a card has to have for it."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    titles = [("" if i == 0 else "+ ") + row["title"] for i, row in enumerate(rows)]
+    left = [0.0] * len(rows)
+    for category in CATEGORIES:
+        widths = [row["breakdown"][category] / GIB for row in rows]
+        if max(widths) > 0.05:
+            axes.barh(titles, widths, left=left, color=COLOURS[category], label=WORDS[category])
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, title, end in zip(rows, titles, left, strict=True):
+        axes.text(end + 0.4, title, f"{row['peak_allocated_bytes'] / GIB:.2f} GiB", va="center", fontsize="small")
+    for gib in (8, 24):
+        axes.axvline(gib, color="black", linestyle="--", linewidth=0.8)
+    axes.set_xlim(0, max(left) * 1.12)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB allocated at the peak (dashed: 8 and 24)")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    run_script(main, LadderConfig)

@@ -1,0 +1,57 @@
+"""The tables of docs/memory.md: the ladder, and the ways to work out the loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memory_gpus import GIB, MIB
+
+
+RESULTS = Path(__file__).parent.parent / "results"
+LOSSES = {"a CPU": "loss_cpu.json", "an H100": "loss_cuda.json"}
+
+
+def ladder_table() -> str:
+    """results/ladder.json: each technique on top of those above it, and alone from where the ladder begins."""
+    ladder = json.loads((RESULTS / "ladder.json").read_text())
+    start = ladder["rungs"][0]["peak_allocated_bytes"]
+    alone = {row["title"]: start - row["peak_allocated_bytes"] for row in ladder["alone"]}
+    lines = [
+        "| step by step | allocated | on an RTX 4090 | TFLOP a step | alone it saves |",
+        "|---|---|---|---|---|",
+    ]
+    for index, row in enumerate([*ladder["rungs"], *ladder["branches"]]):
+        is_branch = index >= len(ladder["rungs"])
+        title = ("" if index == 0 else "or, in the end, " if is_branch else "+ ") + row["title"]
+        saved = f"{alone[row['title']] / GIB:.2f} GiB" if row["title"] in alone else ""
+        lines.append("| " + " | ".join([title, *sizes(row), operations(row), saved]) + " |")
+    return "\n".join(lines)
+
+
+def sizes(row: dict[str, Any]) -> list[str]:
+    return [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
+
+
+def operations(row: dict[str, Any]) -> str:
+    return f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""
+
+
+def loss_table() -> str:
+    """results/loss_*.json: the same loss in different ways, on each device."""
+    parts = []
+    for device, name in LOSSES.items():
+        found = json.loads((RESULTS / name).read_text())
+        config, rows = found["config"], found["rows"]
+        labels = round(config["tokens"] * config["label_share"])
+        parts += [
+            f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, {labels} of them "
+            f"labelled, {config['vocab_size']:,} words, {config['hidden_size']} wide.",
+            "",
+            "| the loss by way of | memory above its inputs | time | error of the gradient |",
+            "|---|---|---|---|",
+        ]
+        for way, row in rows.items():
+            cells = [way, f"{row['peak_bytes'] / MIB:.0f} MiB", f"{1000 * row['seconds']:.0f} ms"]
+            parts.append("| " + " | ".join([*cells, f"{row['gradient_error']:.1e}"]) + " |")
+        parts.append("")
+    return "\n".join(parts).strip()

@@ -1,0 +1,88 @@
+"""How long train.py's steps wait for data on the demo:
+
+    python -m benchmarks.waiting
+
+It runs train.py with 0, 1, ... workers and times each call for the next batch. The first, which starts the workers, is
+told apart. Writes results/waiting.json; the last line on stdout is JSON.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+from accelerate.data_loader import DataLoaderShard
+
+import train
+from benchmarks.loader import environment
+from utils import check_minimum, run_script
+
+
+@dataclass(kw_only=True)
+class WaitingConfig:
+    num_workers: int = field(default=2, metadata={"help": "from 0 up to this"})
+    max_steps: int = 60
+    output: str = "results/waiting.json"
+
+    def __post_init__(self) -> None:
+        check_minimum(self, num_workers=0, max_steps=2)
+
+
+def main(config: WaitingConfig) -> dict:
+    runs = [measure(num_workers, config.max_steps) for num_workers in range(config.num_workers + 1)]
+    for run in runs:
+        print(f"{run['num_workers']} workers: {run['waiting_share']:.1%} of the time", flush=True)
+    result = {"benchmark": "waiting", **asdict(config), **environment(), "runs": runs}
+    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measure(num_workers: int, max_steps: int) -> dict:
+    """Seconds of a run on the demo, and those in which it waited for batches."""
+    with tempfile.TemporaryDirectory() as folder, timed_batches() as (waits, steps):
+        train.main(
+            train.TrainConfig(
+                output_dir=folder, max_steps=max_steps, eval_samples=0, dataloader_num_workers=num_workers
+            )
+        )
+    return {
+        "num_workers": num_workers,
+        "first_wait_seconds": waits[0],
+        "median_wait_seconds": median(waits[1:]),
+        "longest_wait_seconds": max(waits[1:]),
+        "median_step_seconds": median(steps),
+        "waiting_share": sum(waits[1:]) / (sum(waits[1:]) + sum(steps)),
+    }
+
+
+@contextmanager
+def timed_batches() -> Iterator[tuple[list[float], list[float]]]:
+    """Seconds of each call for a batch, and between the calls: what is done with the batch."""
+    waits: list[float] = []
+    steps: list[float] = []
+    iterate = DataLoaderShard.__iter__
+
+    def timed(loader: DataLoaderShard) -> Iterator:
+        batches = iterate(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            waits.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            yield batch
+            steps.append(time.perf_counter() - start)
+
+    with patch.object(DataLoaderShard, "__iter__", timed):
+        yield waits, steps
+
+
+if __name__ == "__main__":
+    run_script(main, WaitingConfig)

@@ -1,0 +1,136 @@
+"""Look through a whole data set before training: every record, every image, on all cores.
+
+    python -m data.check my.json --image_folder my_images
+    python -m data.check my.json --image_folder my_images --model mgm-2b --max_seq_len 1024      # lengths too
+
+One report on stdout: what train.py would refuse or skip, and what it would take but you may not mean. The last line
+is JSON. Exit code 0: every record can be used; 2: some cannot.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from data.batching import column_values, measure_lengths
+from data.dataset import PROBLEM, ConversationDataset, open_dataset
+from processing_mgm import ROLES
+from utils import UserError, check_minimum, load_processor, run_script
+
+
+SAMPLES_AT_ONCE = 64  # that a process takes: some seconds
+NUM_SHOWN = 20
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    dataset: str = field(metadata={"help": "as train.py's"})
+    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
+    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, max_seq_len=1, num_proc=1)
+
+
+def main(config: CheckConfig) -> dict[str, Any]:
+    dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True)
+    num_records = len(dataset) + len(dataset.problems)
+    problems = list(dataset.problems.values()) + list(find_bad_samples(dataset, config.num_proc))
+    notes = find_notes(dataset.records)
+    if config.model is not None:
+        notes |= find_long(dataset.records, config)
+    print(report(num_records, problems, notes), flush=True)
+    return {
+        "status": "bad" if problems else "good",
+        "records": num_records,
+        "bad": len(problems),
+        "problems": problems[:NUM_SHOWN],
+        "notes": {note: count for note, count in notes.items() if count},
+    }
+
+
+def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterator[str]:
+    """What is wrong with each sample whose images cannot be had."""
+    starts = range(0, len(dataset), SAMPLES_AT_ONCE)
+    context = multiprocessing.get_context("forkserver")  # imports once, for all
+    context.set_forkserver_preload(["data.check"])
+    with (
+        ProcessPoolExecutor(num_processes, mp_context=context, initializer=_take, initargs=(dataset,)) as pool,
+        tqdm(total=len(dataset), desc="Checking", unit="sample") as progress,
+    ):
+        try:
+            for problems in pool.map(_check_from, starts):
+                progress.update(min(SAMPLES_AT_ONCE, len(dataset) - progress.n))
+                yield from problems
+        except BrokenProcessPool:
+            where = f"among samples {progress.n} to {progress.n + num_processes * SAMPLES_AT_ONCE}"
+            raise UserError(f"a process was killed {where}: is memory short? Try a smaller --num_proc") from None
+
+
+def _take(dataset: ConversationDataset) -> None:
+    """In a process of the pool."""
+    global _dataset
+    _dataset = dataset
+
+
+def _check_from(start: int) -> list[str]:
+    stop = min(start + SAMPLES_AT_ONCE, len(_dataset))
+    samples = (_dataset[index] for index in range(start, stop))
+    return [sample[PROBLEM] for sample in samples if PROBLEM in sample]
+
+
+def find_notes(records: datasets.Dataset) -> dict[str, int]:
+    """How many records are odd, though they can be used."""
+    counts = pc.value_counts(records.data.column("id")).field("counts")
+    notes = Counter({"ids that several records share": int(pc.sum(pc.greater(counts, 1)).as_py() or 0)})
+    for conversation in records["conversations"]:
+        replies = [turn["value"] for turn in conversation if ROLES[turn["from"]] == "assistant"]
+        notes["records with an empty reply"] += not all(reply.strip() for reply in replies)
+        notes["records with a NUL character"] += any("\0" in turn["value"] for turn in conversation)
+    return dict(notes)
+
+
+def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
+    """How many records --max_seq_len cuts off, and how many it leaves out."""
+    measured = measure_lengths(records, load_processor(config.model), config.max_seq_len)
+    num_tokens, num_labels = (column_values(measured, name) for name in ("num_tokens", "num_label_tokens"))
+    is_long = num_tokens > config.max_seq_len
+    return {
+        f"records cut off at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels > 0))),
+        f"records left out at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels == 0))),
+        "tokens of the longest record": int(num_tokens.max()),
+    }
+
+
+def report(num_records: int, problems: list[str], notes: dict[str, int]) -> str:
+    lines = [f"{num_records} records, {len(problems)} cannot be used"]
+    lines += [f"  {problem}" for problem in problems[:NUM_SHOWN]]
+    if len(problems) > NUM_SHOWN:
+        lines.append(f"  and {len(problems) - NUM_SHOWN} more")
+    lines += [f"Note: {count} {note}" for note, count in notes.items() if count]
+    return "\n".join(lines)
+
+
+def run() -> None:
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--dataset")
+    result = run_script(main, CheckConfig)
+    sys.exit(2 if result["bad"] else 0)
+
+
+if __name__ == "__main__":
+    from data.check import run  # the pool's processes import the module by its name
+
+    run()

@@ -1,0 +1,58 @@
+"""The largest batch that can come: what a prediction, a measurement and a run's rehearsal take for their step."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from processing_mgm import IGNORE_INDEX
+
+
+def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:
+    """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
+
+    `config` is a StepConfig.
+    A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
+    lacks a token. A packed row has as many samples as its images leave room for, at least two, so that it needs one. A
+    model without a vision side gets what transformers' language models take.
+    """
+    rows, length = config.per_device_train_batch_size, config.max_seq_len
+    if not hasattr(model_config, "image_token_id"):
+        return text_batch(rows, length, images_per_sample)
+    image_length = images_per_sample * model_config.num_image_tokens
+    if image_length > length:
+        raise ValueError(f"{images_per_sample} images take {image_length} positions, but max_seq_len is {length}")
+    if config.packing and images_per_sample:
+        images_per_sample *= length // image_length
+        image_length = images_per_sample * model_config.num_image_tokens
+    input_ids = torch.zeros(rows, length, dtype=torch.long)
+    input_ids[:, :image_length] = model_config.image_token_id
+    labels = input_ids.clone()
+    labels[:, :image_length] = IGNORE_INDEX
+    batch = {"input_ids": input_ids, "labels": labels}
+    batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
+    batch["label_positions"] = (
+        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, 1), length)
+    ).flatten()
+    if config.packing:
+        batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
+    else:
+        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        if rows > 1:
+            batch["attention_mask"][-1, -1] = 0
+    if images_per_sample:
+        for key, tower in (("pixel_values", "vision_config"), ("pixel_values_aux", "vision_config_aux")):
+            size = getattr(model_config, tower).image_size
+            batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
+    return batch
+
+
+def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torch.Tensor]:
+    """The worst case for a language model alone. Raises ValueError for images."""
+    if images_per_sample:
+        raise ValueError("the model has no vision side, so it takes 0")
+    batch = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+    batch |= {"labels": batch["input_ids"].clone(), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+    if rows > 1:
+        batch["attention_mask"][-1, -1] = 0
+    return batch

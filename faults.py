@@ -1,0 +1,200 @@
+"""What ends or disturbs a run: signals, samples that cannot be had, losses that are no numbers."""
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed import ReduceOp
+from tqdm.auto import tqdm
+
+from data.dataset import PROBLEM, ConversationDataset
+from utils import BadSample, Interrupted, UserError
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NUM_NAMED = 8  # samples in a message
+
+
+class Watch:
+    """A context in which all processes stop together, between two micro-batches, when one of them has to.
+
+    A signal is only noted while `batches` runs; at any other time it raises Interrupted at once. Several processes
+    tell each other on the host, through gloo: no GPU has to wait.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signum = 0
+        self.is_noting = False
+        # Where accelerate's launcher is told to end it may leave the run behind, alone with the GPU.
+        self.launcher = os.getppid() if any(name.startswith("ACCELERATE_") for name in os.environ) else None
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> "Watch":
+        self.handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        if not self.is_noting:
+            raise Interrupted(signum)
+
+    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The loader's batches.
+
+        Raises:
+            Interrupted: a process got a signal. BadSample: one of some process cannot be had.
+        """
+        self.is_noting = True
+        iterator = iter(loader)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(iterator, None)  # every process has as many
+            except UserError as user_error:
+                error = user_error
+            if self.launcher not in (None, os.getppid()):
+                self.signum = signal.SIGTERM
+            signum, num_errors = self.reduce([self.signum, int(error is not None)], ReduceOp.MAX)
+            if num_errors:
+                raise BadSample(str(error or "another process cannot go on: its line says why")) from None
+            if signum:
+                raise Interrupted(signum)
+            if batch is None:
+                break
+            yield batch
+        self.is_noting = False
+
+    def reduce(self, values: list[int], op: ReduceOp.RedOpType) -> list[int]:
+        """All processes' values put together, one by one."""
+        if self.group is None:
+            return values
+        tensor = torch.tensor(values)
+        torch.distributed.all_reduce(tensor, op, group=self.group)
+        return tensor.tolist()
+
+
+class BadSamples:
+    """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
+
+    Args:
+        log: keeps `bad_sample_ids`, which a resumed run goes on with, and `num_left_out`.
+        dataset: its `problems` were left out when it was read.
+    """
+
+    def __init__(self, watch: Watch, log: Any, dataset: ConversationDataset, max_bad_fraction: float) -> None:
+        self.watch = watch
+        self.log = log
+        self.log.num_left_out = len(dataset.problems)
+        self.num_records, self.max_bad_fraction = len(dataset) + len(dataset.problems), max_bad_fraction
+        self.num_items_in_batch = self.num_expected = 0
+
+    def count(self, batch: dict[str, Any], num_items_in_batch: int) -> int:
+        """The update's label tokens, all processes together, without those of its bad samples; at least 1.
+
+        Raises:
+            BadSample: more than `max_bad_fraction` of the data set is bad, or a file went bad between two looks at it.
+        """
+        here, in_update = batch.pop("bad_here", []), batch.pop("bad_in_update", [])
+        if in_update is not None:  # an update begins
+            lost, num_bad = self.watch.reduce(
+                [sum(bad["num_label_tokens"] for bad in in_update), len(in_update)], ReduceOp.SUM
+            )
+            self.num_items_in_batch = max(1, num_items_in_batch - lost)
+            self.num_expected = len(in_update)
+            if num_bad:
+                self._tell(in_update)
+        self.num_expected -= len(here)
+        if self.num_expected < 0:
+            raise UserError(f"{here[0][PROBLEM]}: it could be read a moment ago; is the disk in order?")
+        return self.num_items_in_batch
+
+    def _tell(self, bad_samples: list[dict[str, Any]]) -> None:
+        known = set(self.log.bad_sample_ids)
+        for bad in bad_samples:
+            if bad["id"] not in known:
+                warn(f"left out: {bad[PROBLEM]}")
+        self.log.bad_sample_ids = sorted(known.union(bad["id"] for bad in gather_object(bad_samples)))
+        check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
+
+
+def check_bad_fraction(
+    num_bad: int, num_records: int, max_bad_fraction: float, error_class: type[UserError] = UserError
+) -> None:
+    """Raise where more is bad than may be."""
+    if num_bad > max_bad_fraction * num_records:
+        raise error_class(
+            f"{num_bad} of {num_records} samples cannot be used, more than --max_bad_fraction {max_bad_fraction}: "
+            "python -m data.check lists them all"
+        )
+
+
+class NonFiniteUpdates:
+    """Counts updates that were skipped because of NaN or Inf, names their samples, and ends the run after too many.
+
+    The gradients' norm tells, since NaN anywhere makes it NaN. It is read once an update; losses are read only then.
+    A loss scaler makes too large a scale smaller by such skips: while the losses are finite and the scale is not below
+    1 they are its own business.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_in_a_row: int) -> None:
+        self.accelerator = accelerator
+        self.max_in_a_row = max_in_a_row
+        self.in_a_row = 0
+        self.micro_batches: list[tuple[torch.Tensor, list[str]]] = []
+
+    def micro_batch(self, loss: torch.Tensor, sample_ids: list[str]) -> None:
+        self.micro_batches.append((loss, sample_ids))
+
+    def update(self, step: int, grad_norm: float, loss_scale: float | None) -> bool:
+        """Whether the update that ends here was skipped. Raises UserError after `max_in_a_row` such updates."""
+        micro_batches, self.micro_batches = self.micro_batches, []
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        bad = [(float(loss), ids) for loss, ids in micro_batches if not math.isfinite(loss)]
+        some_loss_is_bad = self._any_process(bool(bad))
+        if loss_scale is not None and loss_scale >= 1 and not some_loss_is_bad:
+            return True
+        self.in_a_row += 1
+        if bad or not some_loss_is_bad:
+            what = f"the loss is {bad[0][0]}" if bad else f"the gradients' norm is {grad_norm}"
+            ids = [sample_id for _, ids in bad or micro_batches for sample_id in ids]
+            warn(f"step {step} is skipped: {what} in samples {name_some(ids)}")
+        if self.in_a_row == self.max_in_a_row:
+            raise UserError(
+                f"{self.in_a_row} updates in a row up to step {step} had a NaN or infinite loss or gradient and were "
+                "skipped. Lower --learning_rate, look at the samples named above or choose --mixed_precision bf16; "
+                "the last checkpoint is from before them"
+            )
+        return True
+
+    def _any_process(self, value: bool) -> bool:
+        """Called where all processes skip, since all of them have the same norm."""
+        if self.accelerator.distributed_type == DistributedType.NO:
+            return value
+        return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum") > 0)
+
+
+def warn(message: str) -> None:
+    """On stderr, on a line of its own where a progress bar is."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def name_some(names: list[str]) -> str:
+    """A list that stays readable: the first few, and how many more."""
+    rest = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + rest

@@ -1,0 +1,80 @@
+"""The rehearsal of the largest step leaves no trace, and what runs out of memory is explained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import Fault, run
+from safetensors.torch import load_file
+
+from out_of_memory import asked_for, is_out_of_memory, remedy
+
+
+FLAGS = "--max_steps 3 --save_steps 3 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
+FLAGS += " --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --dataset data/demo/validation.json"
+FORWARD = "modeling_mgm.MGMForConditionalGeneration.forward"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 1), ("zero3", 1)])
+def test_leaves_no_trace(config: str, num_processes: int, tmp_path: Path) -> None:
+    """Weights, optimizer and random numbers: the run with it ends bitwise where the run without it ends."""
+    for name, flag in (("with", ""), ("without", " --no_rehearse")):
+        ended = run(f"{FLAGS}{flag} --output_dir {tmp_path / name}", tmp_path / "logs", config, num_processes)
+        assert ended.code == 0, ended.err[-3000:]
+    states = [load_file(tmp_path / name / "checkpoint-3/trained-00001.safetensors") for name in ("with", "without")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.slow
+def test_out_of_memory_for_real(tmp_path: Path) -> None:
+    """The process may have 256 MiB more than it has before the rehearsal, and the rehearsal needs more: explained in
+    one line, with the prediction above it, and nothing is left of the run."""
+    fault = Fault("rehearsal.worst_case_batch", 1, "little memory")
+    flags = FLAGS.replace("batch_size 4", "batch_size 4096")
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=(fault,))
+    assert ended.code == 2 and "out of memory before step 1" in ended.error and "of host memory" in ended.error
+    assert "Predicted were" in ended.error and "limits on it" in ended.error, "the machine has enough"
+    smaller = "--per_device_train_batch_size 2048 --gradient_accumulation_steps 4: "
+    for words in ("Predicted: ", "At the peak:", "frozen weights", "What to change:", smaller):
+        assert words in ended.err, words
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_out_of_memory_later(tmp_path: Path) -> None:
+    """Injected, as a GPU's allocator would say it, in step 2, with no place for a prediction either: the checkpoint
+    before it is intact."""
+    faults = Fault("train.training_step", 4, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")
+    flags = FLAGS.replace("save_steps 3", "save_steps 1")
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=faults)
+    assert ended.code == 2
+    assert "out of memory in step 2: Tried to allocate 500.00 MiB" in ended.error
+    assert "There is no prediction (No space left on device)" in ended.error
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert run(f"{flags} --output_dir {tmp_path / 'out'} --resume_from_checkpoint latest", tmp_path).code == 0
+
+
+def test_messages() -> None:
+    """What PyTorch's allocators say, and each end of the remedy."""
+    gpu = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 500.00 MiB. GPU 0 has a total capacity of 23.63 GiB of which 301.00 "
+        "MiB is free. Including non-PyTorch memory, this process has 22.66 GiB memory in use. Of the allocated ..."
+    )
+    assert is_out_of_memory(gpu)
+    assert asked_for(gpu) == "Tried to allocate 500.00 MiB, this process has 22.66 GiB memory in use"
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(cpu.value) and "of host memory" in asked_for(cpu.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    fits = {"device_bytes": 2**30, "budget_bytes": 2**31, "fits": True, "nearest": None}
+    assert "look for other programs" in remedy(fits, None)
+    nearest = {"flags": {"max_seq_len": 1024, "config_file": None}, "device_bytes": 2**30}
+    assert (
+        remedy(fits | {"fits": False, "nearest": nearest}, None) == "Nearest that fits: --max_seq_len 1024 (1.00 GiB)"
+    )
+    assert "a smaller model" in remedy(fits | {"fits": False}, None)
+    assert "it failed" in remedy(None, "it failed")
