@@ -5,6 +5,7 @@ import re
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+from configuration_mgm import MGMConfig
 from memory_allocator import replay_events
 from memory_gpus import GPUS, NCCL_BYTES
 from memory_host import host_breakdown
@@ -13,7 +14,7 @@ from memory_strategies import strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
-from utils import ALLOCATOR_SETTINGS, UserError
+from utils import ALLOCATOR_SETTINGS, UserError, brief_error, load_config
 
 
 PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
@@ -36,8 +37,18 @@ def trace_step(config: StepConfig) -> PlacedTrace:
         return trace_strategy(config, strategy, config.device, config.images_per_sample, workspace_bytes)
     except TraceError as error:
         raise UserError(f"--model {config.model}: {error}") from None
+    except ImportError as error:  # a kernel's package; sdpa takes the same FlashAttention on a GPU, and as much memory
+        raise UserError(
+            f"--attn_implementation {config.attn_implementation}: {brief_error(error)}; try sdpa"
+        ) from None
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
+    except (AttributeError, TypeError, RuntimeError) as error:
+        if load_config(config.model).model_type == MGMConfig.model_type:
+            raise  # a mistake of ours: it keeps its traceback
+        raise UserError(
+            f"--model {config.model}: its training step cannot be traced ({brief_error(error)})"
+        ) from error
 
 
 def summarize(trace: PlacedTrace, config: StepConfig) -> dict[str, Any]:
