@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.tables import with_tables
 from convert_mgm import ConvertConfig
+from eval import EvalConfig
 from memory_probe import ProbeConfig
 from memory_run import RunMemory
 from run_log import RunLog
@@ -18,7 +19,12 @@ from utils import parse_config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DATA_README = (ROOT / "data/README.md").read_text()
-SCRIPTS = {"train.py": TrainConfig, "convert_mgm.py": ConvertConfig, "memory_probe.py": ProbeConfig}
+SCRIPTS = {
+    "train.py": TrainConfig,
+    "eval.py": EvalConfig,
+    "convert_mgm.py": ConvertConfig,
+    "memory_probe.py": ProbeConfig,
+}
 
 
 def commands() -> list[list[str]]:
