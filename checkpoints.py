@@ -43,7 +43,8 @@ FREE_FLAGS = {
     *("dataset", "image_folder", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
     *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "rehearse"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("gradient_checkpointing", "attn_implementation", "mixed_precision", "loss", "mlp_tiles"),
+    *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles"),
+    *("attn_implementation", "mixed_precision", "loss"),
 }
 
 

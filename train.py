@@ -94,6 +94,7 @@ class StepConfig(ModelConfig):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
     mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
@@ -106,7 +107,7 @@ class StepConfig(ModelConfig):
         check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
-        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, max_grad_norm=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -338,7 +339,9 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
     model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     model.chunked_loss = config.loss == "chunked"
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
+        )
     check_trainable_modules(model, config.modules_trained_in_full)
     targets = lora_targets(config, getattr(model.model, "language_model", model.model))
     model.requires_grad_(False)

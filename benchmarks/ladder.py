@@ -2,8 +2,8 @@
 
     python -m benchmarks.ladder
 
-Rung by rung from full fine-tuning with logits down, and each technique alone. What it costs is counted in operations:
-torch's formulas over the same traced step.
+Rung by rung from full fine-tuning with logits down, each technique alone, and all but one. What it costs is
+counted in operations: torch's formulas over the same traced step.
 """
 
 import json
@@ -62,13 +62,16 @@ def main(config: LadderConfig) -> dict[str, Any]:
         rungs.append({"title": title, "flags": flags})
     branches = [{"title": title, "flags": flags | change} for title, change in BRANCHES.items()]
     alone = [{"title": title, "flags": START | change} for title, change in TECHNIQUES.items()]
-    for row in (*rungs, *branches, *alone):
+    without = [
+        {"title": title, "flags": flags | {name: START[name] for name in change}}
+        for title, change in TECHNIQUES.items()
+    ]
+    for row in (*rungs, *branches, *alone, *without):
         row |= predict_row(config, row["flags"])
-        print(
-            f"{row['title']}: {row['peak_allocated_bytes'] / GIB:.2f} GiB, {row['flops'] / 1e12:.1f} TFLOP", flush=True
-        )
+        size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
+        print(f"{row['title']}: {size}, {row['flops']} operations", flush=True)
     result = {"model": config.model, "max_seq_len": config.max_seq_len}
-    result |= {"rungs": rungs, "branches": branches, "alone": alone}
+    result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
     (ROOT / "results/ladder.json").write_text(json.dumps(result, indent=1) + "\n")
     ladder_chart([*rungs, *branches]).savefig(ROOT / "docs/ladder.png", dpi=120)
     write_tables()
@@ -84,8 +87,8 @@ def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
             trace = trace_step(probe_config)
     result = summarize(trace, probe_config)
     names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "breakdown")
-    # Under ZeRO the step runs in a process of its own; its operations are those without.
-    return {name: result[name] for name in names} | {"flops": flops[-1] if flops else 0}
+    # Under ZeRO the step runs in a process of its own, and of 4-bit layers torch has no formula.
+    return {name: result[name] for name in names} | {"flops": flops[-1] if flops and "quantize" not in flags else None}
 
 
 @contextmanager

@@ -12,19 +12,23 @@ LOSSES = {"a CPU": "loss_cpu.json", "an H100": "loss_cuda.json"}
 
 
 def ladder_table() -> str:
-    """results/ladder.json: each technique on top of those above it, and alone from where the ladder begins."""
+    """results/ladder.json: each technique on top of those above it, alone from where the ladder begins, and what all
+    the others come to without it."""
     ladder = json.loads((RESULTS / "ladder.json").read_text())
     start = ladder["rungs"][0]["peak_allocated_bytes"]
+    without = {row["title"]: f"{row['peak_allocated_bytes'] / GIB:.2f} GiB" for row in ladder["without"]}
     alone = {row["title"]: start - row["peak_allocated_bytes"] for row in ladder["alone"]}
     lines = [
-        "| step by step | allocated | on an RTX 4090 | TFLOP a step | alone it saves |",
-        "|---|---|---|---|---|",
+        "| step by step | allocated | on an RTX 4090 | TFLOP a step | alone it saves | all but this |",
+        "|---|---|---|---|---|---|",
     ]
     for index, row in enumerate([*ladder["rungs"], *ladder["branches"]]):
         is_branch = index >= len(ladder["rungs"])
         title = ("" if index == 0 else "or, in the end, " if is_branch else "+ ") + row["title"]
         saved = f"{alone[row['title']] / GIB:.2f} GiB" if row["title"] in alone else ""
-        lines.append("| " + " | ".join([title, *sizes(row), operations(row), saved]) + " |")
+        lines.append(
+            "| " + " | ".join([title, *sizes(row), operations(row), saved, without.get(row["title"], "")]) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -82,3 +82,19 @@ def test_tiling_lowers_the_predicted_peak():
 
 def test_a_model_without_mlps_is_no_error():
     tile_frozen_mlps(torch.nn.Linear(2, 2), 4)
+
+
+def test_checkpointing_every_other_layer():
+    """The same step; half of the layers run once, the other half's MLPs twice; the peak lies between all and none."""
+    whole, seen_all = step(4)
+    found, seen = step(4, checkpoint_every_n_layers=2)
+    for name, tensor in whole.items():
+        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    assert set(seen_all.values()) == {2 * 3 * 21} and sorted(Counter(seen.values()).items()) == [(63, 2), (126, 2)]
+    peaks = []
+    for flags in ({}, {"checkpoint_every_n_layers": 2}, {"gradient_checkpointing": False}):
+        config = StepConfig(
+            model="tiny", mixed_precision="no", max_seq_len=300, per_device_train_batch_size=4, **flags
+        )
+        peaks.append(trace_training(config, device_type="cpu").peak_bytes)
+    assert peaks[0] < peaks[1] < peaks[2]
