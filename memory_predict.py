@@ -39,7 +39,7 @@ def trace_step(config: StepConfig) -> PlacedTrace:
         raise UserError(f"--model {config.model}: {error}") from None
     except ImportError as error:  # a kernel's package; sdpa takes the same FlashAttention on a GPU, and as much memory
         raise UserError(
-            f"--attn_implementation {config.attn_implementation}: {brief_error(error)}; try sdpa"
+            f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip(chr(46))}; choose sdpa"
         ) from None
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
