@@ -124,6 +124,7 @@ def _run(flags: list[str], folder: Path, environment: dict[str, str], rank: int,
     os.environ.update(environment)
     if environment:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    multiprocessing.set_start_method("fork", force=True)  # a run's data workers are its own children, and end with it
     sys.argv = ["train.py", *flags]
     for fault in faults:
         install(fault)
