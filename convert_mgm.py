@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import quiet  # noqa: F401 (before PEFT)
+
 import torch
 from safetensors.torch import save_file
 from transformers import (

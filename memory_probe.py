@@ -15,6 +15,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import quiet  # noqa: F401 (before PEFT)
+
 import torch
 
 from memory_calibrate import calibrate, entry

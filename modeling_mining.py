@@ -36,7 +36,7 @@ class MiningKey(nn.Sequential):
         return norm(*projection(query))
 
 
-class MiningKeyNorm(nn.LayerNorm):
+class MiningKeyLayerNorm(nn.LayerNorm):
     """Scale and shift; the normalization itself is the features' part."""
 
     def forward(self, query: torch.Tensor, constant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ class MiningKeyProjection(nn.Linear):
         return query @ self.weight, (query * self.bias).sum(-1, keepdim=True)
 
 
-class MiningValueNorm(nn.LayerNorm):
+class MiningValueLayerNorm(nn.LayerNorm):
     """Scale and shift of features that have been normalized already."""
 
     def forward(self, mixed: torch.Tensor) -> torch.Tensor:
@@ -62,8 +62,8 @@ class MGMPatchInfoMining(nn.Module):
         super().__init__()
         dim, aux_dim = config.vision_config.hidden_size, sum(config.vision_config_aux.hidden_sizes)
         self.query_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-        self.key_proj = MiningKey(MiningKeyNorm(aux_dim), MiningKeyProjection(aux_dim, dim))
-        self.value_proj = nn.Sequential(MiningValueNorm(aux_dim), nn.Linear(aux_dim, dim))
+        self.key_proj = MiningKey(MiningKeyLayerNorm(aux_dim), MiningKeyProjection(aux_dim, dim))
+        self.value_proj = nn.Sequential(MiningValueLayerNorm(aux_dim), nn.Linear(aux_dim, dim))
 
     def forward(
         self,

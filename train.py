@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import quiet  # noqa: F401 (before PEFT)
+
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState

@@ -17,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import quiet  # noqa: F401 (before PEFT)
+
 import datasets
 import numpy as np
 import pyarrow.compute as pc

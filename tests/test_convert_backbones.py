@@ -171,7 +171,7 @@ def test_assemble(model_type, layout, towers, tmp_path):
     assert all(torch.equal(parameters[name], tensor) for name, tensor in expected.items())
 
     turns = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "cat"}]
-    batch = processor(conversations=[turns], images=[[Image.new("RGB", (60, 40), "red")]])
+    batch = processor(conversations=[turns], images=[[Image.effect_noise((60, 40), 80).convert("RGB")]])
     assert batch["pixel_values_aux"].shape == (1, 3, 768, 768)
     model.train()(**batch).loss.backward()
     for name in ("patch_info_mining.key_proj.1.weight", "multi_modal_projector.linear_1.weight"):

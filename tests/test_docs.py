@@ -55,7 +55,7 @@ def test_flags_exist(path):
     assert set(quoted) <= every | FOREIGN_FLAGS, set(quoted) - every
 
 
-FOREIGN_FLAGS = {"shm", "model_args", "tasks"}  # Docker's, lmms-eval's
+FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size"}  # Docker's, lmms-eval's, benchmarks/step.py's
 
 
 @pytest.mark.parametrize("name", ["docs/lora.md", "docs/host_memory.md"])
