@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import chunked_loss
 from chunked_loss import ChunkedCrossEntropy
-from memory_measure_cpu import memory_events, rise
+from memory_profile import memory_events, rise
 from utils import check_choice, check_minimum, run_script
 
 

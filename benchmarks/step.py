@@ -37,7 +37,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import train
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
 from configuration_mgm import mgm_2b
-from memory_measure_cpu import memory_events, rise
+from memory_profile import memory_events, rise
 from modeling_mgm import MGMForConditionalGeneration
 from tiled_mlp import tile_frozen_mlps
 from utils import check_choice, check_minimum, load_processor, run_script
