@@ -47,12 +47,15 @@ def bytes_in_use(model: nn.Module) -> int:
     What a loader's workers have read ahead into shared memory is left out: the allocator did not make it.
     """
     gc.collect()
-    storages = {}
+    sizes = {}
     for tensor in filter(lambda thing: issubclass(type(thing), torch.Tensor), gc.get_objects()):
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
-            if part is not None and not part.is_shared():
-                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+            if part is None or part.is_shared():
+                continue
+            storage = part.untyped_storage()
+            if storage.device.type != "meta":  # a fake tensor's, which takes nothing
+                sizes[storage.data_ptr()] = storage.nbytes()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         buckets = [bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets()]
-        return sum(storages.values()) + sum(bucket.nbytes for bucket in buckets)
-    return sum(storages.values())
+        return sum(sizes.values()) + sum(bucket.nbytes for bucket in buckets)
+    return sum(sizes.values())

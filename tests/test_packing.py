@@ -250,9 +250,9 @@ def test_log_counts_samples_and_tokens(dataset, processor):
     assert sums[0] == sums[1] and sums[0][2] == sum(map(len, ROWS))
 
 
-def test_flash_attention_packs_one_row():
+def test_flash_attention_packs_one_row(tmp_path):
     """Several rows would leak there: transformers looks for packed samples in a single row alone."""
-    flags = {"packing": True, "attn_implementation": "flash_attention_2"}
+    flags = {"packing": True, "attn_implementation": "flash_attention_2", "output_dir": str(tmp_path)}
     with pytest.raises(UserError, match="--packing with flash_attention_2: choose --per_device_train_batch_size 1"):
         TrainConfig(**flags, per_device_train_batch_size=2)
     assert TrainConfig(**flags, per_device_train_batch_size=1).packing
