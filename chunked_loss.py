@@ -11,9 +11,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
-# Elements of a chunk's logits, which are there once in the dtype of the hidden states and once in fp32: 96 MiB in
-# bf16. Of MGM-2B's vocabulary this is 65 tokens. benchmarks/loss.py tells what other sizes cost.
-CHUNK_ELEMENTS = 2**24
+# A chunk's products each read the whole head: more tokens use it better. Its logits are there once in the dtype of the
+# hidden states and once in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py tells what other sizes cost.
+CHUNK_TOKENS = 64
 WEIGHT_GRADIENT_ROWS = 2**13  # words whose gradient is worked out at a time
 
 
@@ -42,16 +42,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden_states)
         weight_gradient = torch.zeros_like(weight) if weight_is_trained else None
         head = weight.to(hidden_states.dtype)
-        chunk_size = max(1, CHUNK_ELEMENTS // len(weight))
         # The dtypes are chosen here; autocast would choose others on the way.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            for start in range(0, len(hidden_states), chunk_size):
-                chunk = slice(start, start + chunk_size)
+            for start in range(0, len(hidden_states), CHUNK_TOKENS):
+                chunk = slice(start, start + CHUNK_TOKENS)
                 chunk_loss, gradient = _loss_and_gradient(hidden_states[chunk], head, targets[chunk])
                 loss += chunk_loss
                 torch.mm(gradient, head, out=hidden_gradient[chunk])
                 if weight_is_trained:
                     _add_weight_gradient(weight_gradient, gradient, hidden_states[chunk])
+                del gradient  # before the next chunk's logits are made
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 

@@ -41,6 +41,7 @@ from data.make_demo import ensure_demo
 from doctor import run_doctor
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
+from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
 from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
 from rehearsal import rehearse
@@ -354,6 +355,7 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
         for module in select_modules(model, config.modules_trained_in_full):
             module.requires_grad_(True)
     tile_frozen_mlps(model, config.mlp_tiles)
+    recompute_activations(model)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
             parameter.data = parameter.data.float()

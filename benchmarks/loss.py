@@ -50,7 +50,7 @@ def main(config: LossConfig) -> dict:
     inputs = make_inputs(config)
     exact = run(full, *(x.double() if x.is_floating_point() else x for x in inputs), config.label_share)
     rows = {}
-    for name, loss in ways(config).items():
+    for name, loss in ways().items():
         found = run(loss, *inputs, config.label_share)
         rows[name] = {
             "loss_error": abs(float(found[0]) / float(exact[0]) - 1),
@@ -59,7 +59,7 @@ def main(config: LossConfig) -> dict:
         }
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(config.rounds):
-        for name, loss in ways(config).items():
+        for name, loss in ways().items():
             start = time.perf_counter()
             run(loss, *inputs, config.label_share)
             if config.device == "cuda":
@@ -98,11 +98,11 @@ def run(
     return value.detach(), hidden_states.grad
 
 
-def ways(config: LossConfig) -> dict[str, Loss]:
+def ways() -> dict[str, Loss]:
     found = {"all positions": all_positions, "labelled positions": full}
-    for exponent in (22, 23, 24, 25, 26):
-        found[f"ours, chunks of 2**{exponent}"] = partial(ours, 2**exponent)
-    found["checkpointed chunks"] = partial(checkpointed_chunks, chunked_loss.CHUNK_ELEMENTS // config.vocab_size)
+    for num_tokens in (16, 32, 64, 128, 256):
+        found[f"ours, chunks of {num_tokens}"] = partial(ours, num_tokens)
+    found["checkpointed chunks"] = partial(checkpointed_chunks, chunked_loss.CHUNK_TOKENS)
     if hasattr(F, "linear_cross_entropy"):  # from PyTorch 2.13 on
         from torch.nn import LinearCrossEntropyOptions
 
@@ -121,10 +121,8 @@ def full(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
 
 
-def ours(
-    chunk_elements: int, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    with patch.object(chunked_loss, "CHUNK_ELEMENTS", chunk_elements):
+def ours(chunk_tokens: int, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with patch.object(chunked_loss, "CHUNK_TOKENS", chunk_tokens):
         return ChunkedCrossEntropy.apply(hidden_states, weight, targets)
 
 

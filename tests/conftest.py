@@ -1,6 +1,7 @@
 """What the tests share: the original MGM's own numbers, its tiny checkpoint converted, a tiny random model."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import train
+from chunked_loss import IGNORE_INDEX
 from configuration_mgm import tiny
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
@@ -99,3 +102,26 @@ def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch
     norm, linear = projection
     normed = F.layer_norm(features, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return F.linear(normed, linear.weight, linear.bias)
+
+
+@pytest.fixture
+def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
+    """A step of train.py's model on text: called with StepConfig's flags it returns the loss and all gradients."""
+
+    def step(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
+        config = train.StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
+        torch.manual_seed(0)
+        model = train.build_model(config, is_deepspeed=False).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, and then so are most gradients
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        watch(model)
+        input_ids = torch.randint(6, 500, (3, 21), generator=torch.Generator().manual_seed(0))
+        labels = input_ids.clone()
+        labels[:, :5] = IGNORE_INDEX
+        loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {"loss": loss.detach()} | gradients
+
+    return step

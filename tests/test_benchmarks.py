@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,17 @@ def test_our_step_is_the_trainers(tiny_step, gradient_checkpointing):
     for a, b in zip(found, expected, strict=True):
         assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-4)
         assert 0 < a.seconds and 0 < b.seconds
+
+
+def test_zero3_takes_the_same_steps():
+    """Loss and gradient norm of two updates, under real DeepSpeed and without."""
+    config = StepBenchmarkConfig(device="cpu", num_tokens=32)
+    steps = []
+    for kind in ("train.py", step.ZERO3):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            steps.append(pool.submit(step.build, config, kind, True).result()[0])
+    for a, b in zip(*steps, strict=True):
+        assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-4)
 
 
 def test_variants_that_disagree_are_refused():

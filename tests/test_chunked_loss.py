@@ -25,7 +25,7 @@ def loss_and_gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000])
 def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
     """Also in chunks that do not divide the tokens, and with words that do not divide into rows."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", chunk_size * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", chunk_size)
     monkeypatch.setattr(chunked_loss, "WEIGHT_GRADIENT_ROWS", 128)
     head = make_head(weight_is_trained)
     hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)

@@ -1,42 +1,38 @@
 """MLPs in tiles against whole ones: the same step, run no more often, with less in memory."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-import train
-from data.batching import IGNORE_INDEX
 from memory_trace import trace_training
 from tiled_mlp import tile_frozen_mlps, tiles
 from train import StepConfig
 
 
-def step(mlp_tiles: int, **flags) -> tuple[dict[str, torch.Tensor], Counter]:
-    """Loss and gradients of a step with LoRA on the preset `tiny`, and how many tokens each MLP has seen."""
-    torch.manual_seed(0)
-    config = StepConfig(model="tiny", mixed_precision="no", mlp_tiles=mlp_tiles, lora_dropout=0.0, **flags)
-    model = train.build_model(config, is_deepspeed=False).train()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first, and then so are most gradients
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    seen = Counter()
-    for name, module in model.named_modules():
-        if name.endswith("mlp.gate_proj"):
-            module.register_forward_hook(
-                lambda _, args, output, name=name: seen.update({name: args[0][..., 0].numel()})
-            )
-    input_ids = torch.randint(6, 500, (3, 21), generator=torch.Generator().manual_seed(0))
-    labels = input_ids.clone()
-    labels[:, :5] = IGNORE_INDEX
-    loss = model(input_ids=input_ids, labels=labels).loss
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {"loss": loss.detach()} | gradients, seen
+@pytest.fixture
+def step(tiny_step: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., tuple[dict[str, torch.Tensor], Counter]]:
+    """A step's loss and gradients, and how many tokens each MLP has seen."""
+
+    def run(mlp_tiles: int, **flags) -> tuple[dict[str, torch.Tensor], Counter]:
+        seen = Counter()
+
+        def watch(model: nn.Module) -> None:
+            for name, module in model.named_modules():
+                if name.endswith("mlp.gate_proj"):
+                    module.register_forward_hook(
+                        lambda _, args, output, name=name: seen.update({name: args[0][..., 0].numel()})
+                    )
+
+        return tiny_step(watch, mlp_tiles=mlp_tiles, **flags), seen
+
+    return run
 
 
 @pytest.mark.parametrize("num_tiles", [2, 5, 100])
-def test_step_is_the_same(num_tiles):
+def test_step_is_the_same(step, num_tiles):
     """Loss and all trainable gradients within 1e-5, also with more tiles than tokens."""
     expected, _ = step(1)
     found, _ = step(num_tiles)
@@ -45,7 +41,7 @@ def test_step_is_the_same(num_tiles):
         assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
-def test_mlps_run_twice_not_three_times():
+def test_mlps_run_twice_not_three_times(step):
     """Forward, and in the backward pass; the recomputation of a layer stops before its MLP."""
     _, seen = step(4)
     assert len(seen) == 4 and set(seen.values()) == {2 * 3 * 21}
@@ -54,7 +50,7 @@ def test_mlps_run_twice_not_three_times():
 @pytest.mark.parametrize(
     "flags", [{"gradient_checkpointing": False}, {"lora_target_modules": ["q_proj", "gate_proj"]}, {"lora_r": 0}]
 )
-def test_others_are_left_alone(flags):
+def test_others_are_left_alone(step, flags):
     """Without checkpointing tiles would be recomputed for nothing, and a trained MLP's gradients would be lost."""
     whole, tiled = (step(num_tiles, **flags) for num_tiles in (1, 4))
     assert whole[1] == tiled[1]
@@ -84,7 +80,7 @@ def test_a_model_without_mlps_is_no_error():
     tile_frozen_mlps(torch.nn.Linear(2, 2), 4)
 
 
-def test_checkpointing_every_other_layer():
+def test_checkpointing_every_other_layer(step):
     """The same step; half of the layers run once, the other half's MLPs twice; the peak lies between all and none."""
     whole, seen_all = step(4)
     found, seen = step(4, checkpoint_every_n_layers=2)
