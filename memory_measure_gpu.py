@@ -63,13 +63,14 @@ def measure_in_this_process(
         context_bytes = used_bytes()
         accelerator = train.build_accelerator(config)
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
-        is_moved = not is_deepspeed and config.quantize == "none"  # 4-bit weights are made where they stay
-        with torch.device("cuda") if is_moved else nullcontext():  # drawing numbers there is quick
+        with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
             model = train.build_model(config, is_deepspeed)
-        if is_moved:  # back to where from_pretrained puts it, so that it comes to the GPU in the usual order
+        if not is_deepspeed and config.quantize == "none":
+            # Back to where from_pretrained puts it, so that it comes to the GPU in the usual order. 4-bit weights are
+            # made where they stay.
             model = model.cpu()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         if limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
         peaks = PhasePeaks()

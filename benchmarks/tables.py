@@ -23,27 +23,35 @@ LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "
 
 
 def gpu_table() -> str:
-    """Each row of results/gpu/matrix.json: what was measured, and how far off the prediction is."""
+    """results/gpu/matrix.json: the step as it is, and rows that `earlier` holds until they are measured again."""
     matrix = json.loads((ROOT / "results/gpu/matrix.json").read_text())
     # A row that was measured after the last prediction waits for the next one.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
-    lines = [
+    parts = [
         f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. MGM-2B in bf16, LoRA r=16, a row of 2048 "
         "tokens with an image, checkpointing, unless the first column says otherwise:",
-        "",
+        *error_rows(rows),
+    ]
+    if earlier := matrix.get("earlier"):
+        parts += ["Predicted and measured before the step in question became smaller:", *error_rows(earlier)]
+    return "\n\n".join(parts)
+
+
+def error_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of what was measured and how far off the prediction is, and a line that sums it up."""
+    lines = [
         "| what differs | measured: allocated | device | error: allocated | reserved | device |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        measured = row["measured"]
-        sizes = [f"{measured[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
+        sizes = [f"{row['measured'][name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
         errors = [f"{error(row, name):+.2%}" for name in FIGURES.values()]
         lines.append("| " + " | ".join([describe(row["flags"]), *sizes, *errors]) + " |")
     summary = []
     for what, name in FIGURES.items():
         errors = [error(row, name) for row in rows]
         summary.append(f"{what} {median(map(abs, errors)):.2%} (worst {max(errors, key=abs):+.2%})")
-    return "\n".join([*lines, "", f"Median error: {', '.join(summary)}."])
+    return ["\n".join(lines), f"Median error: {', '.join(summary)}."]
 
 
 def error(row: dict[str, Any], name: str) -> float:
