@@ -12,8 +12,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
 # A chunk's products each read the whole head: more tokens use it better. Its logits are there once in the dtype of the
-# hidden states and once in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py tells what other sizes cost.
+# hidden states and once in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py tells what other sizes cost. Of fewer
+# words a chunk has more tokens, as many as there is room for.
 CHUNK_TOKENS = 64
+CHUNK_ELEMENTS = 2**22
 WEIGHT_GRADIENT_ROWS = 2**13  # words whose gradient is worked out at a time
 
 
@@ -42,10 +44,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden_states)
         weight_gradient = torch.zeros_like(weight) if weight_is_trained else None
         head = weight.to(hidden_states.dtype)
+        chunk_size = max(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight))
         # The dtypes are chosen here; autocast would choose others on the way.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            for start in range(0, len(hidden_states), CHUNK_TOKENS):
-                chunk = slice(start, start + CHUNK_TOKENS)
+            for start in range(0, len(hidden_states), chunk_size):
+                chunk = slice(start, start + chunk_size)
                 chunk_loss, gradient = _loss_and_gradient(hidden_states[chunk], head, targets[chunk])
                 loss += chunk_loss
                 torch.mm(gradient, head, out=hidden_gradient[chunk])

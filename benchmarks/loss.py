@@ -122,7 +122,7 @@ def full(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 
 
 def ours(chunk_tokens: int, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    with patch.object(chunked_loss, "CHUNK_TOKENS", chunk_tokens):
+    with patch.multiple(chunked_loss, CHUNK_TOKENS=chunk_tokens, CHUNK_ELEMENTS=0):
         return ChunkedCrossEntropy.apply(hidden_states, weight, targets)
 
 

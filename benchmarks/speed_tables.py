@@ -19,13 +19,18 @@ def as_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def step_table() -> str:
-    """Each variant's step, and how train.py's compare."""
-    step = load("step.json")
+    """Each variant's step, and how train.py's compare: on a CPU, and on a GPU where that has been measured."""
+    return "\n\n".join(step_tables(name) for name in ("step.json", "gpu/step.json") if (RESULTS / name).exists())
+
+
+def step_tables(name: str) -> str:
+    step = load(name)
     rows = [
         [
             f"{row['kind']}{', checkpointing' if row['gradient_checkpointing'] else ''}",
             f"{row['median_seconds']:.2f} s",
             f"{row['tokens_per_second']:.0f}",
+            f"{row['share_of_matmul_rate']:.0%}",
             f"{row['peak_bytes'] / GIB:.2f} GiB",
         ]
         for row in step["rows"]
@@ -42,10 +47,9 @@ def step_table() -> str:
         ]
         for ratio in step["ratios"]
     ]
+    first = as_table(["one step", "median", "tokens/s", "of the matrix rate", "peak"], rows)
     header = ["", "tokens/s against the better with checkpointing", "without", "peak against the lowest"]
-    return "\n\n".join(
-        [caption, as_table(["one step", "median", "tokens/s", "peak"], rows), as_table(header, comparison)]
-    )
+    return "\n\n".join([caption, first, as_table(header, comparison)])
 
 
 def packing_table() -> str:

@@ -21,6 +21,7 @@ from configuration_mgm import tiny
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
 from modeling_mgm import MGMForConditionalGeneration
+from modeling_mining import MGMPatchInfoMining
 from processing_mgm import MGMProcessor
 from utils import load_model, load_processor
 
@@ -102,6 +103,20 @@ def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch
     norm, linear = projection
     normed = F.layer_norm(features, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return F.linear(normed, linear.weight, linear.bias)
+
+
+def plain_mining(mining: MGMPatchInfoMining, features: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
+    """What mining in the original's form adds to features [N, P, C], one view an image: each position has a key and a
+    value. Stages are brought to the first one's size in fp32, as there."""
+    size = stages[0].shape[-2:]
+    maps = torch.cat([F.interpolate(x.float(), size=size, mode="bilinear").to(x.dtype) for x in stages], dim=1)
+    side = size[0] // round(features.shape[1] ** 0.5)
+    patches = maps.unfold(2, side, side).unfold(3, side, side)  # [N, C, rows, columns, h, w]
+    patches = patches.flatten(4).permute(0, 2, 3, 4, 1).flatten(1, 2)  # [N, P, S, C]
+    query = mining.query_proj(features).unsqueeze(2)
+    key, value = (norm_and_project(projection, patches) for projection in (mining.key_proj, mining.value_proj))
+    weights = (query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(-1)
+    return (weights.to(value.dtype) @ value).squeeze(2)
 
 
 @pytest.fixture

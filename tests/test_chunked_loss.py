@@ -26,6 +26,7 @@ def loss_and_gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch
 def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
     """Also in chunks that do not divide the tokens, and with words that do not divide into rows."""
     monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", chunk_size)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
     monkeypatch.setattr(chunked_loss, "WEIGHT_GRADIENT_ROWS", 128)
     head = make_head(weight_is_trained)
     hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)
@@ -36,6 +37,19 @@ def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
     expected = loss_and_gradients(F.cross_entropy(head(30 * hidden_states), targets, reduction="sum") / 13, *inputs)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "elements", "sizes"), [(20, 0, [20, 20, 10]), (20, 40 * VOCAB_SIZE, [40, 10]), (1, 1, [1] * 50)]
+)
+def test_chunk_sizes(monkeypatch, min_tokens, elements, sizes):
+    """So many tokens at least, and more where the vocabulary leaves room."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", min_tokens)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
+    work, found = chunked_loss._loss_and_gradient, []
+    monkeypatch.setattr(chunked_loss, "_loss_and_gradient", lambda *args: found.append(len(args[0])) or work(*args))
+    make_head(False)(torch.randn(50, HIDDEN_SIZE), torch.zeros(50, dtype=torch.long))
+    assert found == sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

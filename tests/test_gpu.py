@@ -6,7 +6,7 @@ On an RTX 30 or 40 PyTorch's FlashAttention has no backward pass for heads as wi
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import norm_and_project
+from conftest import plain_mining
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chunked_loss import LanguageModelHead
@@ -97,12 +97,3 @@ def test_mining_from_the_querys_side():
     errors = [((x.float() - expected).norm() / expected.norm()).item() for x in (found, plain)]
     print(f"error of ours {errors[0]:.2e}, of the original's form {errors[1]:.2e}")
     assert errors[0] < max(2e-2, 2 * errors[1])
-
-
-def plain_mining(mining: MGMPatchInfoMining, features: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
-    size = stages[0].shape[-2:]
-    maps = [F.interpolate(x.float(), size=size, mode="bilinear").to(x.dtype) for x in stages]
-    patches = torch.cat(maps, dim=1).unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).permute(0, 2, 3, 4, 1).flatten(1, 2)
-    query = mining.query_proj(features).unsqueeze(2)
-    key, value = (norm_and_project(projection, patches) for projection in (mining.key_proj, mining.value_proj))
-    return ((query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(-1).to(value.dtype) @ value).squeeze(2)

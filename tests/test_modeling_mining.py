@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import norm_and_project
+from conftest import plain_mining
 from torch.utils.checkpoint import checkpoint
 
 import modeling_mining
@@ -27,22 +27,6 @@ def make_inputs(image_grid: int = 1, image_global: bool = False) -> tuple[MGMPat
     return mining, features, [torch.randn(NUM_IMAGES, c, s, s) for c, s in zip(channels, sides, strict=True)]
 
 
-def plain_mining(mining: MGMPatchInfoMining, features: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
-    """The original's: a key and a value for each of an image's positions (one view an image)."""
-    size = stages[0].shape[-2:]
-    maps = torch.cat(
-        [torch.nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in stages], dim=1
-    )
-    grid = round(features.shape[1] ** 0.5)
-    side = size[0] // grid
-    patches = maps.unfold(2, side, side).unfold(3, side, side)  # [N, C, rows, columns, h, w]
-    patches = patches.flatten(4).permute(0, 2, 3, 4, 1).flatten(1, 2)  # [N, P, S, C]
-    query = mining.query_proj(features).unsqueeze(2)
-    key, value = (norm_and_project(projection, patches) for projection in (mining.key_proj, mining.value_proj))
-    weights = (query @ (key / key.shape[-1] ** 0.5).transpose(2, 3)).softmax(-1)
-    return features + (weights @ value).squeeze(2)
-
-
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -59,8 +43,7 @@ def test_values_and_gradients_are_the_originals(monkeypatch, chunk_elements, is_
         mining._gradient_checkpointing_func = lambda *args: checkpoint(*args, use_reentrant=False)
     toward = torch.randn(features.shape)
     outputs, gradients = [], []
-    for function in (mining, lambda *inputs: plain_mining(mining, *inputs)):
-        output = function(features, stages)
+    for output in (mining(features, stages), features + plain_mining(mining, features, stages)):
         outputs.append(output)
         gradients.append(torch.autograd.grad((output * toward).sum(), list(mining.parameters())))
     assert relative_error(outputs[0] - features, outputs[1] - features) < 1e-5
