@@ -95,6 +95,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
 
 
+def check_device(device: str) -> None:
+    """Raise UserError unless it is cuda or cpu, and there."""
+    check_choice("device", device, ("cuda", "cpu"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU, choose cpu")
+
+
 def check_minimum(config: object, **minimums: float) -> None:
     """Raise UserError where a numeric flag of `config` lies below its minimum."""
     for name, minimum in minimums.items():

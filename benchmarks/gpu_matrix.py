@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_matrix --mode predict    # anywhere, again whenever the prediction has changed
 
 Both write results/gpu/matrix.json; history.json.gz is for tests/test_memory_allocator.py. Running out of memory is a
-result too.
+result too. What else wants a GPU: benchmarks/step.py, benchmarks/loss.py, `pytest -m gpu`.
 """
 
 import gzip

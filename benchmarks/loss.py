@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import chunked_loss
 from chunked_loss import ChunkedCrossEntropy
 from memory_profile import memory_events, rise
-from utils import check_choice, check_minimum, run_script
+from utils import check_device, check_minimum, run_script
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden states, weight, targets
@@ -41,7 +41,7 @@ class LossConfig:
     output: str | None = field(default=None, metadata={"help": "default results/loss_DEVICE.json"})
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, ("cpu", "cuda"))
+        check_device(self.device)
         check_minimum(self, vocab_size=2, hidden_size=1, tokens=1, rounds=1)
         self.output = self.output or f"results/loss_{self.device}.json"
 

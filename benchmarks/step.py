@@ -45,7 +45,7 @@ from memory_stand_in import launched
 from memory_strategies import Strategy
 from modeling_mgm import MGMForConditionalGeneration
 from tiled_mlp import tile_frozen_mlps
-from utils import check_choice, check_minimum, load_processor, run_script
+from utils import check_choice, check_device, check_minimum, load_processor, run_script
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
@@ -76,7 +76,7 @@ class StepBenchmarkConfig:
     output: str = "results/step.json"
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, ("cuda", "cpu"))
+        check_device(self.device)
         check_choice("size", self.size, tuple(SIZES))
         check_minimum(self, rounds=1, steps=1, num_tokens=2, label_share=0)
 

@@ -9,16 +9,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GemmaConfig
 
 from benchmarks import load_dataset, loader, packing, step
 from benchmarks.load_dataset import LoadConfig
+from benchmarks.loss import LossConfig
 from benchmarks.packing import PackingConfig
 from benchmarks.step import Step, StepBenchmarkConfig
 from benchmarks.tables import with_tables
 from data.dataset import open_dataset
+from utils import UserError
 
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +116,13 @@ def test_zero3_takes_the_same_steps():
             steps.append(pool.submit(step.build, config, kind, True).result()[0])
     for a, b in zip(*steps, strict=True):
         assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("config_class", [StepBenchmarkConfig, LossConfig])
+def test_a_gpu_that_is_not_there(config_class):
+    with pytest.raises(UserError, match="--device cuda: this machine has no GPU, choose cpu"):
+        config_class(device="cuda")
 
 
 def test_variants_that_disagree_are_refused():
