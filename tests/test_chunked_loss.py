@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import chunked_loss
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
+from memory_profile import memory_events, profile_memory, rise
 from modeling_mgm import MGMForConditionalGeneration
 
 
@@ -50,6 +51,16 @@ def test_chunk_sizes(monkeypatch, min_tokens, elements, sizes):
     monkeypatch.setattr(chunked_loss, "_loss_and_gradient", lambda *args: found.append(len(args[0])) or work(*args))
     make_head(False)(torch.randn(50, HIDDEN_SIZE), torch.zeros(50, dtype=torch.long))
     assert found == sizes
+
+
+def test_one_chunk_at_a_time(monkeypatch):
+    """The peak is a chunk's logits and what stays, its hidden states' gradients: no chunk waits for the next."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
+    head = LanguageModelHead(HIDDEN_SIZE, 20_000, bias=False).requires_grad_(False)
+    hidden_states, targets = torch.randn(256, HIDDEN_SIZE, requires_grad=True), torch.randint(0, 20_000, (256,))
+    with profile_memory() as profiler:
+        head(hidden_states, targets)
+    assert 1 <= rise(memory_events(profiler)) / (4 * 20_000 * chunked_loss.CHUNK_TOKENS) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -192,6 +192,15 @@ def test_processes_share_what_stage_3_splits() -> None:
     assert two.host.breakdown()["optimizer"] == pytest.approx(one.host.breakdown()["optimizer"] / 2, rel=0.02)
 
 
+@pytest.mark.slow
+def test_a_tied_heads_block_is_kept() -> None:
+    """The head is page-locked beside the embedding that it will be tied to; only the embedding's part stays."""
+    record = traced("zero3", "param").pinned.record
+    embedding = max(allocation.nbytes for nbytes, allocation in record.events if allocation.category == "weights")
+    copies = [allocation for nbytes, allocation in record.events if nbytes == embedding]
+    assert [allocation.end is None for allocation in copies] == [True, False]
+
+
 def test_pinned_blocks_by_hand() -> None:
     """3 -> 4 MiB, 5 -> 8 MiB, the released 4 MiB block serves the 4 MiB, 2 -> 2 MiB: 14 MiB, of which 11 are used."""
     record = record_of(3 * MIB, 5 * MIB, -3 * MIB, 4 * MIB, 2 * MIB)
