@@ -191,7 +191,8 @@ def page_lock_tied(recorder: PlacedRecorder, model: nn.Module) -> None:
         is_tied = any(parameter is other for other in parameters[:index])
         part = getattr(parameter, "ds_tensor", None)
         if is_tied and part is not None and recorder.places.get(recorder.find(part)) == "pinned":
-            recorder.note_pinned(part.clone())
+            with _purpose(recorder, "weights"):
+                recorder.note_pinned(part.clone())
 
 
 def _tell_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Predict what MGM-2B takes of a GPU and of the host, for the tables in docs/: `python -m benchmarks.mgm_2b`.
 
-Needs no GPU. Writes results/mgm_2b.json; `python -m benchmarks.tables` writes the tables from it.
+Needs no GPU. Writes results/mgm_2b.json; `python -m benchmarks.tables` writes the tables from it. Rows that are there
+already are kept, so that an interrupted run goes on; `--overwrite` begins anew.
 """
 
 import json
@@ -40,13 +41,16 @@ ROWS = {
 @dataclass(kw_only=True)
 class DocumentConfig:
     output: str = "results/mgm_2b.json"
+    overwrite: bool = False
 
 
 def main(config: DocumentConfig) -> dict[str, Any]:
     path = Path(config.output)
-    result = json.loads(path.read_text()) if path.exists() else {name: [] for name in ROWS}
+    result = {name: [] for name in ROWS}
+    if path.exists() and not config.overwrite:
+        result = json.loads(path.read_text())
     for name, predict_row in (("lora", lora), ("host", host)):
-        there = [row["flags"] for row in result[name]]  # by a run that was interrupted: delete the file to begin anew
+        there = [row["flags"] for row in result[name]]
         for flags in [flags for flags in ROWS[name] if flags not in there]:
             result[name].append({"flags": flags} | predict_row(flags))
             print(result[name][-1], flush=True)
