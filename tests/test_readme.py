@@ -1,5 +1,6 @@
 """What the README says, against the repository."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -75,3 +76,19 @@ def test_tables_are_generated():
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
         assert "<!-- " in text and with_tables(text) == text, name
+
+
+def test_figures_of_the_step():
+    """What the text says of speed and memory without checkpointing, against what was measured and predicted."""
+    text = " ".join(README.split())
+    (ratio,) = (
+        ratio
+        for ratio in json.loads((ROOT / "results/step.json").read_text())["ratios"]
+        if not ratio["gradient_checkpointing"]
+    )
+    assert f"takes {ratio['peak_against_lowest']:.1f} of the memory" in text
+    assert f"does {ratio['speed_against_with_checkpointing']:.1f} times as many tokens a second" in text
+    assert f"{ratio['speed_against_without_checkpointing']:.1f} times as many as they do at their fastest" in text
+    ladder = json.loads((ROOT / "results/ladder.json").read_text())
+    (row,) = (row for row in ladder["without"] if row["title"] == "gradient checkpointing")
+    assert f"`--no_gradient_checkpointing` none: {row['peak_allocated_bytes'] / 2**30:.1f} GiB" in text
