@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tiled_mlp import layer_mlps
 
 
 PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj")  # of Gemma, Llama, Qwen2 and Mistral
@@ -18,11 +19,9 @@ NUM_TILES = 8  # of the backward pass, whose temporaries are no larger than one
 
 def recompute_activations(model: nn.Module) -> None:
     """Let the gated MLP of each layer that is not checkpointed make its activation again in the backward pass."""
-    for layer in model.modules():
-        mlp = getattr(layer, "mlp", None)
-        if isinstance(layer, GradientCheckpointingLayer) and not layer.gradient_checkpointing:
-            if all(hasattr(mlp, name) for name in PARTS):
-                mlp.forward = partial(_forward, mlp)
+    for mlp in layer_mlps(model, checkpointed=False):
+        if all(hasattr(mlp, name) for name in PARTS):
+            mlp.forward = partial(_forward, mlp)
 
 
 def _forward(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ An MLP's layers see each token by itself. MGM-2B's are eight times as wide as it
 of one layer holds five such tensors: 320 MiB for 2048 tokens. In tiles it holds five pieces of them.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -18,11 +19,18 @@ def tile_frozen_mlps(model: nn.Module, num_tiles: int) -> None:
     One whose own parameters are trained is left alone: its gradients would come in pieces, where DDP and ZeRO expect
     one. Tiles are counted, not sized: under ZeRO-3 every process has to run the same modules equally often.
     """
+    for mlp in layer_mlps(model, checkpointed=True):
+        if not any(parameter.requires_grad for parameter in mlp.parameters()):
+            mlp.forward = partial(_forward, mlp.forward, num_tiles)
+
+
+def layer_mlps(model: nn.Module, checkpointed: bool) -> Iterator[nn.Module]:
+    """The MLPs of the layers that are checkpointed, or of those that are not."""
     for layer in model.modules():
         mlp = getattr(layer, "mlp", None)
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and mlp is not None:
-            if not any(parameter.requires_grad for parameter in mlp.parameters()):
-                mlp.forward = partial(_forward, mlp.forward, num_tiles)
+        if isinstance(layer, GradientCheckpointingLayer) and mlp is not None:
+            if layer.gradient_checkpointing == checkpointed:
+                yield mlp
 
 
 def _forward(mlp: nn.Module, num_tiles: int, hidden_states: torch.Tensor) -> torch.Tensor:
