@@ -186,11 +186,10 @@ def prepare(
 def page_lock_tied(recorder: PlacedRecorder, model: nn.Module) -> None:
     """`zero3_init_flag` makes a weight that will be tied like any other: its part is page-locked by the time the model
     gives it up for the one that it is tied to. PyTorch keeps the block, of MGM-2B's head 1 GiB."""
-    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-    for index, parameter in enumerate(parameters):
-        is_tied = any(parameter is other for other in parameters[:index])
+    names = {name for name, _ in model.named_parameters()}  # a tied weight is here under its first name alone
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         part = getattr(parameter, "ds_tensor", None)
-        if is_tied and part is not None and recorder.places.get(recorder.find(part)) == "pinned":
+        if name not in names and part is not None and recorder.places.get(recorder.find(part)) == "pinned":
             with _purpose(recorder, "weights"):
                 recorder.note_pinned(part.clone())
 
@@ -275,7 +274,7 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
 def splitting(recorder: PlacedRecorder) -> Record:
     """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
     record = Record(phase_starts=[(0, "load")])
-    for nbytes, weight in list(recorder.record.events):
+    for nbytes, weight in recorder.record.events:
         if nbytes > 0 and weight.op == "load" and weight.category in ("weights", "trained"):
             pair = []
             for what in ("split", "a copy to split"):
