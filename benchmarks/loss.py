@@ -17,12 +17,11 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import chunked_loss
 from chunked_loss import ChunkedCrossEntropy
-from memory_profile import memory_events, rise
+from memory_profile import memory_events, profile_memory, rise
 from utils import check_device, check_minimum, run_script
 
 
@@ -145,7 +144,7 @@ def peak_bytes(loss: Loss, inputs: tuple[torch.Tensor, ...], config: LossConfig)
         torch.cuda.reset_peak_memory_stats()
         run(loss, *inputs, config.label_share)
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile_memory() as profiler:
         run(loss, *inputs, config.label_share)
     return rise(memory_events(profiler))
 

@@ -32,7 +32,6 @@ import transformers
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -40,12 +39,12 @@ import train
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
 from configuration_mgm import mgm_2b
 from gated_mlp import recompute_activations
-from memory_profile import memory_events, rise
+from memory_profile import memory_events, profile_memory, rise
 from memory_stand_in import launched
 from memory_strategies import Strategy
 from modeling_mgm import MGMForConditionalGeneration
 from tiled_mlp import tile_frozen_mlps
-from utils import check_choice, check_device, check_minimum, load_processor, run_script
+from utils import MIXED_PRECISIONS, check_choice, check_device, check_minimum, load_processor, run_script
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
@@ -83,7 +82,7 @@ class StepBenchmarkConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen weights and the computation. What is trained is held in fp32."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+        return MIXED_PRECISIONS[self.mixed_precision]
 
     @property
     def mixed_precision(self) -> str:
@@ -271,14 +270,14 @@ def make_sft_trainer(model: PeftModel, arguments: dict, dataset: datasets.Datase
     return SFTTrainer(model, arguments, train_dataset=dataset, data_collator=collate, processing_class=tokenizer)
 
 
+ZERO3 = "train.py under ZeRO-3, all offloaded"  # on a GPU alone, with checkpointing
 KINDS: dict[str, Callable[[StepBenchmarkConfig, bool], Ours | Baseline]] = {
     "train.py": Ours,
     "transformers Trainer + PEFT": lambda *settings: Baseline(make_trainer, *settings),
     "TRL SFTTrainer": lambda *settings: Baseline(make_sft_trainer, *settings),
+    ZERO3: OursUnderZero3,
 }
-VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS]
-ZERO3 = "train.py under ZeRO-3, all offloaded"
-KINDS[ZERO3] = OursUnderZero3
+VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS if kind != ZERO3]
 
 
 def clock() -> float:
@@ -330,7 +329,7 @@ def build(config: StepBenchmarkConfig, kind: str, gradient_checkpointing: bool) 
         torch.cuda.reset_peak_memory_stats()
         return variant.run(2), torch.cuda.max_memory_allocated()
     resident_bytes = storage_bytes(variant.model)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile_memory() as profiler:
         steps = variant.run(2)
     return steps, resident_bytes + rise(memory_events(profiler))
 
