@@ -60,6 +60,8 @@ def allocation_history() -> Any:
     if not torch.cuda.is_available():
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES, stacks="python")
+    # Stacks for allocations alone: with those of frees too, PyTorch gathers Python frames while the exception is in
+    # flight by which checkpointing ends a recomputation early, and the exception is lost (SystemError).
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY_ENTRIES)
     yield  # left on after an error: the snapshot is taken from it
     torch.cuda.memory._record_memory_history(enabled=None)
