@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from data.worst_case import Row
 from memory_gpus import GIB, nearest_gpu
 from utils import UserError
 
@@ -35,14 +35,6 @@ PROBE = Path(__file__).parent / "memory_probe.py"
 LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # what they begin with
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 FITS_OR_NOT = (0, 3)  # memory_probe.py's exit codes that come with a prediction
-
-
-@dataclass(frozen=True)
-class Row:
-    """The largest row of a run's batches: the probed batch is made of such rows, every text position labelled."""
-
-    num_tokens: int  # image positions counted
-    num_images: int
 
 
 class Forecast:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import train
 from data.worst_case import worst_case_batch
 from memory_profile import memory_events, profile_memory, rise
-from memory_window import probe_accelerator, run_updates
+from memory_window import end_run, probe_accelerator, run_updates
 from quantization import state_tensors
 from utils import quiet_libraries
 
@@ -47,5 +47,6 @@ def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurem
         with profile_memory() as profiler:
             model, optimizer = accelerator.prepare(model, optimizer)
             run_updates(accelerator, model, optimizer, batch, config)
+            end_run(accelerator, model, config, images_per_sample, "cpu", enter_phase=lambda phase: None)
     baseline_bytes, events = sum(storages.values()), memory_events(profiler)
     return Measurement(baseline_bytes + rise(events), baseline_bytes, events)

@@ -20,7 +20,7 @@ import train
 from data.worst_case import worst_case_batch
 from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import run_updates, watch_phases
+from memory_window import end_run, run_updates, watch_phases
 from memory_zero import NUM_UPDATES
 from utils import UserError
 
@@ -83,6 +83,7 @@ def measure_in_this_process(
             clear_device_cache()  # as train.py does
             watch_phases(accelerator, wrapped, peaks.enter_phase)
             run_updates(accelerator, wrapped, optimizer, batch, config, NUM_UPDATES)
+            end_run(accelerator, wrapped, config, images_per_sample, "cuda", peaks.enter_phase)
         except torch.OutOfMemoryError as error:
             peaks.oom = str(error).partition("If reserved")[0].strip()
         peaks.enter_phase("end")

@@ -75,9 +75,13 @@ def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
     is_expandable = "expandable_segments:True" in os.environ.get(ALLOCATOR_SETTINGS, "")
-    # What loading has left behind is given back before the first step.
-    first_step = next(index for index, phase in trace.device.record.phase_starts if phase == "forward")
-    replay = replay_events(step_events(trace.device), expandable_segments=is_expandable, release_before=first_step)
+    # train.py gives back what loading has left before the first step, and what training has left before it evaluates.
+    phase_starts = trace.device.record.phase_starts
+    first_step = next(index for index, phase in phase_starts if phase == "forward")
+    evaluation = [index for index, phase in phase_starts if phase == "evaluate"]
+    replay = replay_events(
+        step_events(trace.device), expandable_segments=is_expandable, release_before=(first_step, *evaluation)
+    )
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {

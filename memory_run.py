@@ -19,7 +19,8 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
-from memory_forecast import Forecast, Row
+from data.worst_case import Row
+from memory_forecast import Forecast
 from memory_gpus import GIB
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from utils import UserError
@@ -48,7 +49,8 @@ class RunMemory:
         self.predicted: dict[str, int] = {}
         self.forecast, self.problem = None, None
         try:
-            self.forecast = Forecast(step_flags, accelerator, longest_row)
+            # Its lines are drawn beside those of training: evaluation stays out.
+            self.forecast = Forecast(step_flags | {"eval_samples": 0}, accelerator, longest_row)
         except (UserError, OSError) as error:  # no room in /tmp, no more processes: the run goes on without
             self.problem = str(error)
         # Under DeepSpeed the engine has masters, partitions and buffers of its own.

@@ -23,7 +23,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +37,17 @@ from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import HOST, STAND_IN_DEVICE, install_stand_in, launched
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
-from memory_window import run_updates
+from memory_trace import (
+    Trace,
+    adopt,
+    build_fake_model,
+    categorize,
+    known_length,
+    known_mask,
+    known_quantization,
+    random_states,
+)
+from memory_window import end_run, run_updates
 from utils import quiet_libraries
 
 
@@ -116,11 +125,14 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(config), known_quantization():
+        with recorder, known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             page_lock_tied(recorder, model)
             num_events_before_steps = len(recorder.record.events)
-            run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
+            with nullcontext() if config.packing else known_mask():
+                run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
+            with known_mask(), known_length():
+                end_run(accelerator, engine, config, images_per_sample, device, recorder.enter_phase)
     categorize(recorder.record, model)
     return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
 
@@ -152,12 +164,6 @@ class PlacedRecorder(Recorder):
 
     def note_pinned(self, tensor: torch.Tensor) -> None:
         self.places[self.find(tensor)] = "pinned"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        is_flag = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype in (torch.bool, torch.uint8)
-        if self.counters_are_known and is_flag:
-            return False  # no overflow, no invalid norm: the step is taken
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def prepare(

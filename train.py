@@ -10,6 +10,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from data.dataset import ConversationDataset, open_dataset
 from data.loader import build_loader
 from data.make_demo import ensure_demo
 from doctor import run_doctor
-from eval import evaluate
+from eval import HeldOut, evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
@@ -95,6 +97,8 @@ class StepConfig(ModelConfig):
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
+    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
@@ -110,6 +114,7 @@ class StepConfig(ModelConfig):
         check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
+        check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
@@ -142,7 +147,9 @@ class TrainConfig(StepConfig):
     dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
-    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
+    )
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
@@ -175,7 +182,7 @@ class TrainConfig(StepConfig):
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
+        check_minimum(self, logging_steps=1, dataloader_num_workers=0, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
@@ -197,6 +204,7 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
+    held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
     loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
@@ -226,11 +234,10 @@ def main(config: TrainConfig) -> dict | None:
     ):
         model.train()
         if config.rehearse:
-            out_of_memory.when = "before step 1, in the largest step that the data can bring"
-            rehearse(accelerator, model, state, config, longest)
+            rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
         if checkpoint is None:
-            out_of_memory.when = "while answering held-out questions"
-            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+            out_of_memory.at(f"while {held_out}", held_out.longest)
+            log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
         clear_device_cache()  # what loading and answering have left behind
@@ -243,7 +250,7 @@ def main(config: TrainConfig) -> dict | None:
             label_tokens = sampler.label_tokens_per_update()
             first_step = global_step - sampler.first_update
             for batch in watch.batches(loader):
-                out_of_memory.when = f"in step {global_step + 1}"
+                out_of_memory.at(f"in step {global_step + 1}")
                 sample_ids = batch.pop("sample_ids")
                 num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
@@ -263,9 +270,23 @@ def main(config: TrainConfig) -> dict | None:
                     break
             sampler.start_at(sampler.epoch + 1)
 
-        log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
+        clear_device_cache()  # what training has left behind
+        with is_saved(output_dir):
+            out_of_memory.at(f"while {held_out}", held_out.longest)
+            log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
         return log.finish(global_step)
+
+
+@contextmanager
+def is_saved(output_dir: Path) -> Iterator[None]:
+    """Whatever fails inside, what was trained is not lost, and the error says so."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"What was trained is saved in {output_dir}")
+        raise
 
 
 def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Accelerator:

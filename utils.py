@@ -105,7 +105,8 @@ def check_device(device: str) -> None:
 def check_minimum(config: object, **minimums: float) -> None:
     """Raise UserError where a numeric flag of `config` lies below its minimum."""
     for name, minimum in minimums.items():
-        if (value := getattr(config, name)) < minimum:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
@@ -180,7 +181,8 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join([str(error), *getattr(error, "__notes__", [])]).split()
+        print(f"error: {' '.join(words)}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):

@@ -1,11 +1,21 @@
 """The largest batch that can come: what a prediction, a measurement and a run's rehearsal take for their step."""
 
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from processing_mgm import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Row:
+    """The largest row of a run's batches: the probed batch is made of such rows, every text position labelled."""
+
+    num_tokens: int  # image positions counted
+    num_images: int
 
 
 def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:
@@ -45,6 +55,18 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
             size = getattr(model_config, tower).image_size
             batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
     return batch
+
+
+def worst_case_questions(
+    model_config: PreTrainedConfig, config: Any, images_per_sample: int
+) -> dict[str, torch.Tensor]:
+    """A batch of prompts for generation: prompt and answer together fill `max_seq_len`, and all of it but a token is
+    the prompt, which is where generation takes most. `config` is a StepConfig."""
+    prompts = copy(config)
+    prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
+    prompts.max_seq_len = config.max_seq_len - 1
+    batch = worst_case_batch(model_config, prompts, images_per_sample)
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_positions")}
 
 
 def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torch.Tensor]:
