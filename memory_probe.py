@@ -35,8 +35,7 @@ from utils import UserError, check_choice, check_minimum, resolve_mixed_precisio
 
 @dataclass(kw_only=True)
 class ProbeConfig(StepConfig):
-    model: str = field(default="mgm-2b", metadata={"help": "preset name, folder or hub id"})
-    per_device_train_batch_size: int = 1
+    model: str = field(default="mgm-2b", metadata={"help": "folder, hub id or preset name"})
     images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
     mode: str | None = field(
         default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}

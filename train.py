@@ -3,13 +3,15 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py --recipe recipes/mgm_2b_stage2.yaml
 
-Without arguments it fine-tunes the embedded tiny model on the embedded demo. The last line on stdout is a JSON object.
+Without arguments it fine-tunes the embedded tiny model on the embedded demo, with the flags of recipes/demo.yaml. The
+last line on stdout is a JSON object.
 """
 
 import math
 import os
 import re
 import sys
+from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ from utils import (
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
 ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
@@ -94,7 +97,7 @@ class StepConfig(ModelConfig):
     )
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
@@ -139,7 +142,10 @@ class StepConfig(ModelConfig):
 @dataclass(kw_only=True)
 class TrainConfig(StepConfig):
     # Data
-    dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
+    )
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
@@ -149,7 +155,7 @@ class TrainConfig(StepConfig):
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-4
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
@@ -180,6 +186,11 @@ class TrainConfig(StepConfig):
         if not self.doctor:
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
+    @staticmethod
+    def default_recipe(flags: Namespace) -> Path | None:
+        """Without a data set the demo is trained on, and the demo has its own batch and learning rate."""
+        return DEMO_RECIPE if flags.dataset is None else None
+
 
 def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
@@ -189,6 +200,8 @@ def main(config: TrainConfig) -> dict | None:
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
+    if config.dataset is None:
+        accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.

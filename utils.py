@@ -127,7 +127,11 @@ def resolve_mixed_precision(mixed_precision: str) -> str:
 
 
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
-    """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults."""
+    """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults.
+
+    A config class may have a `default_recipe(flags)`: it sees the parsed flags and names the recipe that lies below
+    all of them, or returns None.
+    """
     parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
     parser.error = _raise_user_error
@@ -136,17 +140,20 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     recipe_parser.add_argument("--recipe")
     recipe_parser.error = _raise_user_error
     recipe = recipe_parser.parse_known_args(argv)[0].recipe
-    recipe_argv = read_recipe(recipe, {f.name for f in fields(config_class)}) if recipe else []
-
-    words = recipe_argv + argv
-    unknown = parser.parse_known_args(words)[1]  # before the dataclass complains of what a mistyped flag has not set
+    names = {f.name for f in fields(config_class)}
+    words = [*(read_recipe(recipe, names) if recipe else []), *argv]
+    # Before the dataclass complains of what a mistyped flag has not set.
+    flags, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}: see --help")
+    default_recipe = getattr(config_class, "default_recipe", None)
+    if default_recipe is not None and (path := default_recipe(flags)) is not None:
+        words = [*read_recipe(path, names), *words]
     config, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     return config
 
 
-def read_recipe(path: str, names: set[str]) -> list[str]:
+def read_recipe(path: str | Path, names: set[str]) -> list[str]:
     """A YAML file of flags as command line words, so that one parser checks them all."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())

@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import HfArgumentParser
 
 from memory_gpus import GIB, GPUS
 from memory_probe import ProbeConfig, main, probe
 from memory_sweep import parse_grid, row_name, run_sweep
+from train import StepConfig, TrainConfig
 from utils import UserError
 
 
@@ -44,6 +48,20 @@ def test_the_contracts_keys(predicted):
     assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
     assert {"bytes", "shape", "dtype", "module", "op"} <= predicted["largest_tensors"][0].keys()
     json.dumps(predicted)
+
+
+def test_shared_flags_have_one_default_and_one_help():
+    """A prediction without flags is of a run without flags, but for the model: the run's is the tiny one."""
+
+    def described(config_class: type) -> dict[str, tuple[Any, Any]]:
+        parser = HfArgumentParser(config_class)
+        return {f.name: (parser.get_default(f.name), f.metadata.get("help")) for f in fields(config_class)}
+
+    probed, trained = described(ProbeConfig), described(TrainConfig)
+    shared = probed.keys() & trained.keys()
+    assert shared >= {f.name for f in fields(StepConfig)}
+    assert probed["model"] == ("mgm-2b", trained["model"][1])
+    assert {name for name in shared if probed[name] != trained[name]} == {"model"}
 
 
 def test_what_the_device_has_to_have(predicted):
