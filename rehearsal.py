@@ -1,7 +1,6 @@
 """The worst step that the data can bring, before the first one: an out of memory comes now, not at step 88."""
 
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from data.worst_case import worst_case_batch
+from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_forecast import Row
 from training_state import TrainingState, load_rng_state, rng_state
 
@@ -30,15 +29,14 @@ def rehearse(accelerator: Accelerator, model: nn.Module, state: TrainingState, c
     """
     random_numbers, values = rng_state(), state.values()
     state.make_optimizer_state()
-    worst = copy(config)
+    worst = with_few_micro_batches(config)
     worst.max_seq_len = longest.num_tokens
     batch = worst_case_batch(accelerator.unwrap_model(model).config, worst, longest.num_images)
     batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-    num_micro_batches = min(config.gradient_accumulation_steps, 2)
     with allocation_history():
-        for i in range(num_micro_batches):
+        for i in range(worst.gradient_accumulation_steps):
             loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-            backward(accelerator, loss, is_last=i + 1 == num_micro_batches)
+            backward(accelerator, loss, is_last=i + 1 == worst.gradient_accumulation_steps)
     for parameter in state.parameters.values():
         parameter.grad = None
     state.load_values(values)

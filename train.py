@@ -105,6 +105,7 @@ class StepConfig(ModelConfig):
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = 42
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +115,7 @@ class StepConfig(ModelConfig):
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, dataloader_num_workers=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -150,7 +152,6 @@ class TrainConfig(StepConfig):
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
@@ -181,7 +182,7 @@ class TrainConfig(StepConfig):
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
+        check_minimum(self, logging_steps=1, eval_samples=0)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)

@@ -40,9 +40,10 @@ from quantization import check_quantization, keep_layout, nf4_config, quantize_l
 
 Config = TypeVar("Config")
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
-# PyTorch reads it when CUDA is first used. Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes:
-# MGM-2B then reserves 1.9 GiB instead of 2.6. What is set already stays.
-ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF"
+# PyTorch reads it when CUDA is first used.
+ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+# Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
+ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -183,7 +184,7 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     quiet_libraries()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _interrupt)
-    os.environ.setdefault(ALLOCATOR_SETTINGS, "expandable_segments:True")
+    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
@@ -201,6 +202,11 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     if result is not None:
         print(json.dumps(result), flush=True)
     return result
+
+
+def allocator_settings() -> str:
+    """What a run gives PyTorch's allocator, and a prediction assumes: the user's own settings, or else ours."""
+    return os.environ.get(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
 
 
 def is_disk_full(error: OSError | SafetensorError) -> bool:
