@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 
 import train
-from data.worst_case import worst_case_questions
+from data.worst_case import with_few_micro_batches, worst_case_questions
 from generation import answer_worst_case
 from saving import gather_trained
 
@@ -27,8 +27,7 @@ def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
         yield Accelerator(
             cpu=True,
             mixed_precision=config.mixed_precision,
-            # Gradients that wait for the next micro-batch are there from the second one on.
-            gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),
+            gradient_accumulation_steps=with_few_micro_batches(config).gradient_accumulation_steps,
         )
     finally:
         for state, before in zip(states, saved, strict=True):

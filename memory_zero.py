@@ -18,7 +18,6 @@ weights are gathered, allocated 0.0 to 6.4 % more in ten measured steps: gloo's 
 when they get to it.
 """
 
-import copy
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from data.worst_case import worst_case_batch
+from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import HOST, STAND_IN_DEVICE, install_stand_in, launched
@@ -108,9 +107,7 @@ def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
 def _trace_in_this_process(
     config: train.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
 ) -> PlacedTrace:
-    config = copy.copy(config)
-    # Gradients that wait for the next micro-batch are there from the second one on.
-    config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
+    config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[device_type]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)

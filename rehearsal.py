@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from data.worst_case import Row, worst_case_batch, worst_case_questions
+from data.worst_case import Row, with_few_micro_batches, worst_case_batch, worst_case_questions
 from generation import answer_worst_case
 from training_state import TrainingState, load_rng_state, rng_state
 
@@ -67,7 +66,7 @@ def run_step(accelerator: Accelerator, model: nn.Module, config: Any, batch: dic
 
     The optimizer's own step is left out. Its few temporaries come when the activations are gone.
     """
-    num_micro_batches = min(config.gradient_accumulation_steps, 2)
+    num_micro_batches = with_few_micro_batches(config).gradient_accumulation_steps
     for i in range(num_micro_batches):
         loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
         backward(accelerator, loss, is_last=i + 1 == num_micro_batches)

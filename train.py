@@ -3,13 +3,15 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py --recipe recipes/mgm_2b_stage2.yaml
 
-Without arguments it fine-tunes the embedded tiny model on the embedded demo. The last line on stdout is a JSON object.
+Without arguments it fine-tunes the embedded tiny model on the embedded demo, with the flags of recipes/demo.yaml. The
+last line on stdout is a JSON object.
 """
 
 import math
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -66,6 +68,7 @@ from utils import (
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
 ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
@@ -96,7 +99,7 @@ class StepConfig(ModelConfig):
     )
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     gradient_accumulation_steps: int = 1
@@ -106,6 +109,7 @@ class StepConfig(ModelConfig):
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = 42
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +120,7 @@ class StepConfig(ModelConfig):
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, dataloader_num_workers=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -144,19 +149,21 @@ class StepConfig(ModelConfig):
 @dataclass(kw_only=True)
 class TrainConfig(StepConfig):
     # Data
-    dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
+    )
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
     )
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-4
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
@@ -182,10 +189,15 @@ class TrainConfig(StepConfig):
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        check_minimum(self, logging_steps=1, dataloader_num_workers=0, max_new_tokens=1)
+        check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
+
+    @staticmethod
+    def default_recipe(flags: Namespace) -> Path | None:
+        """Without a data set the demo is trained on, and the demo has its own batch and learning rate."""
+        return DEMO_RECIPE if flags.dataset is None else None
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -196,6 +208,8 @@ def main(config: TrainConfig) -> dict | None:
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
+    if config.dataset is None:
+        accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.

@@ -77,7 +77,7 @@ def host(flags: dict[str, Any]) -> dict[str, Any]:
     """The host's memory by purpose while the steps run."""
     config = probe_config(flags)
     trace = trace_strategy(config, strategy_of(config), config.device)
-    return {"host": host_breakdown(trace, config.world_size)}
+    return {"host": host_breakdown(trace, config.dataloader_num_workers, config.world_size)}
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class OursUnderZero3(Ours):
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
         strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")
         self.environment = ExitStack()  # DeepSpeed looks into it in every step
-        self.environment.enter_context(launched(strategy.deepspeed_config, port=29512, gpu=config.device == "cuda"))
+        self.environment.enter_context(launched(strategy.deepspeed_config, gpu=config.device == "cuda"))
         super().__init__(config, gradient_checkpointing)
         clear_device_cache()  # the whole model was there, to have the others' weights
 

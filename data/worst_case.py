@@ -2,12 +2,15 @@
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from processing_mgm import IGNORE_INDEX
+
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,14 @@ class Row:
 
     num_tokens: int  # image positions counted
     num_images: int
+
+
+def with_few_micro_batches(config: Config) -> Config:
+    """A copy of a StepConfig with two micro-batches an update at most: from the second one on gradients are there, and
+    every further one takes the same memory."""
+    config = copy(config)
+    config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
+    return config
 
 
 def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:

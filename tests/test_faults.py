@@ -20,6 +20,7 @@ from utils import load_model, load_processor
 
 FORWARD = "modeling_mgm.MGMForConditionalGeneration.forward"
 FLAGS = "--save_steps 1 --save_total_limit 0 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
+FLAGS += " --learning_rate 4e-3"
 FLAGS += (
     " --no_rehearse --max_steps 6 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --lora_dropout 0"
 )

@@ -19,7 +19,7 @@ from data.make_demo import ensure_demo
 
 NUM_STEPS = 13  # 10 updates an epoch: the second epoch is entered
 FLAGS = f"--max_steps {NUM_STEPS} --save_steps 3 --logging_steps 2 --eval_samples 0 --dataloader_num_workers 0"
-FLAGS += " --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+FLAGS += " --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 4e-3"
 RESUME = " --resume_from_checkpoint latest"
 TWO_PROCESSES = FLAGS.replace("batch_size 2", "batch_size 1")
 
