@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch

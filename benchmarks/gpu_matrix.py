@@ -93,7 +93,9 @@ def main(config: MatrixConfig) -> dict[str, Any]:
 
 
 def row_config(config: MatrixConfig, flags: dict[str, Any]) -> ProbeConfig:
-    return ProbeConfig(**({"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda"} | flags))
+    """The steps alone: held-out answers are none of a row's figures."""
+    fixed = {"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda", "eval_samples": 0}
+    return ProbeConfig(**(fixed | flags))
 
 
 def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:

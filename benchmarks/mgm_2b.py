@@ -60,7 +60,7 @@ def main(config: DocumentConfig) -> dict[str, Any]:
 
 def probe_config(flags: dict[str, Any]) -> ProbeConfig:
     """bf16, a row of 2048 tokens with an image, checkpointing: ProbeConfig's defaults."""
-    return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", **flags)
+    return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", eval_samples=0, **flags)
 
 
 def lora(flags: dict[str, Any]) -> dict[str, int]:

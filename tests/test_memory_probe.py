@@ -47,7 +47,7 @@ def test_the_contracts_keys(predicted):
     assert set(predicted) == set(KEYS.split())
     assert sum(predicted["breakdown"].values()) == predicted["peak_allocated_bytes"]
     assert max(predicted["phases"].values()) == predicted["peak_allocated_bytes"]
-    assert set(predicted["phases"]) == {"load", "forward", "backward", "step"}
+    assert set(predicted["phases"]) == {"load", "forward", "backward", "step", "save", "evaluate"}
     sizes = [tensor["bytes"] for tensor in predicted["largest_tensors"]]
     assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
     assert {"bytes", "shape", "dtype", "module", "op"} <= predicted["largest_tensors"][0].keys()
