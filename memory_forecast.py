@@ -98,14 +98,14 @@ class Forecast:
         """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
         with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             self._process.wait(timeout_seconds)
-        self.stop()
+        self.stop(f"it took longer than {timeout_seconds:.0f} seconds")
         return self.result
 
-    def stop(self) -> None:
-        """Take the prediction if it is there, else end it."""
+    def stop(self, why: str = "the run ended before it was computed") -> None:
+        """Take the prediction if it is there, else end it: `why` becomes the problem."""
         self.poll()
         if self.result is None and self.problem is None:
-            self.problem = "it was not there yet"
+            self.problem = why
             with suppress(psutil.NoSuchProcess):
                 for process in [*self._process.children(recursive=True), self._process]:
                     process.kill()

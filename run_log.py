@@ -85,7 +85,9 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
-            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
+            self.memory = RunMemory(
+                accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
+            )
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
