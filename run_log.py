@@ -215,6 +215,8 @@ class RunLog:
             return
         score = exact_match(predictions)
         name = "exact_match" if global_step else "exact_match_before"
+        if global_step and self.eval.get("n", len(predictions)) != len(predictions):  # resumed with others
+            self.eval["n_before"] = self.eval["n"]
         self.eval |= {name: score, "n": len(predictions)}
         self.accelerator.log({"eval/exact_match": score}, step=global_step)
         if self.accelerator.is_main_process:
