@@ -14,7 +14,6 @@ runs out of memory, and a failure is told in `problem`.
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from child_processes import child_command
 from memory_gpus import GIB, nearest_gpu
 from utils import UserError
 
@@ -70,14 +70,14 @@ class Forecast:
         if longest_row is not None:
             flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
         (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
-        self._process = self._start([sys.executable, str(PROBE), "--recipe", str(folder / "flags.yaml")])
+        self._process = self._start(child_command([str(PROBE), "--recipe", str(folder / "flags.yaml")]))
 
     def _start(self, command: list[str]) -> psutil.Popen:
         folder = Path(self._folder.name)
         with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
             process = psutil.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=stderr,
                 env=quiet_environment(),
@@ -110,6 +110,7 @@ class Forecast:
                 for process in [*self._process.children(recursive=True), self._process]:
                     process.kill()
             self._process.wait()
+        self._process.stdin.close()
         self._folder.cleanup()
 
     def _read(self) -> None:
