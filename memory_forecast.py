@@ -14,7 +14,6 @@ runs out of memory, and a failure is told in `problem`.
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from child_processes import child_command
 from data.worst_case import Row
 from memory_gpus import GIB, nearest_gpu
 from utils import UserError
@@ -62,14 +62,14 @@ class Forecast:
         if longest_row is not None:
             flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
         (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
-        self._process = self._start([sys.executable, str(PROBE), "--recipe", str(folder / "flags.yaml")])
+        self._process = self._start(child_command([str(PROBE), "--recipe", str(folder / "flags.yaml")]))
 
     def _start(self, command: list[str]) -> psutil.Popen:
         folder = Path(self._folder.name)
         with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
             process = psutil.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=stderr,
                 env=quiet_environment(),
@@ -90,18 +90,19 @@ class Forecast:
         """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
         with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             self._process.wait(timeout_seconds)
-        self.stop()
+        self.stop(f"it took longer than {timeout_seconds:.0f} seconds")
         return self.result
 
-    def stop(self) -> None:
-        """Take the prediction if it is there, else end it."""
+    def stop(self, why: str = "the run ended before it was computed") -> None:
+        """Take the prediction if it is there, else end it: `why` becomes the problem."""
         self.poll()
         if self.result is None and self.problem is None:
-            self.problem = "it was not there yet"
+            self.problem = why
             with suppress(psutil.NoSuchProcess):
                 for process in [*self._process.children(recursive=True), self._process]:
                     process.kill()
             self._process.wait()
+        self._process.stdin.close()
         self._folder.cleanup()
 
     def _read(self) -> None:

@@ -5,11 +5,9 @@
 The step is train.py's, the batch memory_window's. A smaller card is emulated by a limit on what PyTorch may reserve.
 """
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 import train
+from child_processes import process_pool
 from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_stand_in import launched
 from memory_strategies import Strategy
@@ -40,11 +39,10 @@ def measure_gpu(
     refuse_gpu_in_use()
     if strategy.world_size > 1:
         raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
-    context = multiprocessing.get_context("spawn")
     is_deepspeed = strategy.name.startswith("zero")
     launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
     with launch if is_deepspeed else nullcontext():
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        with process_pool() as pool:
             return pool.submit(measure_in_this_process, config, images_per_sample, limit_bytes).result()
 
 

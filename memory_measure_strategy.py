@@ -6,16 +6,15 @@ Tensors that gloo's threads are the last to hold are released where the profiler
 a step begins is counted by walking over all tensors, and only what the step adds comes from the profiler.
 """
 
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 
 import torch
 from transformers import get_scheduler
 
 import train
+from child_processes import process_pool
 from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from memory_stand_in import launched
@@ -26,9 +25,8 @@ from utils import quiet_libraries
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
     """Bytes at the peak of rank 0's steady state, device and host together: a CPU has one memory for both."""
-    context = multiprocessing.get_context("spawn")
     with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
-        with ProcessPoolExecutor(max_workers=strategy.world_size, mp_context=context) as pool:
+        with process_pool(strategy.world_size) as pool:
             ranks = range(strategy.world_size)
             runs = [pool.submit(_measure, config, rank, strategy.world_size, images_per_sample) for rank in ranks]
             return [run.result() for run in runs][0]

@@ -18,10 +18,8 @@ weights are gathered, allocated 0.0 to 6.4 % more in ten measured steps: gloo's 
 when they get to it.
 """
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +30,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from child_processes import process_pool
 from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
@@ -87,9 +86,8 @@ def trace_deepspeed(
         ValueError: DeepSpeed or the batch refuses the configuration.
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
-    context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
     with launched(deepspeed_config, world_size):
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        with process_pool() as pool:  # DeepSpeed, accelerate and torch.distributed keep global state
             settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
             return pool.submit(_trace, config, *settings).result()
 

@@ -85,7 +85,9 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
-            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
+            self.memory = RunMemory(
+                accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
+            )
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -214,6 +216,8 @@ class RunLog:
         score = exact_match(predictions)
         name = "exact_match" if global_step else "exact_match_before"
         num_cut = sum(prediction.is_cut for prediction in predictions)
+        if global_step and self.eval.get("n", len(predictions)) != len(predictions):  # resumed with others
+            self.eval["n_before"] = self.eval["n"]
         self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut}
         self.accelerator.log({"eval/exact_match": score}, step=global_step)
         if self.accelerator.is_main_process:

@@ -177,6 +177,9 @@ class TrainConfig(StepConfig):
     save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    forecast: bool = field(
+        default=True, metadata={"help": "predict the run's memory in a process beside it, to compare with"}
+    )
     rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
     max_nonfinite_updates: int = field(
         default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}

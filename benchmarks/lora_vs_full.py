@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from child_processes import run_child
 from data.batching import column_values
 from data.make_demo import ensure_demo
 from train import DEMO_RECIPE, TrainConfig, build_datasets
@@ -169,8 +169,7 @@ def measure_peak(run: Run, longest: int) -> dict[str, int]:
 def script(name: str, *flags: str) -> dict[str, Any]:
     """Run a script on the CPU with one thread; returns its last line's object."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, name, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_child([name, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     done.check_returncode()
     return json.loads(done.stdout.splitlines()[-1])
 

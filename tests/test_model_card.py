@@ -84,6 +84,22 @@ def test_a_full_model_without_scores(tmp_path):
     assert "PeftModel" not in card.text and "Not evaluated." in card.text
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ({"exact_match_before": 0.07, "n": 8}, "Held-out exact match: 7.0% before (8 samples)."),
+        ({"exact_match": 0.93, "n": 8}, "Held-out exact match: 93.0% after (8 samples)."),
+        (
+            {"exact_match_before": 0.07, "n_before": 8, "exact_match": 0.93, "n": 16},
+            "Held-out exact match: 7.0% before, 93.0% after (8 samples before, 16 after).",
+        ),
+    ],
+)
+def test_scores_of_a_run_resumed_with_other_samples(scores, words, tmp_path):
+    """The card has the scores that there are."""
+    assert words in load(RUN | {"eval": scores}, tmp_path).text
+
+
 @pytest.fixture
 def pushed(monkeypatch) -> dict[str, bytes | str]:
     """What the hub's client would send, by the file's name in the repository."""

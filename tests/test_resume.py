@@ -181,6 +181,21 @@ def test_other_data(killed: Path, data_flags: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(8, 0), (0, 8)])
+def test_other_eval_samples(before: int, after: int, tmp_path: Path) -> None:
+    """Held-out questions switched off or on when a run goes on: it ends with the scores that there are."""
+    flags = "--max_steps 2 --save_steps 1 --save_total_limit 0 --per_device_train_batch_size 2 --no_rehearse"
+    flags += f" --dataloader_num_workers 0 --output_dir {tmp_path / 'out'}"
+    fault = Fault("train.training_step", 2, "kill")
+    assert run(f"{flags} --eval_samples {before}", tmp_path, faults=(fault,)).code < 0
+    ended = run(f"{flags} --eval_samples {after}{RESUME}", tmp_path)
+    assert ended.code == 0, ended.err[-2000:]
+    assert set(ended.result["eval"]) == {"n", "exact_match_before" if before else "exact_match"}
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("% before (8 samples)" if before else "% after (8 samples)") in card
+
+
+@pytest.mark.slow
 def test_goes_on_under_another_strategy(
     killed: Path, data_flags: str, references: dict[str, Path], tmp_path: Path
 ) -> None:
