@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import ProcessorMixin
 
-from adapter import base_of, check_base, load_adapter
+from adapter import base_of, check_base, load_adapter, load_trained_processor
 from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
 from eval_log import AnswersFile
@@ -40,7 +40,6 @@ from utils import (
     check_choice,
     check_minimum,
     load_model,
-    load_processor,
     run_script,
 )
 
@@ -105,7 +104,7 @@ def main(config: EvalConfig) -> dict | None:
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         task = load_task(config)
-    processor = load_processor(config.model)
+    processor = load_trained_processor(config.model, config.adapter)
     model = build_model(accelerator, config)
 
     start = time.perf_counter()

@@ -18,9 +18,9 @@ from lmms_eval.utils import Collator
 from PIL import Image
 from tqdm import tqdm
 
-from adapter import load_adapter
+from adapter import load_adapter, load_trained_processor
 from generation import generate_answers, prompt_inputs
-from utils import MIXED_PRECISIONS, load_model, load_processor, resolve_mixed_precision
+from utils import MIXED_PRECISIONS, load_model, resolve_mixed_precision
 
 
 @register_model("mgm")
@@ -49,7 +49,7 @@ class MGM(lmms):
         if adapter is not None:
             model = load_adapter(model, adapter)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True).eval()
-        self.processor = load_processor(pretrained)
+        self.processor = load_trained_processor(pretrained, adapter)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -143,7 +143,9 @@ class TrainConfig(StepConfig):
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
-    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "pad | square; default: as the model's processor"}
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
@@ -170,7 +172,8 @@ class TrainConfig(StepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        if self.image_aspect_ratio is not None:
+            check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
         check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
@@ -186,13 +189,13 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor:
         return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    processor = build_processor(config)
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
-    processor = load_processor(config.model)
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
@@ -290,6 +293,15 @@ def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Acc
         deepspeed_config["gradient_clipping"] = config.max_grad_norm  # the engine clips, accelerator cannot
         deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
     return accelerator
+
+
+def build_processor(config: TrainConfig) -> ProcessorMixin:
+    """The model's processor. `--image_aspect_ratio` changes it for the whole run, and it is saved like that."""
+    processor = load_processor(config.model)
+    if config.image_aspect_ratio is None:
+        config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
+    processor.image_aspect_ratio = config.image_aspect_ratio
+    return processor
 
 
 def build_datasets(

@@ -99,7 +99,7 @@ def test_kinds_of_images(name: str, tmp_path: Path, processor: MGMProcessor) -> 
     with Image.open(tmp_path / name) as original:
         assert image.mode == "RGB" and image.size == original.size
     for aspect_ratio in ("pad", "square"):
-        batch = TrainCollator(processor, 2048, aspect_ratio)([sample])
+        batch = processor(conversations=[sample["conversations"]], images=[[image]], image_aspect_ratio=aspect_ratio)
         assert bool(batch["pixel_values"].isfinite().all()) and len(batch["pixel_values"]) == 1
 
 
@@ -144,7 +144,7 @@ def test_bad_images(name: str, tmp_path: Path, processor: MGMProcessor) -> None:
     dataset.records = measure_lengths(dataset.records, processor, 2048)
     sample = dataset[0]
     assert sample["problem"] == str(refused.value) and sample["num_label_tokens"] > 0
-    assert bool((TrainCollator(processor, 2048, "pad")([sample])["labels"] == -100).all())
+    assert bool((TrainCollator(processor, 2048)([sample])["labels"] == -100).all())
 
 
 def test_records_are_left_out(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def take_all(dataset: ConversationDataset, processor: MGMProcessor) -> None:
     dataset.records = measure_lengths(dataset.records, processor, 96)
     kept = [i for i, labels in enumerate(dataset.records["num_label_tokens"]) if labels]
     for index in kept:
-        TrainCollator(processor, 96, "pad")([dataset[index]])
+        TrainCollator(processor, 96)([dataset[index]])
 
 
 @pytest.mark.slow
@@ -277,7 +277,9 @@ def test_generated_images(kind: str, seed: int, tmp_path: Path, processor: MGMPr
     (folder / "a.png").write_bytes(content)
     dataset = open_dataset(write(folder, "a.png"))
     try:
-        TrainCollator(processor, 2048, generator.choice(["pad", "square"]))([dataset[0]])
+        sample = dataset[0]
+        ratio = generator.choice(["pad", "square"])
+        processor(conversations=[sample["conversations"]], images=[sample["images"]], image_aspect_ratio=ratio)
         event("used")
     except UserError as error:
         event("refused")

@@ -132,7 +132,7 @@ def mean_loss(dataset_path: Path, bad: set[str]) -> float:
         if sample["id"] in bad:
             num_bad += 1
             continue
-        batch = TrainCollator(processor, 2048, "pad")([sample])
+        batch = TrainCollator(processor, 2048)([sample])
         count = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
             loss_sum += float(model(**batch).loss) * count
@@ -203,7 +203,7 @@ def test_all_samples_of_a_micro_batch_are_bad(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"data/{i}.png").write_text("no picture")
     dataset = open_dataset(tmp_path / "data/records.json", skips_bad=True)
-    batch = TrainCollator(load_processor("data/tiny_mgm"), 2048, "pad")([dataset[0], dataset[1]])
+    batch = TrainCollator(load_processor("data/tiny_mgm"), 2048)([dataset[0], dataset[1]])
     assert "pixel_values" not in batch and bool((batch["labels"] == -100).all())
     model = load_model("data/tiny_mgm", torch.float32, "sdpa").train()
     loss = model(**batch, num_items_in_batch=7).loss
