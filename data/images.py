@@ -9,10 +9,12 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from utils import UserError, brief_error
 
 
+WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
 
@@ -53,9 +55,46 @@ def read_rgb(file: Path | BinaryIO) -> Image.Image:
     """The (first) image in the file; whatever its mode, RGB. Transparency is dropped, as in the original."""
     with Image.open(file) as image:
         check_size(*image.size)
-        if image.mode.startswith("I;16"):  # convert would make white of everything above 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Scaled by the range that the file's type has. Raises ValueError where it has none, or only a part of it is used.
+
+    Pillow's own `convert` cuts deep grey off at 255.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        num_bits = bits_of_deep_grey(image)
+        values = np.asarray(image).astype(np.int64)
+        check_range(int(values.min()), int(values.max()), num_bits)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+            values = 2**num_bits - 1 - values
+        return Image.fromarray((values >> (num_bits - 8)).astype(np.uint8)).convert("RGB")
+    has_16_bits = any(";16" in str(tile.args) for tile in getattr(image, "tile", []))  # Pillow keeps the upper 8
+    rgb = image.convert("RGB")
+    if has_16_bits:
+        lows, highs = zip(*rgb.getextrema(), strict=True)
+        check_range(min(lows) << 8, max(highs) << 8, 16)
+    return rgb
+
+
+def bits_of_deep_grey(image: Image.Image) -> int:
+    """How many bits a grey value has. Raises ValueError where the file does not say which value is white."""
+    if image.format == "PPM" and image.mode == "I":
+        return 16  # its file names the maximum, and Pillow scales by it
+    if image.mode.startswith("I;16"):
+        return getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]
+    kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+    raise ValueError(f"{kind} values, and nothing says which of them is white: scale it and save it with 8 bits")
+
+
+def check_range(low: int, high: int, num_bits: int) -> None:
+    """Raise ValueError for a picture that is all in the lowest quarter of its range, as 12 bits in 16 are."""
+    if low < high < 2**num_bits // 4:
+        raise ValueError(
+            f"{num_bits} bits a value, but none is above {high}, which is nearly black: "
+            "scale it and save it with 8 bits"
+        )
 
 
 def check_size(width: int, height: int) -> None:

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -110,6 +112,49 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert values.min() == 0 and values.max() == 255 and len(np.unique(values)) == 256
 
 
+@pytest.mark.parametrize("name", ["16-bit.png", "16-bit-rgb.png", "12-bit.pgm", "16-bit.pgm", "white-is-zero.tiff"])
+def test_deep_pictures_are_scaled_by_what_the_file_says(name: str, tmp_path: Path) -> None:
+    """The same ramp from black to white, whatever it is stored as."""
+    path = tmp_path / name
+    if name.endswith("pgm"):
+        maximum = 4095 if "12" in name else 65535
+        path.write_bytes(b"P5 64 64 %d\n" % maximum + ramp(maximum).astype(">u2").tobytes())
+    elif name == "white-is-zero.tiff":
+        Image.fromarray(65535 - ramp(65535)).save(path, tiffinfo={262: 0})
+        path.write_bytes(path.read_bytes().replace(b"\x06\x01\x03\0\x01\0\0\0\x01", b"\x06\x01\x03\0\x01\0\0\0\0"))
+    elif name == "16-bit-rgb.png":
+        write_deep_png(path, 65535)
+    else:
+        Image.fromarray(ramp(65535)).save(path)
+    values = np.asarray(open_dataset(write(tmp_path, name))[0]["images"][0])[..., 0]
+    assert np.abs(values.astype(int) - ramp(255)).max() <= 1
+
+
+@pytest.mark.parametrize("value", [0, 4000])
+def test_a_plain_deep_picture_is_taken(value: int, tmp_path: Path) -> None:
+    """All of one dark colour: there is nothing in it to be lost."""
+    Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "a.png")
+    assert open_dataset(write(tmp_path, "a.png"))[0]["images"][0].getpixel((0, 0))[0] == value >> 8
+
+
+def ramp(maximum: int) -> np.ndarray:
+    """A square that grows from 0 to `maximum` from left to right, 16 bits a value (floats up to 1)."""
+    values = np.tile(np.linspace(0, maximum, 64), (64, 1))
+    return values if maximum == 1 else values.astype(np.uint16)
+
+
+def write_deep_png(path: Path, maximum: int) -> None:
+    """The ramp as RGB with 16 bits a value, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = np.repeat(ramp(maximum)[..., None], 3, axis=2).astype(">u2")
+    header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
 def truncated(path: Path) -> None:
     buffer = io.BytesIO()
     gradient(200, 200).save(buffer, "JPEG")
@@ -127,6 +172,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bomb.png": (bomb, "decompression bomb"),
     "20000x10.png": (lambda path: gradient(20_000, 10).save(path), "20000 x 10 pixels: as a square"),
     "4000x10.png": (lambda path: gradient(4000, 10).save(path), "more than 100 times"),
+    "12-in-16.png": (lambda path: Image.fromarray(ramp(4095)).save(path), "none is above 4095, which is nearly black"),
+    "12-in-16-rgb.png": (lambda path: write_deep_png(path, 4095), "which is nearly black: scale it and save it with"),
+    "32-bit.tiff": (lambda path: Image.fromarray(ramp(65535).astype(np.int32)).save(path), "which of them is white"),
+    "float.tiff": (lambda path: Image.fromarray(ramp(1).astype(np.float32)).save(path), "floating-point values"),
     "link.png": (lambda path: os.symlink("/etc/hostname", path), "leaves the image folder"),
 }
 
