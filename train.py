@@ -141,6 +141,7 @@ class TrainConfig(StepConfig):
     # Data
     dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     image_aspect_ratio: str | None = field(
@@ -313,7 +314,8 @@ def build_datasets(
         demo = ensure_demo()
         train_path, eval_path = demo / "train.json", eval_path or demo / "validation.json"
 
-    train_dataset = open_dataset(train_path, image_folder, skips_bad=config.on_bad_sample == "skip")
+    skips_bad, follow_links = config.on_bad_sample == "skip", config.follow_links
+    train_dataset = open_dataset(train_path, image_folder, skips_bad, follow_links)
     report_left_out(train_dataset, config.max_bad_fraction)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
@@ -326,7 +328,7 @@ def build_datasets(
 
     if eval_path is None or config.eval_samples == 0:
         return train_dataset, None
-    eval_dataset = open_dataset(eval_path, image_folder)
+    eval_dataset = open_dataset(eval_path, image_folder, follow_links=follow_links)
     eval_dataset.records = eval_dataset.records.shuffle(seed=0).select(
         range(min(config.eval_samples, len(eval_dataset)))
     )

@@ -38,6 +38,7 @@ NUM_SHOWN = 20
 class CheckConfig:
     dataset: str = field(metadata={"help": "as train.py's"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
@@ -47,7 +48,7 @@ class CheckConfig:
 
 
 def main(config: CheckConfig) -> dict[str, Any]:
-    dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True)
+    dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True, follow_links=config.follow_links)
     num_records = len(dataset) + len(dataset.problems)
     problems = list(dataset.problems.values()) + list(find_bad_samples(dataset, config.num_proc))
     notes = find_notes(dataset.records)

@@ -1,6 +1,8 @@
 """Images to RGB, and what can be wrong with them."""
 
+import functools
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from utils import UserError, brief_error
 
 
 WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
+LEAVES = "leaves the image folder by a link; if its links are meant, give --follow_links"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
 
@@ -31,17 +34,42 @@ def naming(where: str) -> Iterator[None]:
         raise UserError(f"{where} cannot be decoded ({brief_error(error)}); replace or remove it") from None
 
 
-def open_image(image_folder: Path, name: str, record_id: str) -> Image.Image:
+class ImageLookup:
+    """Finds what is wrong with a folder's image files without opening them: millions of names take seconds.
+
+    Args:
+        follow_links: links out of the folder are meant.
+    """
+
+    def __init__(self, image_folder: Path, follow_links: bool = False) -> None:
+        self.folder, self.follow_links = image_folder, follow_links
+        self.real_folder = os.path.realpath(image_folder)
+        self._is_inside = functools.cache(self._resolves_inside)  # of whole folders: few are asked for often
+
+    def problem(self, name: str) -> str | None:
+        path = os.path.join(self.folder, name)  # several times faster than pathlib
+        if not os.path.isfile(path):
+            return f"no image {path}; is --image_folder right?"
+        if self.follow_links:
+            return None
+        is_inside = self._resolves_inside(path) if os.path.islink(path) else self._is_inside(os.path.dirname(path))
+        return None if is_inside else f"image {path} {LEAVES}"
+
+    def _resolves_inside(self, path: str) -> bool:
+        return os.path.commonpath([self.real_folder, os.path.realpath(path)]) == self.real_folder
+
+
+def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool = False) -> Image.Image:
     """Decode an image to RGB. EXIF rotation is left alone, as in the original.
 
     Raises:
-        UserError: it is missing, truncated, too large, no image, or a link out of the folder.
+        UserError: it is missing, truncated, too large, no image, or, unless `follow_links`, a link out of the folder.
     """
     path = image_folder / name
     where = f"record {record_id}: image {path}"
     with naming(where):
-        if not path.resolve().is_relative_to(image_folder.resolve()):
-            raise UserError(f"{where} leaves the image folder; use files inside it")
+        if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):
+            raise UserError(f"{where} {LEAVES}")
         return read_rgb(path)
 
 

@@ -176,7 +176,6 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "12-in-16-rgb.png": (lambda path: write_deep_png(path, 4095), "which is nearly black: scale it and save it with"),
     "32-bit.tiff": (lambda path: Image.fromarray(ramp(65535).astype(np.int32)).save(path), "which of them is white"),
     "float.tiff": (lambda path: Image.fromarray(ramp(1).astype(np.float32)).save(path), "floating-point values"),
-    "link.png": (lambda path: os.symlink("/etc/hostname", path), "leaves the image folder"),
 }
 
 

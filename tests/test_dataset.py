@@ -415,6 +415,36 @@ def test_links_to_folders_and_to_themselves(folder):
     assert open_image(folder / "link", "blue.png", "x").size == (10, 30)
 
 
+@pytest.fixture
+def linked_folder(tmp_path: Path) -> Path:
+    """An image folder with parts elsewhere, as LLaVA's is laid out: a folder and a file that are links."""
+    for path in ("disk/coco", "images/gqa"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (20, 10), "red").save(tmp_path / path / "a.png")
+    (tmp_path / "images/coco").symlink_to(tmp_path / "disk/coco")
+    (tmp_path / "images/gqa/b.png").symlink_to(tmp_path / "disk/coco/a.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", ["coco/a.png", "gqa/b.png"])
+def test_links_out_of_the_folder_are_found_at_once(linked_folder, name):
+    """In whatever record they stand, with the flag that allows them; nothing is decoded for that."""
+    path = write(linked_folder, [bad(image="gqa/a.png")] * 8 + [bad(image=name)] * 2)
+    with pytest.raises(UserError, match=rf"record 8 \(id x\): image .*{name} leaves .* give --follow_links") as error:
+        open_dataset(path)
+    assert "2 records in all" in str(error.value)
+    assert sorted(open_dataset(path, skips_bad=True).problems) == [8, 9]
+
+
+@pytest.mark.parametrize("name", ["coco/a.png", "gqa/b.png"])
+def test_links_that_are_meant(linked_folder, name):
+    """They are opened, also in a worker; a name with .. in it is refused all the same."""
+    samples = open_dataset(write(linked_folder, [bad(image=name)]), follow_links=True)
+    assert [sample["images"][0].size for sample in DataLoader(samples, batch_size=None, num_workers=1)] == [(20, 10)]
+    with pytest.raises(UserError, match="leaves the image folder"):
+        open_dataset(write(linked_folder, [bad(image="../disk/coco/a.png")]), follow_links=True)
+
+
 def test_exif_orientation_is_left_alone(folder):
     """MGM was trained on Image.open(...).convert("RGB")."""
     exif = Image.Exif()
