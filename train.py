@@ -36,6 +36,7 @@ from checkpoints import (
 )
 from data.batching import column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.images import MOVED
 from data.loader import build_loader
 from data.make_demo import ensure_demo
 from doctor import run_doctor
@@ -317,6 +318,8 @@ def build_datasets(
     skips_bad, follow_links = config.on_bad_sample == "skip", config.follow_links
     train_dataset = open_dataset(train_path, image_folder, skips_bad, follow_links)
     report_left_out(train_dataset, config.max_bad_fraction)
+    if train_dataset.num_moved:
+        PartialState().print(f"{train_dataset.num_moved:,} {MOVED}")
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from data.batching import column_values, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
+from data.images import MOVED
 from processing_mgm import ROLES
 from utils import UserError, check_minimum, load_processor, run_script
 
@@ -51,7 +52,7 @@ def main(config: CheckConfig) -> dict[str, Any]:
     dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True, follow_links=config.follow_links)
     num_records = len(dataset) + len(dataset.problems)
     problems = list(dataset.problems.values()) + list(find_bad_samples(dataset, config.num_proc))
-    notes = find_notes(dataset.records)
+    notes = {MOVED: dataset.num_moved, **find_notes(dataset.records)}
     if config.model is not None:
         notes |= find_long(dataset.records, config)
     print(report(num_records, problems, notes), flush=True)

@@ -50,14 +50,21 @@ class ConversationDataset(torch.utils.data.Dataset):
         source: Source,
         problems: dict[int, str] | None = None,
         follow_links: bool = False,
+        num_moved: int = 0,
     ) -> None:
-        """`problems`: what was left out of the records, by its number, in a data set that skips what is bad."""
+        """
+        Args:
+            problems: what was left out of the records, by its number, in a data set that skips what is bad.
+            follow_links: links out of the image folder are meant.
+            num_moved: images that lie where MGM's own loader looks for them (`data.images.path_of`).
+        """
         self.records = records
         self.image_folder = image_folder
         self.source = source
         self.problems = problems or {}
         self.skips_bad = problems is not None
         self.follow_links = follow_links
+        self.num_moved = num_moved
 
     def __len__(self) -> int:
         return len(self.records)
@@ -112,18 +119,20 @@ def open_dataset(
         raise UserError(f"--image_folder {folder}: no such folder")
     source = find_source(path)
     records = load_records(source, skips_bad)
-    missing = find_missing_images(records, ImageLookup(folder, follow_links))
+    lookup = ImageLookup(folder, follow_links)
+    missing = find_missing_images(records, lookup)
+    found = {"follow_links": follow_links, "num_moved": lookup.num_moved}
     if not skips_bad:
         if missing:
             others = f" ({len(missing)} records in all have such a problem)" if len(missing) > 1 else ""
             raise UserError(next(iter(missing.values())) + others)
-        return ConversationDataset(records, folder, source, follow_links=follow_links)
+        return ConversationDataset(records, folder, source, **found)
     malformed = records[PROBLEM]
     problems = {index: problem for index, problem in enumerate(malformed) if problem is not None} | missing
     if len(problems) == len(records):
         raise UserError(f"data set {path}: no record can be used; the first: {problems[0]}")
     kept = [index for index in range(len(records)) if index not in problems]
-    return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems, follow_links)
+    return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems, **found)
 
 
 def load_conversations(path: str | Path) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from utils import UserError, brief_error
 
 WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
 LEAVES = "leaves the image folder by a link; if its links are meant, give --follow_links"
+MOVED = "images found where MGM's own loader looks for them: ocr_vqa as .png, vg/VG_100K as vg/images"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
 
@@ -34,6 +36,22 @@ def naming(where: str) -> Iterator[None]:
         raise UserError(f"{where} cannot be decoded ({brief_error(error)}); replace or remove it") from None
 
 
+def path_of(image_folder: Path, name: str) -> str:
+    """Where an image lies. As in MGM's own loader, OCR-VQA's may be .png, and Visual Genome's all in one `images`.
+
+    MGM's instruction file names `ocr_vqa/images/N.jpg` and `vg/VG_100K/N.jpg` (or `VG_100K_2`).
+    """
+    path = os.path.join(image_folder, name)  # several times faster than pathlib
+    if "ocr" in name:
+        other = name.replace(".jpg", ".png")
+    elif "VG_100K" in name:
+        other = re.sub("VG_100K(_2)?", "images", name)
+    else:
+        return path
+    other = os.path.join(image_folder, other)
+    return other if os.path.lexists(other) and not os.path.lexists(path) else path
+
+
 class ImageLookup:
     """Finds what is wrong with a folder's image files without opening them: millions of names take seconds.
 
@@ -41,13 +59,16 @@ class ImageLookup:
         follow_links: links out of the folder are meant.
     """
 
+    num_moved = 0  # images that lie where MGM's own loader looks, not where their record says
+
     def __init__(self, image_folder: Path, follow_links: bool = False) -> None:
         self.folder, self.follow_links = image_folder, follow_links
         self.real_folder = os.path.realpath(image_folder)
         self._is_inside = functools.cache(self._resolves_inside)  # of whole folders: few are asked for often
 
     def problem(self, name: str) -> str | None:
-        path = os.path.join(self.folder, name)  # several times faster than pathlib
+        path = path_of(self.folder, name)
+        self.num_moved += path != os.path.join(self.folder, name)
         if not os.path.isfile(path):
             return f"no image {path}; is --image_folder right?"
         if self.follow_links:
@@ -65,7 +86,7 @@ def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool
     Raises:
         UserError: it is missing, truncated, too large, no image, or, unless `follow_links`, a link out of the folder.
     """
-    path = image_folder / name
+    path = Path(path_of(image_folder, name))
     where = f"record {record_id}: image {path}"
     with naming(where):
         if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data.batching import TrainCollator, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.images import MOVED
 from processing_mgm import MGMProcessor
 from utils import UserError, load_processor
 
@@ -346,6 +347,9 @@ def test_check_walks_a_whole_data_set(tmp_path: Path) -> None:
     path = write(tmp_path, *names)
     records = json.loads(path.read_text())
     (tmp_path / "70.png").write_text("no picture")
+    (tmp_path / "ocr_vqa").mkdir()
+    (tmp_path / "9.png").rename(tmp_path / "ocr_vqa/9.png")
+    records[9]["image"] = "ocr_vqa/9.jpg"
     (tmp_path / "149.png").unlink()
     records[3]["conversations"] = None
     records[5]["id"] = records[4]["id"]
@@ -360,6 +364,7 @@ def test_check_walks_a_whole_data_set(tmp_path: Path) -> None:
     ]
     assert result["notes"]["ids that several records share"] == 1
     assert result["notes"]["records with an empty reply"] == 1
+    assert result["notes"][MOVED] == 1
     assert sum("20 tokens" in note for note in result["notes"]) >= 1
 
     path.write_text(json.dumps([record for i, record in enumerate(records) if i not in (3, 70, 149)]))

@@ -445,6 +445,30 @@ def test_links_that_are_meant(linked_folder, name):
         open_dataset(write(linked_folder, [bad(image="../disk/coco/a.png")]), follow_links=True)
 
 
+@pytest.mark.parametrize(
+    ("named", "lies"),
+    [
+        ("vg/VG_100K/2.jpg", "vg/images/2.jpg"),
+        ("vg/VG_100K_2/3.jpg", "vg/images/3.jpg"),
+        ("ocr_vqa/images/1.jpg", "ocr_vqa/images/1.png"),
+    ],
+)
+def test_images_where_mgms_own_loader_looks(folder, named, lies):
+    """Found and counted; where the record's own path exists it is taken; elsewhere no name is guessed at."""
+    (folder / lies).parent.mkdir(parents=True)
+    Image.new("RGB", (7, 5)).save(folder / lies)
+    path = write(folder, [bad(), bad(image=named)])
+    samples = open_dataset(path)
+    assert samples[1]["images"][0].size == (7, 5) and samples.num_moved == 1
+    (folder / named).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9)).save(folder / named)
+    samples = open_dataset(path)
+    assert samples[1]["images"][0].size == (9, 9) and samples.num_moved == 0
+    Image.new("RGB", (7, 5)).save(folder / "other.png")
+    with pytest.raises(UserError, match="no image .*other.jpg"):
+        open_dataset(write(folder, [bad(image="other.jpg")]))
+
+
 def test_exif_orientation_is_left_alone(folder):
     """MGM was trained on Image.open(...).convert("RGB")."""
     exif = Image.Exif()
