@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -184,6 +185,63 @@ def test_a_broken_file_is_named(folder, name, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_conversations(folder / name)
     assert "\n" not in str(error.value)
+
+
+RECORD = json.dumps(RECORDS[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[{RECORD},]", r"after 1 records: .*, near .*\]\},\]\); is there a comma too many"),
+        (f"[{RECORD}, {RECORD[:20]}", "after 1 records: .*premature EOF.*; the file ends too early: download"),
+        (
+            '[{"score": NaN, "id": 1}]',
+            'after 0 records: .*near .*"score": NaN.*; NaN and Infinity are no JSON: write null',
+        ),
+        (
+            '[{"id": 18446744073709551616}]',
+            "after 0 records: .*overflow, near .*18446744.*; write whole numbers beyond 64",
+        ),
+        (f'{{"data": [{RECORD}]}}', "no record in it, but one object with an array 'data': save that array alone"),
+        (RECORD, "no record in it, but one object with an array 'conversations': put it into an array"),
+        (f"{RECORD}\n{RECORD}", "after 0 records: .*trailing garbage.*; is it .jsonl"),
+        (
+            '[{"id": "caf\xe9"}]',
+            "after 0 records: .*invalid bytes in UTF8 string, near .*caf.*; save the file as UTF-8",
+        ),
+        ('[{"id": "a\nb"}]', "after 0 records: .*invalid character inside string.*; write line breaks and tabs"),
+        ("// my data\n[]", "after 0 records: .*comment.*; JSON knows no comments: remove them"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "fetch it with git lfs pull"),
+        ("\x1f\x8b\x08", "it is compressed: unpack it"),
+        ("\xff\xfe[\0]\0", "it is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_files_that_people_bring(folder, content, message):
+    """One line with the file, the record, the place and the remedy."""
+    (folder / "data.json").write_bytes(content.encode("latin-1"))
+    assert re.search(message, refusal(folder / "data.json")), refusal(folder / "data.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"video": "a.mp4"},
+        {"image": None, "conversations": [{"from": "human", "value": "<video>\nWhat happens?"}, TURNS[1]]},
+        {"image": None, "conversations": [{"from": "human", "value": "What happens?\n<video>"}, TURNS[1]]},
+    ],
+)
+def test_videos_are_refused(folder, changes):
+    """They would be trained on as text; left out where bad records are."""
+    path = write(folder, [bad(), bad(**changes)])
+    assert "record 1 (id x): it asks about a video" in refusal(path)
+    assert list(open_dataset(path, skips_bad=True).problems) == [1]
+
+
+def test_html_is_no_video(folder):
+    """The word inside a text stays a text."""
+    turns = [{"from": "human", "value": "What does <video> do in HTML?"}, {"from": "gpt", "value": "It plays."}]
+    assert len(load_conversations(write(folder, [bad(image=None, conversations=turns)]))) == 1
 
 
 def test_bytes_that_are_not_utf8(folder):
