@@ -73,7 +73,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """`id`, `conversations` (LLaVA turns) and `images` (RGB).
 
         An image that cannot be had is a UserError; where bad samples are skipped, the sample has no image and no reply
-        but a `problem`, and the `num_label_tokens` that are missed.
+        but a `problem`, its `index`, and the `num_label_tokens` that are missed.
         """
         record = self.records[index]
         try:
@@ -82,7 +82,11 @@ class ConversationDataset(torch.utils.data.Dataset):
             if not self.skips_bad:
                 raise
             nothing = {"id": record["id"], "conversations": NO_CONVERSATION, "images": []}
-            return nothing | {PROBLEM: str(error), "num_label_tokens": record.get("num_label_tokens", 0)}
+            return nothing | {
+                PROBLEM: str(error),
+                "index": index,
+                "num_label_tokens": record.get("num_label_tokens", 0),
+            }
 
     def _images(self, record: dict[str, Any]) -> list[Image.Image]:
         names = record["images"]

@@ -197,6 +197,19 @@ def test_too_many_bad_samples(data_flags: str, tmp_path: Path) -> None:
     assert ended.code == 2 and "12 of 24 samples" in ended.error
 
 
+@pytest.mark.slow
+def test_samples_that_share_an_id_are_counted_each(data_flags: str, tmp_path: Path) -> None:
+    """All records have one id, and half of the images are bad: too many, as with ids of their own."""
+    path = tmp_path / "data/records.json"
+    path.write_text(json.dumps([record | {"id": "same"} for record in json.loads(path.read_text())]))
+    for i in range(12):
+        (tmp_path / f"data/{i}.png").write_text("no picture")
+    flags = f"{FLAGS}{data_flags} --on_bad_sample skip --max_bad_fraction 0.2 --output_dir {tmp_path / 'out'}"
+    ended = run(flags, tmp_path)
+    assert ended.code == 2 and "of 24 samples cannot be used, more than --max_bad_fraction 0.2" in ended.error
+    assert ended.err.count("warning: left out: record same: image") >= 5, "each is named"
+
+
 def test_all_samples_of_a_micro_batch_are_bad(tmp_path: Path) -> None:
     """Such a micro-batch has no image and no label; its loss is 0 and its gradient too."""
     make_data(tmp_path / "data", 2)
