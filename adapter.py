@@ -5,8 +5,10 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import ProcessorMixin
+from transformers.utils import PROCESSOR_NAME
 
-from utils import UserError
+from utils import UserError, load_processor
 
 
 def base_of(adapter: str) -> str:
@@ -36,3 +38,9 @@ def load_adapter(model: nn.Module, adapter: str) -> PeftModel:
     except (RuntimeError, ValueError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--adapter {adapter}: it does not fit the model ({reason})") from None
+
+
+def load_trained_processor(model: str, adapter: str | None) -> ProcessorMixin:
+    """The processor that the adapter was trained with, which lies beside it; the model's where there is none."""
+    has_own = adapter is not None and (Path(adapter) / PROCESSOR_NAME).is_file()
+    return load_processor(adapter if has_own else model)

@@ -40,7 +40,7 @@ LATEST = "latest"
 FREE_FLAGS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("logging_steps", "save_steps", "save_total_limit"),
-    *("dataset", "image_folder", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
+    *("dataset", "image_folder", "follow_links", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
     *("per_device_eval_batch_size", "max_new_tokens"),
     *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast", "rehearse"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),

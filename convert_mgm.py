@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapter import load_trained_processor
 from chat_templates import END_OF_TURN_TOKENS, chat_template_for
 from configuration_mgm import MGMConfig
 from conversion.checkpoint import (
@@ -43,7 +44,7 @@ from conversion.original_files import ORIGINAL_FILES, hand_back_files, keep_orig
 from conversion.weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
 from modeling_mgm import MGMForConditionalGeneration
 from processing_mgm import MGMProcessor
-from utils import UserError, load_config, load_processor, run_script
+from utils import UserError, load_config, run_script
 
 
 CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike
@@ -154,7 +155,8 @@ def to_original(config: ConvertConfig) -> dict:
     with new_folder(output) as partial:
         weight_map, total_size = write_shards(shards, partial, rename_ours, merger)
         write_index(partial, weight_map, total_size)
-        original = original_config(source, mgm_config, embeddings_dtype(infos))
+        processor = load_trained_processor(str(source), config.adapter)
+        original = original_config(source, mgm_config, embeddings_dtype(infos), processor)
         if merger is not None and any(name.startswith(f"model.{CONVNEXT}.") for name in merger.changed):
             original["optimize_vision_tower_aux"] = True  # the original takes it from the tower's folder otherwise
         (partial / "config.json").write_text(json.dumps(original, indent=2, sort_keys=True) + "\n")
@@ -261,15 +263,20 @@ def shards_to_hand_back(shards: list[Shard], merger: AdapterMerger | None) -> li
     return kept
 
 
-def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype) -> dict:
-    """config.json as the original had it; one of a model trained since then with its type, of another one derived."""
+def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype, processor: MGMProcessor) -> dict:
+    """config.json as the original had it; one of a model trained since then with its type, of another one derived.
+
+    `processor`: what the model was trained with last, which may have had another image_aspect_ratio.
+    """
     if config.original_config is None:
-        processor = load_processor(str(folder))
         length = processor.tokenizer.model_max_length
         return derive_original(config, dtype, processor.image_aspect_ratio, length if length < 2**31 else 2048)
+    original = dict(config.original_config)
+    if processor.image_aspect_ratio != original.get("image_aspect_ratio", "pad"):
+        original["image_aspect_ratio"] = processor.image_aspect_ratio
     if (folder / ORIGINAL_FILES).is_dir():
-        return dict(config.original_config)
-    return config.original_config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        return original
+    return original | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def complete_config(

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import ProcessorMixin
 
-from adapter import base_of, check_base, load_adapter
+from adapter import base_of, check_base, load_adapter, load_trained_processor
 from chunked_loss import IGNORE_INDEX
 from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
@@ -42,13 +42,12 @@ from utils import (
     check_choice,
     check_minimum,
     load_model,
-    load_processor,
     run_script,
 )
 
 
 TASKS = ("demo", "textvqa", "mmbench", "caption")
-NOT_SETTINGS = ("batch_size", "dataloader_num_workers", "output", "compare")  # they change no answer
+NOT_SETTINGS = ("batch_size", "follow_links", "dataloader_num_workers", "output", "compare")  # they change no answer
 
 
 @dataclass(kw_only=True)
@@ -60,6 +59,7 @@ class EvalConfig(ModelConfig):
     task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
     dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
     max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
     limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})
@@ -107,7 +107,7 @@ def main(config: EvalConfig) -> dict | None:
     accelerator = build_accelerator(config)
     with accelerator.main_process_first():
         task = load_task(config)
-    processor = load_processor(config.model)
+    processor = load_trained_processor(config.model, config.adapter)
     model = build_model(accelerator, config)
 
     start = time.perf_counter()
@@ -133,13 +133,12 @@ def main(config: EvalConfig) -> dict | None:
 
 def load_task(config: EvalConfig) -> Task:
     """The task's questions. Raises UserError for files that are not in its format, or hold no question."""
-    if config.task == "textvqa":
-        return textvqa.load(config.dataset, config.image_folder, config.limit, config.ocr_file)
     if config.task == "mmbench":
         return mmbench.load(config.dataset, config.limit, config.circular)
-    if config.task == "caption":
-        return captions.load(config.dataset, config.image_folder, config.limit)
-    return conversations.load(config.dataset, config.image_folder, config.limit)
+    files = (config.dataset, config.image_folder, config.limit, config.follow_links)
+    if config.task == "textvqa":
+        return textvqa.load(*files, config.ocr_file)
+    return captions.load(*files) if config.task == "caption" else conversations.load(*files)
 
 
 def build_accelerator(config: EvalConfig) -> Accelerator:

@@ -95,7 +95,8 @@ class BadSamples:
     """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
 
     Args:
-        log: keeps `bad_sample_ids`, which a resumed run goes on with, and `num_left_out`.
+        log: keeps `bad_samples`, by index since ids may be shared, which a resumed run goes on with, and
+            `num_left_out`.
         dataset: its `problems` were left out when it was read.
     """
 
@@ -127,11 +128,11 @@ class BadSamples:
         return self.num_items_in_batch
 
     def _tell(self, bad_samples: list[dict[str, Any]]) -> None:
-        known = set(self.log.bad_sample_ids)
+        known = set(self.log.bad_samples)
         for bad in bad_samples:
-            if bad["id"] not in known:
+            if bad["index"] not in known:
                 warn(f"left out: {bad[PROBLEM]}")
-        self.log.bad_sample_ids = sorted(known.union(bad["id"] for bad in gather_object(bad_samples)))
+        self.log.bad_samples = sorted(known.union(bad["index"] for bad in gather_object(bad_samples)))
         check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
 
 

@@ -18,9 +18,10 @@ from lmms_eval.utils import Collator
 from PIL import Image
 from tqdm import tqdm
 
-from adapter import load_adapter
+from adapter import load_adapter, load_trained_processor
+from data.images import to_rgb
 from generation import generate_answers, prompt_inputs
-from utils import MIXED_PRECISIONS, load_model, load_processor, resolve_mixed_precision
+from utils import MIXED_PRECISIONS, load_model, resolve_mixed_precision
 
 
 @register_model("mgm")
@@ -49,7 +50,7 @@ class MGM(lmms):
         if adapter is not None:
             model = load_adapter(model, adapter)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True).eval()
-        self.processor = load_processor(pretrained)
+        self.processor = load_trained_processor(pretrained, adapter)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -69,7 +70,7 @@ class MGM(lmms):
         if not all(isinstance(image, Image.Image) for image in images):
             raise ValueError(f"task {task} has visuals that are not images, and MGM takes images alone")
         text = "<image>\n" * len(images) + context.replace("<image>", "").strip()
-        return [{"from": "human", "value": text}], [image.convert("RGB") for image in images]
+        return [{"from": "human", "value": text}], [to_rgb(image) for image in images]
 
     def _answer(self, prompts: list[tuple], settings: dict[str, Any]) -> list[str]:
         conversations, images = map(list, zip(*prompts, strict=True))

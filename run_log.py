@@ -34,7 +34,7 @@ from utils import ModelConfig
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 RUN_JSON = "run.json"
-LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_sample_ids")
+LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_samples")
 NUM_PICTURES = 4
 
 
@@ -63,7 +63,7 @@ class RunLog:
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
         self.num_left_out = 0  # samples, when the data set was read
-        self.bad_sample_ids: list[str] = []
+        self.bad_samples: list[int] = []  # indices in the data set that were found bad since then
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
@@ -110,7 +110,7 @@ class RunLog:
     @property
     def num_bad_samples(self) -> int:
         """Left out when the data set was read, and since then."""
-        return self.num_left_out + len(self.bad_sample_ids)
+        return self.num_left_out + len(self.bad_samples)
 
     def start(self) -> None:
         """The clock of throughput runs from here."""

@@ -40,6 +40,7 @@ from checkpoints import (
 )
 from data.batching import column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.images import MOVED
 from data.loader import build_loader
 from data.make_demo import ensure_demo
 from doctor import run_doctor
@@ -154,11 +155,14 @@ class TrainConfig(StepConfig):
         metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
     )
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
     )
-    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad | square"})
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "pad | square; default: as the model's processor"}
+    )
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
@@ -187,7 +191,8 @@ class TrainConfig(StepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        if self.image_aspect_ratio is not None:
+            check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
         check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
@@ -208,6 +213,7 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor:
         return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    processor = build_processor(config)
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
@@ -216,7 +222,6 @@ def main(config: TrainConfig) -> dict | None:
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
-    processor = load_processor(config.model)
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
@@ -330,6 +335,15 @@ def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Acc
     return accelerator
 
 
+def build_processor(config: TrainConfig) -> ProcessorMixin:
+    """The model's processor. `--image_aspect_ratio` changes it for the whole run, and it is saved like that."""
+    processor = load_processor(config.model)
+    if config.image_aspect_ratio is None:
+        config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
+    processor.image_aspect_ratio = config.image_aspect_ratio
+    return processor
+
+
 def build_datasets(
     config: TrainConfig, processor: ProcessorMixin
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
@@ -339,8 +353,11 @@ def build_datasets(
         demo = ensure_demo()
         train_path, eval_path = demo / "train.json", eval_path or demo / "validation.json"
 
-    train_dataset = open_dataset(train_path, image_folder, skips_bad=config.on_bad_sample == "skip")
+    skips_bad, follow_links = config.on_bad_sample == "skip", config.follow_links
+    train_dataset = open_dataset(train_path, image_folder, skips_bad, follow_links)
     report_left_out(train_dataset, config.max_bad_fraction)
+    if train_dataset.num_moved:
+        PartialState().print(f"{train_dataset.num_moved:,} {MOVED}")
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
@@ -352,7 +369,7 @@ def build_datasets(
 
     if eval_path is None or config.eval_samples == 0:
         return train_dataset, None
-    eval_dataset = open_dataset(eval_path, image_folder)
+    eval_dataset = open_dataset(eval_path, image_folder, follow_links=follow_links)
     eval_dataset.records = eval_dataset.records.shuffle(seed=0).select(
         range(min(config.eval_samples, len(eval_dataset)))
     )

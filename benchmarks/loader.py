@@ -115,7 +115,7 @@ def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=TrainCollator(processor, 2048, "pad"),
+        collate_fn=TrainCollator(processor, 2048),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )

@@ -117,7 +117,7 @@ def compare(samples: list[dict], processor: ProcessorMixin, config: PackingConfi
 def padded(
     samples: list[dict], num_tokens: np.ndarray, processor: ProcessorMixin, sampler: UpdateBatchSampler
 ) -> Batches:
-    collate = TrainCollator(processor, int(num_tokens.max()), "pad")
+    collate = TrainCollator(processor, int(num_tokens.max()))
     return [collate([samples[index] for index in micro_batch]) for micro_batch in sampler]
 
 
@@ -126,7 +126,7 @@ def packed(samples: list[dict], num_tokens: np.ndarray, processor: ProcessorMixi
     rows = PackedDataset(samples, packing)
     row_tokens = packing.sums(num_tokens)
     sampler = UpdateBatchSampler(row_tokens, config.rows, ACCUMULATION, 1, 0, row_tokens)
-    collate = PackedCollator(processor, config.max_seq_len, "pad")
+    collate = PackedCollator(processor, config.max_seq_len)
     return [collate([rows[row] for row in micro_batch]) for micro_batch in sampler]
 
 

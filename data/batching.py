@@ -235,10 +235,9 @@ def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
 class TrainCollator:
     """Samples of a ConversationDataset to forward's arguments. Runs in the loader's workers."""
 
-    def __init__(self, processor: MGMProcessor, max_length: int, image_aspect_ratio: str) -> None:
+    def __init__(self, processor: MGMProcessor, max_length: int) -> None:
         self.processor = processor
         self.max_length = max_length
-        self.image_aspect_ratio = image_aspect_ratio
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         return_freed_memory()  # of the batch before
@@ -246,7 +245,6 @@ class TrainCollator:
             conversations=[sample["conversations"] for sample in samples],
             images=[sample["images"] for sample in samples],
             max_length=self.max_length,
-            image_aspect_ratio=self.image_aspect_ratio,
             padding_side="right",
         )
         return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from child_processes import end_with_parent
 from data.batching import column_values, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
+from data.images import MOVED
 from processing_mgm import ROLES
 from utils import UserError, check_minimum, load_processor, run_script
 
@@ -39,6 +40,7 @@ NUM_SHOWN = 20
 class CheckConfig:
     dataset: str = field(metadata={"help": "as train.py's"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
+    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
@@ -48,10 +50,10 @@ class CheckConfig:
 
 
 def main(config: CheckConfig) -> dict[str, Any]:
-    dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True)
+    dataset = open_dataset(config.dataset, config.image_folder, skips_bad=True, follow_links=config.follow_links)
     num_records = len(dataset) + len(dataset.problems)
     problems = list(dataset.problems.values()) + list(find_bad_samples(dataset, config.num_proc))
-    notes = find_notes(dataset.records)
+    notes = {MOVED: dataset.num_moved, **find_notes(dataset.records)}
     if config.model is not None:
         notes |= find_long(dataset.records, config)
     print(report(num_records, problems, notes), flush=True)

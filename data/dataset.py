@@ -20,7 +20,7 @@ from PIL import Image
 
 import data.records
 import data.sources
-from data.images import naming, open_embedded, open_image
+from data.images import ImageLookup, naming, open_embedded, open_image
 from data.records import check_record
 from data.sources import Source, find_source
 from processing_mgm import to_messages
@@ -44,14 +44,27 @@ class ConversationDataset(torch.utils.data.Dataset):
     """Conversations with their images decoded. Nothing is open until a sample is asked for, so workers can have it."""
 
     def __init__(
-        self, records: datasets.Dataset, image_folder: Path, source: Source, problems: dict[int, str] | None = None
+        self,
+        records: datasets.Dataset,
+        image_folder: Path,
+        source: Source,
+        problems: dict[int, str] | None = None,
+        follow_links: bool = False,
+        num_moved: int = 0,
     ) -> None:
-        """`problems`: what was left out of the records, by its number, in a data set that skips what is bad."""
+        """
+        Args:
+            problems: what was left out of the records, by its number, in a data set that skips what is bad.
+            follow_links: links out of the image folder are meant.
+            num_moved: images that lie where MGM's own loader looks for them (`data.images.path_of`).
+        """
         self.records = records
         self.image_folder = image_folder
         self.source = source
         self.problems = problems or {}
         self.skips_bad = problems is not None
+        self.follow_links = follow_links
+        self.num_moved = num_moved
 
     def __len__(self) -> int:
         return len(self.records)
@@ -60,7 +73,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """`id`, `conversations` (LLaVA turns) and `images` (RGB).
 
         An image that cannot be had is a UserError; where bad samples are skipped, the sample has no image and no reply
-        but a `problem`, and the `num_label_tokens` that are missed.
+        but a `problem`, its `index`, and the `num_label_tokens` that are missed.
         """
         record = self.records[index]
         try:
@@ -69,7 +82,11 @@ class ConversationDataset(torch.utils.data.Dataset):
             if not self.skips_bad:
                 raise
             nothing = {"id": record["id"], "conversations": NO_CONVERSATION, "images": []}
-            return nothing | {PROBLEM: str(error), "num_label_tokens": record.get("num_label_tokens", 0)}
+            return nothing | {
+                PROBLEM: str(error),
+                "index": index,
+                "num_label_tokens": record.get("num_label_tokens", 0),
+            }
 
     def _images(self, record: dict[str, Any]) -> list[Image.Image]:
         names = record["images"]
@@ -78,7 +95,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             with naming(f"record {record['id']}: the images in {self.source.name}"):
                 embedded = self.source.images(record["row"])
         return [
-            open_image(self.image_folder, name, record["id"])
+            open_image(self.image_folder, name, record["id"], self.follow_links)
             if name is not None
             else open_embedded(image["bytes"], f"{i} in {self.source.name}", record["id"])
             for i, (name, image) in enumerate(zip(names, embedded, strict=True))
@@ -86,12 +103,18 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 
 def open_dataset(
-    path: str | Path, image_folder: str | Path | None = None, skips_bad: bool = False
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    skips_bad: bool = False,
+    follow_links: bool = False,
 ) -> ConversationDataset:
     """The conversations in `path` with the images in `image_folder` (default: beside `path`), all seen to exist.
 
+    `follow_links`: also those that lie outside it, behind links.
+
     Raises:
-        UserError: a record is not in the format or an image is missing; with `skips_bad`, none is left.
+        UserError: a record is not in the format, an image is missing or behind a link out of the folder; with
+            `skips_bad`, none is left.
     """
     if image_folder is None:
         image_folder = Path(path).parent if os.path.exists(path) else "."  # a hub id has no folder beside it
@@ -100,17 +123,20 @@ def open_dataset(
         raise UserError(f"--image_folder {folder}: no such folder")
     source = find_source(path)
     records = load_records(source, skips_bad)
-    missing = find_missing_images(records, folder)
+    lookup = ImageLookup(folder, follow_links)
+    missing = find_missing_images(records, lookup)
+    found = {"follow_links": follow_links, "num_moved": lookup.num_moved}
     if not skips_bad:
-        for problem in missing.values():
-            raise UserError(problem)
-        return ConversationDataset(records, folder, source)
+        if missing:
+            others = f" ({len(missing)} records in all have such a problem)" if len(missing) > 1 else ""
+            raise UserError(next(iter(missing.values())) + others)
+        return ConversationDataset(records, folder, source, **found)
     malformed = records[PROBLEM]
     problems = {index: problem for index, problem in enumerate(malformed) if problem is not None} | missing
     if len(problems) == len(records):
         raise UserError(f"data set {path}: no record can be used; the first: {problems[0]}")
     kept = [index for index in range(len(records)) if index not in problems]
-    return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems)
+    return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems, **found)
 
 
 def load_conversations(path: str | Path) -> datasets.Dataset:
@@ -165,16 +191,14 @@ def read_records(source: Source, skips_bad: bool = False) -> Iterator[dict[str, 
         raise UserError(f"data set {source.name}: there is no record in it")
 
 
-def find_missing_images(records: datasets.Dataset, image_folder: Path) -> dict[int, str]:
-    """The records with an image that is a file and not there. Each name is looked up once, without decoding it."""
+def find_missing_images(records: datasets.Dataset, lookup: ImageLookup) -> dict[int, str]:
+    """The records with an image file that cannot be used, by number. Each name is looked up once, without decoding."""
     names = pc.drop_null(pc.unique(pc.list_flatten(records.data.column("images"))))
-    # os.path is several times faster than pathlib
-    missing = {n for name in names if not os.path.isfile(os.path.join(image_folder, n := name.as_py()))}
-    if not missing:
+    reasons = {n: reason for name in names if (reason := lookup.problem(n := name.as_py()))}
+    if not reasons:
         return {}
     problems = {}
     for index, images in enumerate(records["images"]):
-        if name := next((name for name in images if name in missing), None):
-            where = f"record {index} (id {records[index]['id']})"
-            problems[index] = f"{where}: no image {image_folder / name}; is --image_folder right?"
+        if reason := next((reasons[name] for name in images if name in reasons), None):
+            problems[index] = f"record {index} (id {records[index]['id']}): {reason}"
     return problems

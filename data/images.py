@@ -1,6 +1,9 @@
 """Images to RGB, and what can be wrong with them."""
 
+import functools
 import io
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +12,14 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from utils import UserError, brief_error
 
 
+WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
+LEAVES = "leaves the image folder by a link; if its links are meant, give --follow_links"
+MOVED = "images found where MGM's own loader looks for them: ocr_vqa as .png, vg/VG_100K as vg/images"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
 
@@ -29,17 +36,61 @@ def naming(where: str) -> Iterator[None]:
         raise UserError(f"{where} cannot be decoded ({brief_error(error)}); replace or remove it") from None
 
 
-def open_image(image_folder: Path, name: str, record_id: str) -> Image.Image:
+def path_of(image_folder: Path, name: str) -> str:
+    """Where an image lies. As in MGM's own loader, OCR-VQA's may be .png, and Visual Genome's all in one `images`.
+
+    MGM's instruction file names `ocr_vqa/images/N.jpg` and `vg/VG_100K/N.jpg` (or `VG_100K_2`).
+    """
+    path = os.path.join(image_folder, name)  # several times faster than pathlib
+    if "ocr" in name:
+        other = name.replace(".jpg", ".png")
+    elif "VG_100K" in name:
+        other = re.sub("VG_100K(_2)?", "images", name)
+    else:
+        return path
+    other = os.path.join(image_folder, other)
+    return other if os.path.lexists(other) and not os.path.lexists(path) else path
+
+
+class ImageLookup:
+    """Finds what is wrong with a folder's image files without opening them: millions of names take seconds.
+
+    Args:
+        follow_links: links out of the folder are meant.
+    """
+
+    num_moved = 0  # images that lie where MGM's own loader looks, not where their record says
+
+    def __init__(self, image_folder: Path, follow_links: bool = False) -> None:
+        self.folder, self.follow_links = image_folder, follow_links
+        self.real_folder = os.path.realpath(image_folder)
+        self._is_inside = functools.cache(self._resolves_inside)  # of whole folders: few are asked for often
+
+    def problem(self, name: str) -> str | None:
+        path = path_of(self.folder, name)
+        self.num_moved += path != os.path.join(self.folder, name)
+        if not os.path.isfile(path):
+            return f"no image {path}; is --image_folder right?"
+        if self.follow_links:
+            return None
+        is_inside = self._resolves_inside(path) if os.path.islink(path) else self._is_inside(os.path.dirname(path))
+        return None if is_inside else f"image {path} {LEAVES}"
+
+    def _resolves_inside(self, path: str) -> bool:
+        return os.path.commonpath([self.real_folder, os.path.realpath(path)]) == self.real_folder
+
+
+def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool = False) -> Image.Image:
     """Decode an image to RGB. EXIF rotation is left alone, as in the original.
 
     Raises:
-        UserError: it is missing, truncated, too large, no image, or a link out of the folder.
+        UserError: it is missing, truncated, too large, no image, or, unless `follow_links`, a link out of the folder.
     """
-    path = image_folder / name
+    path = Path(path_of(image_folder, name))
     where = f"record {record_id}: image {path}"
     with naming(where):
-        if not path.resolve().is_relative_to(image_folder.resolve()):
-            raise UserError(f"{where} leaves the image folder; use files inside it")
+        if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):
+            raise UserError(f"{where} {LEAVES}")
         return read_rgb(path)
 
 
@@ -53,9 +104,46 @@ def read_rgb(file: Path | BinaryIO) -> Image.Image:
     """The (first) image in the file; whatever its mode, RGB. Transparency is dropped, as in the original."""
     with Image.open(file) as image:
         check_size(*image.size)
-        if image.mode.startswith("I;16"):  # convert would make white of everything above 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Scaled by the range that the file's type has. Raises ValueError where it has none, or only a part of it is used.
+
+    Pillow's own `convert` cuts deep grey off at 255.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        num_bits = bits_of_deep_grey(image)
+        values = np.asarray(image).astype(np.int64)
+        check_range(int(values.min()), int(values.max()), num_bits)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+            values = 2**num_bits - 1 - values
+        return Image.fromarray((values >> (num_bits - 8)).astype(np.uint8)).convert("RGB")
+    has_16_bits = any(";16" in str(tile.args) for tile in getattr(image, "tile", []))  # Pillow keeps the upper 8
+    rgb = image.convert("RGB")
+    if has_16_bits:
+        lows, highs = zip(*rgb.getextrema(), strict=True)
+        check_range(min(lows) << 8, max(highs) << 8, 16)
+    return rgb
+
+
+def bits_of_deep_grey(image: Image.Image) -> int:
+    """How many bits a grey value has. Raises ValueError where the file does not say which value is white."""
+    if image.format == "PPM" and image.mode == "I":
+        return 16  # its file names the maximum, and Pillow scales by it
+    if image.mode.startswith("I;16"):
+        return getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]
+    kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+    raise ValueError(f"{kind} values, and nothing says which of them is white: scale it and save it with 8 bits")
+
+
+def check_range(low: int, high: int, num_bits: int) -> None:
+    """Raise ValueError for a picture that is all in the lowest quarter of its range, as 12 bits in 16 are."""
+    if low < high < 2**num_bits // 4:
+        raise ValueError(
+            f"{num_bits} bits a value, but none is above {high}, which is nearly black: "
+            "scale it and save it with 8 bits"
+        )
 
 
 def check_size(width: int, height: int) -> None:

@@ -41,7 +41,7 @@ def build_loader(
         num_tokens,
         config.group_by_length,
     )
-    collator = NamingCollator(collator_class(processor, config.max_seq_len, config.image_aspect_ratio))
+    collator = NamingCollator(collator_class(processor, config.max_seq_len))
     if config.on_bad_sample == "skip":
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
     loader = DataLoader(

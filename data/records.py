@@ -13,6 +13,7 @@ class Malformed(str):
 
 
 IMAGE_COLUMNS, TURN_COLUMNS = ("images", "image"), ("conversations", "messages")
+VIDEO_TOKEN = "<video>"
 EMBEDDED = object()  # stands for an image inside the source, where others have a name
 
 
@@ -36,6 +37,8 @@ def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
     for turn in turns:
         if not isinstance(turn, dict) or not all(_is_text(turn.get(key)) for key in ("from", "value")):
             raise UserError(f"{where}: every turn needs the strings 'from' and 'value', found {brief(turn)}")
+    if is_video(record, turns):
+        raise UserError(f"{where}: it asks about a video, and MGM sees images alone; leave the record out")
     try:
         messages = to_messages(turns)
     except ValueError as error:
@@ -48,6 +51,13 @@ def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
     conversations = [{"from": turn["from"], "value": turn["value"]} for turn in turns]
     names = [None if name is EMBEDDED else name for name in images]
     return {"id": str(record_id), "images": names, "conversations": conversations}
+
+
+def is_video(record: dict[str, Any], turns: list[dict[str, str]]) -> bool:
+    """Whether there is a video, or its placeholder in LLaVA's places. Elsewhere `<video>` is a word, as of HTML."""
+    values = [turn["value"].strip() for turn in turns]
+    is_asked_for = any(value.startswith(VIDEO_TOKEN) or value.endswith("\n" + VIDEO_TOKEN) for value in values)
+    return is_asked_for or bool(record.get("video") or record.get("videos"))
 
 
 def _check_names(record: dict[str, Any], where: str) -> list[Any]:

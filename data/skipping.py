@@ -14,7 +14,7 @@ from data.batching import MicroBatch, flat
 from data.dataset import PROBLEM
 
 
-Bad = list[dict[str, Any]]  # `id`, `problem` and `num_label_tokens` of each
+Bad = list[dict[str, Any]]  # `index`, `problem` and `num_label_tokens` of each
 
 
 class CheckedUpdates(torch.utils.data.Dataset):
@@ -47,5 +47,5 @@ class CheckedCollator:
 
 
 def find_bad(samples: list[Any]) -> Bad:
-    keys = ("id", PROBLEM, "num_label_tokens")
+    keys = ("index", PROBLEM, "num_label_tokens")
     return [{key: sample[key] for key in keys} for sample in flat(samples) if PROBLEM in sample]

@@ -21,6 +21,22 @@ from utils import UserError, brief_error
 
 ROWS_AT_ONCE = 32  # of a source with images inside: some megabytes
 UTF8_BOM = b"\xef\xbb\xbf"
+FOREIGN_HEADS = {
+    b"version https://git-lfs": "this is Git LFS's pointer to the file, not the file: fetch it with git lfs pull",
+    b"\x1f\x8b": "it is compressed: unpack it with gunzip",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+    b"\xff\xfe": "it is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16: save it as UTF-8",
+}
+JSON_REMEDIES = {  # by what the parser says
+    "premature EOF": "the file ends too early: download or save it again",
+    "integer overflow": "write whole numbers beyond 64 bits in quotes",
+    "invalid bytes in UTF8": "save the file as UTF-8",
+    "invalid character inside string": "write line breaks and tabs in a text as \\n and \\t",
+    "comment": "JSON knows no comments: remove them",
+    "unallowed token": "is there a comma too many?",
+    "trailing garbage": "is it .jsonl?",
+}
 SAVED_STATE = "state.json"  # in every folder of Dataset.save_to_disk
 
 
@@ -104,6 +120,8 @@ def find_source(path: str | Path) -> Source:
     if not path.exists():
         return open_hub(name)
     try:
+        if path.is_file():
+            check_head(path)
         if (path / SAVED_STATE).is_file():
             return ArrowTable(name, datasets.load_from_disk(str(path)), file_state(path / SAVED_STATE))
         if path.is_dir():
@@ -190,6 +208,15 @@ def image_names(column: pa.ChunkedArray) -> list[list[Any] | None]:
     return [None if length is None else list(itertools.islice(names, length)) for length in lengths]
 
 
+def check_head(path: Path) -> None:
+    """Raise UserError for a file that cannot be what its name says, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for start, problem in FOREIGN_HEADS.items():
+        if head.startswith(start):
+            raise UserError(f"data set {path}: {problem}")
+
+
 def _read_json(file: BinaryIO, path: str) -> Iterator[Any]:
     num_records = 0
     try:
@@ -197,8 +224,32 @@ def _read_json(file: BinaryIO, path: str) -> Iterator[Any]:
             yield record
             num_records += 1
     except ijson.JSONError as error:
-        reason = f"after {num_records} records: {str(error).splitlines()[0]}"
-        raise UserError(f"data set {path}: not a JSON array ({reason}); is it .jsonl?") from None
+        raise UserError(f"data set {path}: not a JSON array ({_explain(error, num_records)}") from None
+    if not num_records and (key := _key_of_array(path)):
+        remedy = "put it into an array" if key in TURN_COLUMNS else "save that array alone"
+        raise UserError(f"data set {path}: there is no record in it, but one object with an array {key!r}: {remedy}")
+
+
+def _explain(error: ijson.JSONError, num_records: int) -> str:
+    """The end of a message: how many records were good, what is wrong behind them and near which text, the remedy."""
+    message = error.args[0]  # three lines: the reason, the text around the place, and an arrow to it
+    if isinstance(message, bytes):
+        message = message.decode(errors="replace")
+    reason, text, arrow = (message.splitlines() + ["", ""])[:3]
+    near = text[max(0, arrow.find("^") - 20) :].strip()[:40] if "^" in arrow else ""
+    remedy = next((remedy for part, remedy in JSON_REMEDIES.items() if part in message), "mend it there")
+    if "invalid char in json text" in reason and re.search("NaN|Infinity", near):
+        remedy = "NaN and Infinity are no JSON: write null"
+    return f"after {num_records} records: {reason.strip(' .')}{f', near {near}' if near else ''}); {remedy}"
+
+
+def _key_of_array(path: str) -> str | None:
+    """The key of the first array inside an object, where the file holds an object."""
+    with open(path, "rb") as file:
+        for prefix, event, _ in ijson.parse(file):
+            if event == "start_array":
+                return prefix or None
+    return None
 
 
 def _read_jsonl(file: BinaryIO, path: str) -> Iterator[Any]:
@@ -208,4 +259,5 @@ def _read_jsonl(file: BinaryIO, path: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Malformed(f"data set {path}, line {number}: not JSON ({error})")
+            remedy = "save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else "mend or remove the line"
+            yield Malformed(f"data set {path}, line {number}: not JSON ({error}); {remedy}")

@@ -39,7 +39,7 @@ class Captions:
         ]
 
 
-def load(dataset: str | None, image_folder: str | None, limit: int = 0) -> Captions:
+def load(dataset: str | None, image_folder: str | None, limit: int = 0, follow_links: bool = False) -> Captions:
     """Raises UserError for a file in another format, a missing image, an image without caption, or without Java."""
     if shutil.which("java") is None:
         raise UserError("--task caption: CIDEr's tokenizer runs on Java: install a JRE so that `java` is found")
@@ -52,7 +52,7 @@ def load(dataset: str | None, image_folder: str | None, limit: int = 0) -> Capti
     for image in images:
         if image["id"] not in captions:
             raise UserError(f"--dataset {path}: image {image['id']} has no caption")
-    open_images = images_in(image_folder, path, [image["file_name"] for image in images])
+    open_images = images_in(image_folder, path, [image["file_name"] for image in images], follow_links)
     return Captions(
         [
             Question(

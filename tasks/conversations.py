@@ -21,9 +21,11 @@ class Conversations:
         ]
 
 
-def load(dataset: str | None, image_folder: str | None, limit: int = 0) -> Conversations:
+def load(dataset: str | None, image_folder: str | None, limit: int = 0, follow_links: bool = False) -> Conversations:
     """The demo's held-out questions where no data set is named. Raises UserError as `open_dataset` does."""
-    questions = to_questions(open_dataset(dataset or ensure_demo() / "validation.json", image_folder))
+    questions = to_questions(
+        open_dataset(dataset or ensure_demo() / "validation.json", image_folder, follow_links=follow_links)
+    )
     return Conversations(questions[: limit or None])
 
 

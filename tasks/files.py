@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from data.images import open_image
+from data.images import ImageLookup, open_image
 from utils import UserError, brief_error
 
 
@@ -49,16 +49,20 @@ def listed(
     return records
 
 
-def images_in(folder: str | None, path: Path, names: list[str]) -> Callable[[str], list[Image.Image]]:
-    """A function that opens an image by its name. Raises UserError where the folder or an image is missing."""
+def images_in(
+    folder: str | None, path: Path, names: list[str], follow_links: bool = False
+) -> Callable[[str], list[Image.Image]]:
+    """A function that opens an image by its name. Raises UserError where the folder or an image is missing, or an
+    image is behind a link out of the folder and `follow_links` is not set."""
     image_folder = Path(folder) if folder is not None else path.parent
     if not image_folder.is_dir():
         raise UserError(f"--image_folder {image_folder}: no such folder")
+    lookup = ImageLookup(image_folder, follow_links)
     for name in names:
-        if not (image_folder / name).is_file():
-            raise UserError(f"no image {image_folder / name}; is --image_folder right?")
-    return partial(_open, image_folder)
+        if problem := lookup.problem(name):
+            raise UserError(problem)
+    return partial(_open, image_folder, follow_links)
 
 
-def _open(image_folder: Path, name: str) -> list[Image.Image]:
-    return [open_image(image_folder, name, name)]
+def _open(image_folder: Path, follow_links: bool, name: str) -> list[Image.Image]:
+    return [open_image(image_folder, name, name, follow_links)]

@@ -33,7 +33,13 @@ class TextVQA:
         ]
 
 
-def load(dataset: str | None, image_folder: str | None, limit: int = 0, ocr_file: str | None = None) -> TextVQA:
+def load(
+    dataset: str | None,
+    image_folder: str | None,
+    limit: int = 0,
+    follow_links: bool = False,
+    ocr_file: str | None = None,
+) -> TextVQA:
     """Raises UserError for a file in another format, a missing image, or a question without words of the OCR file."""
     path = required_file(dataset, "textvqa", "TextVQA_0.5.1_val.json")
     records = listed(read_json(path), "data", path, FIELDS)[: limit or None]
@@ -41,7 +47,7 @@ def load(dataset: str | None, image_folder: str | None, limit: int = 0, ocr_file
         if len(record["answers"]) != NUM_ANSWERS or not all(isinstance(answer, str) for answer in record["answers"]):
             raise UserError(f"--dataset {path}, question {record['question_id']}: expected {NUM_ANSWERS} answers")
     prompts = build_prompts(records, ocr_file)
-    open_images = images_in(image_folder, path, [image_name(record) for record in records])
+    open_images = images_in(image_folder, path, [image_name(record) for record in records], follow_links)
     return TextVQA(
         [
             Question(

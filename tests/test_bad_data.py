@@ -4,8 +4,10 @@ import io
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image
 
 from data.batching import TrainCollator, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
+from data.images import MOVED
 from processing_mgm import MGMProcessor
 from utils import UserError, load_processor
 
@@ -99,7 +102,7 @@ def test_kinds_of_images(name: str, tmp_path: Path, processor: MGMProcessor) -> 
     with Image.open(tmp_path / name) as original:
         assert image.mode == "RGB" and image.size == original.size
     for aspect_ratio in ("pad", "square"):
-        batch = TrainCollator(processor, 2048, aspect_ratio)([sample])
+        batch = processor(conversations=[sample["conversations"]], images=[[image]], image_aspect_ratio=aspect_ratio)
         assert bool(batch["pixel_values"].isfinite().all()) and len(batch["pixel_values"]) == 1
 
 
@@ -108,6 +111,49 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     sixteen_bit().save(tmp_path / "a.png")
     values = np.asarray(open_dataset(write(tmp_path, "a.png"))[0]["images"][0])[..., 0]
     assert values.min() == 0 and values.max() == 255 and len(np.unique(values)) == 256
+
+
+@pytest.mark.parametrize("name", ["16-bit.png", "16-bit-rgb.png", "12-bit.pgm", "16-bit.pgm", "white-is-zero.tiff"])
+def test_deep_pictures_are_scaled_by_what_the_file_says(name: str, tmp_path: Path) -> None:
+    """The same ramp from black to white, whatever it is stored as."""
+    path = tmp_path / name
+    if name.endswith("pgm"):
+        maximum = 4095 if "12" in name else 65535
+        path.write_bytes(b"P5 64 64 %d\n" % maximum + ramp(maximum).astype(">u2").tobytes())
+    elif name == "white-is-zero.tiff":
+        Image.fromarray(65535 - ramp(65535)).save(path, tiffinfo={262: 0})
+        path.write_bytes(path.read_bytes().replace(b"\x06\x01\x03\0\x01\0\0\0\x01", b"\x06\x01\x03\0\x01\0\0\0\0"))
+    elif name == "16-bit-rgb.png":
+        write_deep_png(path, 65535)
+    else:
+        Image.fromarray(ramp(65535)).save(path)
+    values = np.asarray(open_dataset(write(tmp_path, name))[0]["images"][0])[..., 0]
+    assert np.abs(values.astype(int) - ramp(255)).max() <= 1
+
+
+@pytest.mark.parametrize("value", [0, 4000])
+def test_a_plain_deep_picture_is_taken(value: int, tmp_path: Path) -> None:
+    """All of one dark colour: there is nothing in it to be lost."""
+    Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "a.png")
+    assert open_dataset(write(tmp_path, "a.png"))[0]["images"][0].getpixel((0, 0))[0] == value >> 8
+
+
+def ramp(maximum: int) -> np.ndarray:
+    """A square that grows from 0 to `maximum` from left to right, 16 bits a value (floats up to 1)."""
+    values = np.tile(np.linspace(0, maximum, 64), (64, 1))
+    return values if maximum == 1 else values.astype(np.uint16)
+
+
+def write_deep_png(path: Path, maximum: int) -> None:
+    """The ramp as RGB with 16 bits a value, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = np.repeat(ramp(maximum)[..., None], 3, axis=2).astype(">u2")
+    header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 def truncated(path: Path) -> None:
@@ -127,7 +173,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bomb.png": (bomb, "decompression bomb"),
     "20000x10.png": (lambda path: gradient(20_000, 10).save(path), "20000 x 10 pixels: as a square"),
     "4000x10.png": (lambda path: gradient(4000, 10).save(path), "more than 100 times"),
-    "link.png": (lambda path: os.symlink("/etc/hostname", path), "leaves the image folder"),
+    "12-in-16.png": (lambda path: Image.fromarray(ramp(4095)).save(path), "none is above 4095, which is nearly black"),
+    "12-in-16-rgb.png": (lambda path: write_deep_png(path, 4095), "which is nearly black: scale it and save it with"),
+    "32-bit.tiff": (lambda path: Image.fromarray(ramp(65535).astype(np.int32)).save(path), "which of them is white"),
+    "float.tiff": (lambda path: Image.fromarray(ramp(1).astype(np.float32)).save(path), "floating-point values"),
 }
 
 
@@ -144,7 +193,7 @@ def test_bad_images(name: str, tmp_path: Path, processor: MGMProcessor) -> None:
     dataset.records = measure_lengths(dataset.records, processor, 2048)
     sample = dataset[0]
     assert sample["problem"] == str(refused.value) and sample["num_label_tokens"] > 0
-    assert bool((TrainCollator(processor, 2048, "pad")([sample])["labels"] == -100).all())
+    assert bool((TrainCollator(processor, 2048)([sample])["labels"] == -100).all())
 
 
 def test_records_are_left_out(tmp_path: Path) -> None:
@@ -225,7 +274,7 @@ def take_all(dataset: ConversationDataset, processor: MGMProcessor) -> None:
     dataset.records = measure_lengths(dataset.records, processor, 96)
     kept = [i for i, labels in enumerate(dataset.records["num_label_tokens"]) if labels]
     for index in kept:
-        TrainCollator(processor, 96, "pad")([dataset[index]])
+        TrainCollator(processor, 96)([dataset[index]])
 
 
 @pytest.mark.slow
@@ -277,7 +326,9 @@ def test_generated_images(kind: str, seed: int, tmp_path: Path, processor: MGMPr
     (folder / "a.png").write_bytes(content)
     dataset = open_dataset(write(folder, "a.png"))
     try:
-        TrainCollator(processor, 2048, generator.choice(["pad", "square"]))([dataset[0]])
+        sample = dataset[0]
+        ratio = generator.choice(["pad", "square"])
+        processor(conversations=[sample["conversations"]], images=[sample["images"]], image_aspect_ratio=ratio)
         event("used")
     except UserError as error:
         event("refused")
@@ -296,6 +347,9 @@ def test_check_walks_a_whole_data_set(tmp_path: Path) -> None:
     path = write(tmp_path, *names)
     records = json.loads(path.read_text())
     (tmp_path / "70.png").write_text("no picture")
+    (tmp_path / "ocr_vqa").mkdir()
+    (tmp_path / "9.png").rename(tmp_path / "ocr_vqa/9.png")
+    records[9]["image"] = "ocr_vqa/9.jpg"
     (tmp_path / "149.png").unlink()
     records[3]["conversations"] = None
     records[5]["id"] = records[4]["id"]
@@ -310,6 +364,7 @@ def test_check_walks_a_whole_data_set(tmp_path: Path) -> None:
     ]
     assert result["notes"]["ids that several records share"] == 1
     assert result["notes"]["records with an empty reply"] == 1
+    assert result["notes"][MOVED] == 1
     assert sum("20 tokens" in note for note in result["notes"]) >= 1
 
     path.write_text(json.dumps([record for i, record in enumerate(records) if i not in (3, 70, 149)]))

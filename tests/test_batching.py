@@ -325,13 +325,12 @@ def test_collator(dataset_path, processor, reference_model):
     """A collated batch with the processor's own, the image positions, and what a loader's worker sends."""
     dataset = open_dataset(dataset_path)
     samples = [dataset[0], dataset[2]]
-    collate = TrainCollator(processor, 100, "square")
+    collate = TrainCollator(processor, 100)
     batch = collate(samples)
     expected = processor(
         conversations=[sample["conversations"] for sample in samples],
         images=[sample["images"] for sample in samples],
         max_length=100,
-        image_aspect_ratio="square",
         padding_side="right",
     )
     assert batch.keys() == {*expected.keys(), "image_positions", "label_positions"}
@@ -348,7 +347,7 @@ def test_sum_of_micro_batch_losses_is_the_updates_mean(dataset_path, processor, 
     """The loss of one batch of all samples with the sum over micro-batches, each over the update's label tokens."""
     dataset = open_dataset(dataset_path)
     records = measure_lengths(dataset.records, processor, 1000)
-    collate = TrainCollator(processor, 1000, "pad")
+    collate = TrainCollator(processor, 1000)
     sampler = UpdateBatchSampler(column_values(records, "num_label_tokens"), 2, 4, 1, seed=0)
     (num_items,) = sampler.label_tokens_per_update()
     losses = [

@@ -217,3 +217,14 @@ def test_a_failure_while_writing_leaves_nothing(converted, tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         hand_back(converted)
     assert not list(converted.parent.glob("back*"))
+
+
+def test_the_aspect_ratio_that_was_trained_goes_back(original, converted, tmp_path):
+    """What the adapter's own processor says, not its base's: the original's code shows the model the same pictures."""
+    assert json.loads((original / "config.json").read_text())["image_aspect_ratio"] == "pad"
+    adapter = train_adapter(converted, tmp_path / "adapter")
+    processor = load_processor(str(converted))
+    processor.image_aspect_ratio = "square"
+    processor.save_pretrained(adapter)
+    back = hand_back(converted, adapter)
+    assert json.loads((back / "config.json").read_text())["image_aspect_ratio"] == "square"

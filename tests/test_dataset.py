@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -184,6 +185,63 @@ def test_a_broken_file_is_named(folder, name, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_conversations(folder / name)
     assert "\n" not in str(error.value)
+
+
+RECORD = json.dumps(RECORDS[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[{RECORD},]", r"after 1 records: .*, near .*\]\},\]\); is there a comma too many"),
+        (f"[{RECORD}, {RECORD[:20]}", "after 1 records: .*premature EOF.*; the file ends too early: download"),
+        (
+            '[{"score": NaN, "id": 1}]',
+            'after 0 records: .*near .*"score": NaN.*; NaN and Infinity are no JSON: write null',
+        ),
+        (
+            '[{"id": 18446744073709551616}]',
+            "after 0 records: .*overflow, near .*18446744.*; write whole numbers beyond 64",
+        ),
+        (f'{{"data": [{RECORD}]}}', "no record in it, but one object with an array 'data': save that array alone"),
+        (RECORD, "no record in it, but one object with an array 'conversations': put it into an array"),
+        (f"{RECORD}\n{RECORD}", "after 0 records: .*trailing garbage.*; is it .jsonl"),
+        (
+            '[{"id": "caf\xe9"}]',
+            "after 0 records: .*invalid bytes in UTF8 string, near .*caf.*; save the file as UTF-8",
+        ),
+        ('[{"id": "a\nb"}]', "after 0 records: .*invalid character inside string.*; write line breaks and tabs"),
+        ("// my data\n[]", "after 0 records: .*comment.*; JSON knows no comments: remove them"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "fetch it with git lfs pull"),
+        ("\x1f\x8b\x08", "it is compressed: unpack it"),
+        ("\xff\xfe[\0]\0", "it is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_files_that_people_bring(folder, content, message):
+    """One line with the file, the record, the place and the remedy."""
+    (folder / "data.json").write_bytes(content.encode("latin-1"))
+    assert re.search(message, refusal(folder / "data.json")), refusal(folder / "data.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"video": "a.mp4"},
+        {"image": None, "conversations": [{"from": "human", "value": "<video>\nWhat happens?"}, TURNS[1]]},
+        {"image": None, "conversations": [{"from": "human", "value": "What happens?\n<video>"}, TURNS[1]]},
+    ],
+)
+def test_videos_are_refused(folder, changes):
+    """They would be trained on as text; left out where bad records are."""
+    path = write(folder, [bad(), bad(**changes)])
+    assert "record 1 (id x): it asks about a video" in refusal(path)
+    assert list(open_dataset(path, skips_bad=True).problems) == [1]
+
+
+def test_html_is_no_video(folder):
+    """The word inside a text stays a text."""
+    turns = [{"from": "human", "value": "What does <video> do in HTML?"}, {"from": "gpt", "value": "It plays."}]
+    assert len(load_conversations(write(folder, [bad(image=None, conversations=turns)]))) == 1
 
 
 def test_bytes_that_are_not_utf8(folder):
@@ -413,6 +471,60 @@ def test_links_to_folders_and_to_themselves(folder):
         with pytest.raises(UserError, match=f"record x: image .*{name} {message}"):
             open_image(inside, name, "x")
     assert open_image(folder / "link", "blue.png", "x").size == (10, 30)
+
+
+@pytest.fixture
+def linked_folder(tmp_path: Path) -> Path:
+    """An image folder with parts elsewhere, as LLaVA's is laid out: a folder and a file that are links."""
+    for path in ("disk/coco", "images/gqa"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (20, 10), "red").save(tmp_path / path / "a.png")
+    (tmp_path / "images/coco").symlink_to(tmp_path / "disk/coco")
+    (tmp_path / "images/gqa/b.png").symlink_to(tmp_path / "disk/coco/a.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", ["coco/a.png", "gqa/b.png"])
+def test_links_out_of_the_folder_are_found_at_once(linked_folder, name):
+    """In whatever record they stand, with the flag that allows them; nothing is decoded for that."""
+    path = write(linked_folder, [bad(image="gqa/a.png")] * 8 + [bad(image=name)] * 2)
+    with pytest.raises(UserError, match=rf"record 8 \(id x\): image .*{name} leaves .* give --follow_links") as error:
+        open_dataset(path)
+    assert "2 records in all" in str(error.value)
+    assert sorted(open_dataset(path, skips_bad=True).problems) == [8, 9]
+
+
+@pytest.mark.parametrize("name", ["coco/a.png", "gqa/b.png"])
+def test_links_that_are_meant(linked_folder, name):
+    """They are opened, also in a worker; a name with .. in it is refused all the same."""
+    samples = open_dataset(write(linked_folder, [bad(image=name)]), follow_links=True)
+    assert [sample["images"][0].size for sample in DataLoader(samples, batch_size=None, num_workers=1)] == [(20, 10)]
+    with pytest.raises(UserError, match="leaves the image folder"):
+        open_dataset(write(linked_folder, [bad(image="../disk/coco/a.png")]), follow_links=True)
+
+
+@pytest.mark.parametrize(
+    ("named", "lies"),
+    [
+        ("vg/VG_100K/2.jpg", "vg/images/2.jpg"),
+        ("vg/VG_100K_2/3.jpg", "vg/images/3.jpg"),
+        ("ocr_vqa/images/1.jpg", "ocr_vqa/images/1.png"),
+    ],
+)
+def test_images_where_mgms_own_loader_looks(folder, named, lies):
+    """Found and counted; where the record's own path exists it is taken; elsewhere no name is guessed at."""
+    (folder / lies).parent.mkdir(parents=True)
+    Image.new("RGB", (7, 5)).save(folder / lies)
+    path = write(folder, [bad(), bad(image=named)])
+    samples = open_dataset(path)
+    assert samples[1]["images"][0].size == (7, 5) and samples.num_moved == 1
+    (folder / named).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9)).save(folder / named)
+    samples = open_dataset(path)
+    assert samples[1]["images"][0].size == (9, 9) and samples.num_moved == 0
+    Image.new("RGB", (7, 5)).save(folder / "other.png")
+    with pytest.raises(UserError, match="no image .*other.jpg"):
+        open_dataset(write(folder, [bad(image="other.jpg")]))
 
 
 def test_exif_orientation_is_left_alone(folder):

@@ -135,7 +135,7 @@ def mean_loss(dataset_path: Path, bad: set[str]) -> float:
         if sample["id"] in bad:
             num_bad += 1
             continue
-        batch = TrainCollator(processor, 2048, "pad")([sample])
+        batch = TrainCollator(processor, 2048)([sample])
         count = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
             loss_sum += float(model(**batch).loss) * count
@@ -200,13 +200,26 @@ def test_too_many_bad_samples(data_flags: str, tmp_path: Path) -> None:
     assert ended.code == 2 and "12 of 24 samples" in ended.error
 
 
+@pytest.mark.slow
+def test_samples_that_share_an_id_are_counted_each(data_flags: str, tmp_path: Path) -> None:
+    """All records have one id, and half of the images are bad: too many, as with ids of their own."""
+    path = tmp_path / "data/records.json"
+    path.write_text(json.dumps([record | {"id": "same"} for record in json.loads(path.read_text())]))
+    for i in range(12):
+        (tmp_path / f"data/{i}.png").write_text("no picture")
+    flags = f"{FLAGS}{data_flags} --on_bad_sample skip --max_bad_fraction 0.2 --output_dir {tmp_path / 'out'}"
+    ended = run(flags, tmp_path)
+    assert ended.code == 2 and "of 24 samples cannot be used, more than --max_bad_fraction 0.2" in ended.error
+    assert ended.err.count("warning: left out: record same: image") >= 5, "each is named"
+
+
 def test_all_samples_of_a_micro_batch_are_bad(tmp_path: Path) -> None:
     """Such a micro-batch has no image and no label; its loss is 0 and its gradient too."""
     make_data(tmp_path / "data", 2)
     for i in range(2):
         (tmp_path / f"data/{i}.png").write_text("no picture")
     dataset = open_dataset(tmp_path / "data/records.json", skips_bad=True)
-    batch = TrainCollator(load_processor("data/tiny_mgm"), 2048, "pad")([dataset[0], dataset[1]])
+    batch = TrainCollator(load_processor("data/tiny_mgm"), 2048)([dataset[0], dataset[1]])
     assert "pixel_values" not in batch and bool((batch["labels"] == -100).all())
     model = load_model("data/tiny_mgm", torch.float32, "sdpa").train()
     loss = model(**batch, num_items_in_batch=7).loss

@@ -100,8 +100,8 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("config", ["single", "zero2", "zero3"])
 def test_killed_and_resumed(config: str, tmp_path: Path) -> None:
-    """Killed in step 7 and resumed from step 4: the parameters are as near to an undisturbed run's as a second undisturbed
-    run's are. With another seed, and so with another dropout, they are far from them."""
+    """Killed in step 7 and resumed from step 4: the parameters are as near to an undisturbed run's as a second
+    undisturbed run's are. With another seed, and so with another dropout, they are far from them."""
     flags = f"{SMALL} --mixed_precision bf16 --attn_implementation eager --eval_samples 0"
     folders = {name: tmp_path / name for name in ("undisturbed", "again", "resumed", "other")}
     for name, more in (("undisturbed", ""), ("again", ""), ("other", " --seed 7")):

@@ -122,7 +122,7 @@ def test_collator(dataset, processor):
     """A packed batch with what the processor makes of each sample: tokens, labels, positions; images in order."""
     packing = Packing(np.array(sum(ROWS, [])), np.cumsum([0] + [len(row) for row in ROWS[:-1]]))
     rows = PackedDataset(dataset, packing)
-    collate = PackedCollator(processor, 1000, "pad")
+    collate = PackedCollator(processor, 1000)
     batch = collate([rows[i] for i in range(len(rows))])
     assert batch.keys() == set(
         "input_ids labels position_ids image_positions label_positions pixel_values pixel_values_aux".split()
@@ -148,7 +148,7 @@ def test_a_samples_first_token_has_no_label(dataset, processor, monkeypatch):
     """Where a template trains on everything, the sample before must not be asked for the next one's first token."""
     template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     monkeypatch.setattr(processor, "chat_template", "{% generation %}" + template + "{% endgeneration %}")
-    batch = PackedCollator(processor, 1000, "pad")([[dataset[0], dataset[4]]])
+    batch = PackedCollator(processor, 1000)([[dataset[0], dataset[4]]])
     is_first = batch["position_ids"] == 0
     assert is_first.sum() == 2
     assert (batch["labels"][is_first] == IGNORE_INDEX).all()
@@ -182,12 +182,12 @@ def loss_and_gradients(
 
 def unpacked(dataset: ConversationDataset, processor: MGMProcessor) -> list[dict[str, torch.Tensor]]:
     """The samples of ROWS, each by itself."""
-    collate = TrainCollator(processor, 1000, "pad")
+    collate = TrainCollator(processor, 1000)
     return [collate([dataset[sample]]) for row in ROWS for sample in row]
 
 
 def packed(dataset: ConversationDataset, processor: MGMProcessor, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    return PackedCollator(processor, 1000, "pad")([[dataset[sample] for sample in row] for row in rows])
+    return PackedCollator(processor, 1000)([[dataset[sample] for sample in row] for row in rows])
 
 
 def norm(tensors: Iterable[torch.Tensor]) -> float:

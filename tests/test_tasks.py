@@ -233,3 +233,20 @@ def test_captions_need_java(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="Java"):
         captions.load(write_captions(tmp_path), None)
+
+
+def test_links_out_of_the_image_folder(tmp_path):
+    """Refused before the first question, and opened where they are meant."""
+    dataset = write_textvqa(tmp_path)
+    [image, *_] = sorted(tmp_path.glob("*.jpg"))
+    (tmp_path / "elsewhere").mkdir()
+    image.rename(tmp_path / "elsewhere" / image.name)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for other in tmp_path.glob("*.jpg"):
+        other.rename(folder / other.name)
+    (folder / image.name).symlink_to(tmp_path / "elsewhere" / image.name)
+    with pytest.raises(UserError, match="leaves the image folder by a link"):
+        textvqa.load(dataset, str(folder))
+    task = textvqa.load(dataset, str(folder), follow_links=True)
+    assert all(question.images()[0].mode == "RGB" for question in task.questions)

@@ -2,22 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked_runs
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forked_runs import run
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval as evaluation
 import train
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
+from data.loader import build_loader
 from data.make_demo import ensure_demo
 from utils import load_model, load_processor, parse_config, run_script
 
@@ -113,7 +118,7 @@ def test_first_loss_is_mean_over_label_tokens(runs, mixed_dataset):
     first = UpdateBatchSampler(torch.ones(len(dataset)).numpy(), 8, 1, 1, seed=42).updates()[0]
     loss_sum, num_label_tokens = 0.0, 0
     for index in first:
-        batch = TrainCollator(processor, 2048, "pad")([dataset[index]])
+        batch = TrainCollator(processor, 2048)([dataset[index]])
         count = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
             loss_sum += model(**batch).loss.item() * count
@@ -416,3 +421,62 @@ def test_undecodable_image(capsys, monkeypatch, tmp_path):
     line = fail(capsys, monkeypatch, "--dataset", dataset_of(tmp_path), "--output_dir", str(tmp_path / "out"))
     assert all(word in line for word in ["record 7", "a.png", "cannot be decoded"]), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def square_model(tmp_path):
+    """The tiny model with a processor that crops pictures to a square."""
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / MODEL, folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"image_aspect_ratio": "square"}))
+    return folder
+
+
+def wide_picture(folder: Path) -> Path:
+    """Records of a picture that looks different padded and cropped."""
+    folder.mkdir()
+    picture = Image.new("RGB", (240, 80), "red")
+    picture.save(folder / "wide.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is the number?"}, {"from": "gpt", "value": "3"}]
+    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "wide.png", "conversations": turns}] * 2))
+    return folder / "data.json"
+
+
+@pytest.mark.parametrize("typed", [None, "pad"])
+def test_training_sees_what_the_processor_says(typed, square_model, tmp_path):
+    """The base's processor says square: what is typed replaces it, for training and for whatever is saved."""
+    config = train.TrainConfig(
+        model=str(square_model),
+        dataset=str(wide_picture(tmp_path / "data")),
+        image_aspect_ratio=typed,
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=1,
+        eval_samples=0,
+        dataloader_num_workers=0,
+    )
+    processor = train.build_processor(config)
+    expected = typed or "square"
+    assert processor.image_aspect_ratio == config.image_aspect_ratio == expected
+    dataset, _ = train.build_datasets(config, processor)
+    loader, *_ = build_loader(config, dataset, processor, num_processes=1)
+    [picture] = dataset[0]["images"]
+    views = load_processor(str(square_model)).image_views(picture, expected)
+    assert torch.equal(next(iter(loader))["pixel_values"][0], views[0])
+
+
+@pytest.mark.slow
+def test_the_aspect_ratio_is_saved_with_the_adapter(square_model, tmp_path, monkeypatch):
+    """eval.py takes it from there, not from the base."""
+    data, output_dir = wide_picture(tmp_path / "data"), tmp_path / "out"
+    flags = f"--model {square_model} --dataset {data} --image_aspect_ratio pad --max_steps 1 --eval_samples 0"
+    flags += f" --output_dir {output_dir} --per_device_train_batch_size 1 --dataloader_num_workers 0 --no_rehearse"
+    ended = forked_runs.run(flags, tmp_path / "logs")
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.result["config"]["image_aspect_ratio"] == "pad"
+    used = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluation, "answer_all", lambda *args: used.append(args[2]) or ["3", "3"])
+    words = ["--adapter", str(output_dir), "--dataset", str(data), "--output", str(tmp_path / "eval.json")]
+    evaluation.main(parse_config(evaluation.EvalConfig, words))
+    assert used[0].image_aspect_ratio == "pad"
