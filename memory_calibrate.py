@@ -49,7 +49,7 @@ def _measure(config: StepConfig, strategy_name: str) -> dict[str, Any]:
 def overheads(single: dict[str, int], parallel: dict[str, int]) -> dict[str, int]:
     """What is left of the device's use, given measurements of one process without and with DeepSpeed."""
     context_bytes = single["context_bytes"]
-    besides = [run["device_bytes"] - run["reserved_at_end_bytes"] - context_bytes for run in (single, parallel)]
+    besides = [run["device_bytes"] - run["peak_reserved_bytes"] - context_bytes for run in (single, parallel)]
     return {"context_bytes": context_bytes, "kernels_bytes": besides[0], "nccl_bytes": besides[1] - besides[0]}
 
 

@@ -87,11 +87,13 @@ def measure_in_this_process(
         except torch.OutOfMemoryError as error:
             peaks.oom = str(error).partition("If reserved")[0].strip()
         peaks.enter_phase("end")
+        reserved_at_end_bytes = torch.cuda.memory_reserved()
         return {
             "peak_allocated_bytes": max(peaks.allocated_bytes.values()),
             "peak_reserved_bytes": peaks.reserved_bytes,
-            "device_bytes": used_bytes(),
-            "reserved_at_end_bytes": torch.cuda.memory_reserved(),
+            # What the allocator has given back before the evaluation was on the device at its peak.
+            "device_bytes": used_bytes() - reserved_at_end_bytes + peaks.reserved_bytes,
+            "reserved_at_end_bytes": reserved_at_end_bytes,
             "host_bytes": psutil.Process().memory_info().rss,
             "context_bytes": context_bytes,
             "phases": peaks.allocated_bytes,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Fault, run
+from forked_runs import Fault, Run, run
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TWO_GPUS = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
-RUNS = [(config, 1, precision) for config in ("single", "zero2", "zero3") for precision in ("bf16", "fp16")]
+STRATEGIES = ("single", "zero2", "zero3")
+RUNS = [(config, 1, precision) for config in STRATEGIES for precision in ("bf16", "fp16")]
 RUNS += [(config, 2, precision) for config in ("ddp", "zero2", "zero3") for precision in ("bf16", "fp16")]
 DEMO = "--dataset data/demo/train.json --eval_dataset data/demo/validation.json --learning_rate 4e-3"
 DEMO += " --per_device_train_batch_size 16 --per_device_eval_batch_size 16 --logging_steps 1 --forecast false"
@@ -98,20 +99,35 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(((one[name] - other[name]).norm() / (one[name].norm() + 1e-8)).item() for name in names)
 
 
-@pytest.mark.parametrize("config", ["single", "zero2", "zero3"])
-def test_killed_and_resumed(config: str, tmp_path: Path) -> None:
-    """Killed in step 7 and resumed from step 4: the parameters are as near to an undisturbed run's as a second
-    undisturbed run's are. With another seed, and so with another dropout, they are far from them."""
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """For each strategy the output folders of an undisturbed run, another one, one with another seed, and one that was
+    killed in step 7 and resumed from step 4. All at once."""
+    folder = tmp_path_factory.mktemp("killed")
     flags = f"{SMALL} --mixed_precision bf16 --attn_implementation eager --eval_samples 0"
-    folders = {name: tmp_path / name for name in ("undisturbed", "again", "resumed", "other")}
-    for name, more in (("undisturbed", ""), ("again", ""), ("other", " --seed 7")):
-        ended = run(f"{flags}{more} --output_dir {folders[name]}", tmp_path / "logs", config)
-        assert ended.code == 0, ended.err[-3000:]
     fault = Fault("train.training_step", 7, "kill")
-    assert run(f"{flags} --output_dir {folders['resumed']}", tmp_path / "logs", config, faults=(fault,)).code < 0
-    ended = run(f"{flags} --output_dir {folders['resumed']}{RESUME}", tmp_path / "logs", config)
-    assert ended.code == 0 and "Resumed from" in ended.out, ended.err[-3000:]
-    states = {name: trained(folder, 12) for name, folder in folders.items()}
+    variants = {"undisturbed": ("", ()), "again": ("", ()), "other": (" --seed 7", ()), "resumed": ("", (fault,))}
+    folders = {config: {name: folder / config / name for name in variants} for config in STRATEGIES}
+
+    def start(config: str, name: str, more: str = "", faults: tuple[Fault, ...] = ()) -> Run:
+        path = folders[config][name]
+        return Run(f"{flags}{more} --output_dir {path}", path.with_name(f"{name}-logs"), config, faults=faults)
+
+    runs = {(config, name): start(config, name, *how) for config in STRATEGIES for name, how in variants.items()}
+    for (_, name), started in runs.items():
+        ended = started.wait()
+        assert ended.code < 0 if name == "resumed" else ended.code == 0, ended.err[-3000:]
+    for started in [start(config, "resumed", RESUME) for config in STRATEGIES]:
+        ended = started.wait()
+        assert ended.code == 0 and "Resumed from" in ended.out, ended.err[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("config", STRATEGIES)
+def test_killed_and_resumed(config: str, killed_runs: dict) -> None:
+    """The parameters are as near to an undisturbed run's as a second undisturbed run's are. With another seed, and so
+    with another dropout, they are far from them."""
+    states = {name: trained(folder, 12) for name, folder in killed_runs[config].items()}
     again, resumed, other = (difference(states["undisturbed"], states[name]) for name in ("again", "resumed", "other"))
     print(f"{config}: a second run {again:.2e}, resumed {resumed:.2e}, another seed {other:.2e}")
     assert resumed <= max(3 * again, 1e-6) or resumed < other / 100
