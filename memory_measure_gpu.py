@@ -93,7 +93,6 @@ def measure_in_this_process(
             "peak_reserved_bytes": peaks.reserved_bytes,
             # What the allocator has given back before the evaluation was on the device at its peak.
             "device_bytes": used_bytes() - reserved_at_end_bytes + peaks.reserved_bytes,
-            "reserved_at_end_bytes": reserved_at_end_bytes,
             "host_bytes": psutil.Process().memory_info().rss,
             "context_bytes": context_bytes,
             "phases": peaks.allocated_bytes,

@@ -94,12 +94,18 @@ def largest_layer(module: nn.Module) -> int:
 
 def fingerprint() -> str:
     """Of the repository's files that are loaded now, the launch configs, and the libraries' versions."""
-    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    files = {Path(name) for name in loaded if name} | set((ROOT / "accelerate_configs").iterdir())
     digest = hashlib.sha256(" ".join(version(library) for library in LIBRARIES).encode())
-    for path in sorted(path for path in files if path.parent in (ROOT, ROOT / "accelerate_configs")):
+    for path in sorted(loaded_files() | set((ROOT / "accelerate_configs").iterdir())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def loaded_files() -> set[Path]:
+    """The files of all modules that are imported now and are this repository's, in whatever folder."""
+    names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name) for name in names if name}
+    # A virtual environment may lie in the repository's root.
+    return {path for path in files if path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix)}
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def test_collator(dataset_path, processor, reference_model):
     assert batch["image_positions"].shape == (16,)
     assert (batch["input_ids"].flatten()[batch["image_positions"]] == processor.image_token_id).all()
     (sent,) = DataLoader(dataset, batch_sampler=[[0, 2]], collate_fn=collate, num_workers=1)
-    assert all(torch.equal(sent[name], tensor) for name, tensor in batch.items())
+    torch.testing.assert_close(sent, batch)  # a worker has a thread of its own: pixels within rounding
     assert reference_model(**batch).loss.isfinite()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GemmaConfig
 
-from benchmarks import load_dataset, loader, packing, step
+from benchmarks import headline, load_dataset, loader, packing, step
 from benchmarks.load_dataset import LoadConfig
 from benchmarks.loss import LossConfig
 from benchmarks.packing import PackingConfig
@@ -172,6 +172,18 @@ def test_packing_is_measured(tmp_path):
             assert case["losses"][name] == pytest.approx(case["losses"]["packed"], rel=1e-4)
     shares = {name: row["padding_share"] for name, row in result["cases"]["conversations"]["variants"].items()}
     assert shares["shuffled"] > shares["sorted"] > shares["packed"]
+
+
+def test_predictions_depend_on_every_file_that_is_loaded(monkeypatch):
+    """Whatever its folder: predicted rows are kept only as long as none of them has changed."""
+    files = headline.loaded_files()
+    assert {ROOT / name for name in ("memory_trace.py", "data/worst_case.py", "benchmarks/headline.py")} <= files
+    assert Path(torch.__file__) not in files
+    before, read_bytes = headline.fingerprint(), Path.read_bytes
+    assert headline.fingerprint() == before
+    changed = ROOT / "data/worst_case.py"
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path == changed))
+    assert headline.fingerprint() != before
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 def test_overheads_by_hand():
     """A device with 1000 in use, of which 600 are reserved and 300 the context: 100 are kernels; NCCL is what the
     second process has beyond that."""
-    single = {"device_bytes": 1000, "reserved_at_end_bytes": 600, "context_bytes": 300}
-    parallel = {"device_bytes": 1250, "reserved_at_end_bytes": 700, "context_bytes": 305}
+    single = {"device_bytes": 1000, "peak_reserved_bytes": 600, "context_bytes": 300}
+    parallel = {"device_bytes": 1250, "peak_reserved_bytes": 700, "context_bytes": 305}
     assert overheads(single, parallel) == {"context_bytes": 300, "kernels_bytes": 100, "nccl_bytes": 150}
 
 

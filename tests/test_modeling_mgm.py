@@ -216,7 +216,7 @@ def test_training_returns_the_eval_loss_and_no_logits(reference_model, inputs):
     output = reference_model(**inputs)
     assert output.logits is None and expected.logits is not None
     assert output.past_key_values is None
-    assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)  # summed in chunks
     assert reference_model.model.language_model.training
     assert not any(module.training for module in reference_model.model.vision_tower.modules())
     assert not any(module.training for module in reference_model.model.vision_tower_aux.modules())
@@ -243,7 +243,7 @@ def test_a_text_only_batch_gives_the_vision_side_zero_gradients(reference_model,
     reference_model.model.vision_tower_aux.requires_grad_(False)
     loss = reference_model(**row).loss
     loss.backward()
-    assert loss.item() == expected
+    assert loss.item() == pytest.approx(expected, rel=1e-5)  # summed in chunks
     for module in (reference_model.model.multi_modal_projector, reference_model.model.patch_info_mining):
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None and not parameter.grad.any(), name
@@ -328,11 +328,14 @@ def test_missing_flash_attention_is_a_user_error(reference_model_folder):
 
 @torch.no_grad()
 def test_save_and_load_again(reference_model, processor, inputs, tmp_path):
-    """Logits of a model saved and loaded through the Auto classes, bit for bit, and its processor's ids."""
+    """A model saved and loaded through the Auto classes: its tensors bit for bit, its logits within rounding (where in
+    memory tensors lie may change the order of sums), and its processor's ids."""
     reference_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert isinstance(loaded, MGMForConditionalGeneration)
-    assert torch.equal(loaded(**inputs).logits, reference_model(**inputs).logits)
+    states = loaded.state_dict(), reference_model.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(**inputs).logits, reference_model(**inputs).logits)
     turns = [{"from": "human", "value": "<image>\nWhat is written on the sign?"}, {"from": "gpt", "value": "STOP"}]
     assert AutoProcessor.from_pretrained(tmp_path).tokenize(turns) == processor.tokenize(turns)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_gradients, has_no_gradient
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -141,7 +142,7 @@ def test_collator(dataset, processor):
     expected = torch.stack([processor.image_views(image, "pad")[0] for image in images])
     assert torch.equal(batch["pixel_values"], expected)
     (sent,) = DataLoader(rows, batch_sampler=[[0, 1, 2, 3]], collate_fn=collate, num_workers=1)
-    assert all(torch.equal(sent[name], tensor) for name, tensor in batch.items())
+    torch.testing.assert_close(sent, batch)  # a worker has a thread of its own: pixels within rounding
 
 
 def test_a_samples_first_token_has_no_label(dataset, processor, monkeypatch):
@@ -196,22 +197,16 @@ def norm(tensors: Iterable[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_packed_equals_unpacked(dataset, attn_implementation):
-    """Loss and all trained gradients of rows in one batch, and of a batch for each row, with those of single samples.
-
-    Softmax ignores what all keys share: the gradient of the mined keys' bias is nothing but rounding.
-    """
+    """Loss and all trained gradients of rows in one batch, and of a batch a row, with those of single samples."""
     model, processor = build_model(attn_implementation), load_processor(StepConfig().model)
     loss, gradients = loss_and_gradients(model, unpacked(dataset, processor))
-    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert all(gradient.any() for name, gradient in gradients.items() if not has_no_gradient(name))
     together = [packed(dataset, processor, ROWS)]
     one_by_one = [packed(dataset, processor, [row]) for row in ROWS]
     for batches in (together, one_by_one):
         packed_loss, packed_gradients = loss_and_gradients(model, batches)
         assert packed_loss == pytest.approx(loss, rel=1e-5)
-        assert packed_gradients.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            error = norm([packed_gradients[name] - gradient])
-            assert error < max(1e-5 * norm([gradient]), 1e-8 * norm(gradients.values())), name
+        assert_same_gradients(packed_gradients, gradients)
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])

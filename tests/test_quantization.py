@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
+from conftest import assert_same_gradients, has_no_gradient
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
@@ -116,10 +117,9 @@ def test_loss_and_gradients_are_those_of_the_dequantized_model(use_dora: bool, d
     loss, gradients = loss_and_gradients(quantized.train(), batch)
     expected_loss, expected = loss_and_gradients(plain, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert gradients.keys() == expected.keys() and len(gradients) > 28 * 2
-    for name, gradient in expected.items():
-        assert gradient.norm() > 0, name
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert len(gradients) > 28 * 2
+    assert all(gradient.any() for name, gradient in expected.items() if not has_no_gradient(name))
+    assert_same_gradients(gradients, expected)
     unquantized = trained_at_random(build_model(config(**flags), is_deepspeed=False).train().to(device))
     assert abs(loss_and_gradients(unquantized, batch)[0] - expected_loss) > 1e-4, "4 bits make a difference"
 
