@@ -240,3 +240,17 @@ def test_many_replies_are_rendered_in_linear_time(monkeypatch):
     monkeypatch.setattr(chat_templates, "render_jinja_template", counted)
     (_, (spans,)) = processor.render([long_conversation(500)])
     assert len(spans) == 500 and num_rendered <= 9 * 500 + 1
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama_3", "chatml"])
+def test_a_leading_newline_that_merges_with_the_headers(family):
+    """That token is the prompt's, as in the original, which masks as many tokens as the header alone has."""
+    tokenizer = make_tokenizer(family)
+    tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    processor = make_processor(tokenizer)
+    conversation = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "\nA cat."}]
+    row, labels = processor.tokenize(conversation)
+    header = len(processor.tokenize(conversation[:1], add_generation_prompt=True)[0])
+    assert tokenizer.decode(row[header - 1]) in ("\n\n", "\n\n\n")
+    assert set(labels[:header]) == {IGNORE_INDEX} and labels[header:-1] == row[header:-1]
+    assert IGNORE_INDEX not in labels[header:-1]
