@@ -39,6 +39,7 @@ from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
 from data.loader import build_loader
 from data.make_demo import ensure_demo
+from data.turn_ends import missing_turn_end
 from doctor import run_doctor
 from eval import evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
@@ -150,6 +151,9 @@ class TrainConfig(StepConfig):
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
+    allow_missing_end_of_turn: bool = field(
+        default=False, metadata={"help": "train although the chat template ends replies with no token to stop at"}
+    )
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
@@ -320,6 +324,7 @@ def build_datasets(
     report_left_out(train_dataset, config.max_bad_fraction)
     if train_dataset.num_moved:
         PartialState().print(f"{train_dataset.num_moved:,} {MOVED}")
+    check_turn_ends(config, processor, train_dataset)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
@@ -336,6 +341,15 @@ def build_datasets(
         range(min(config.eval_samples, len(eval_dataset)))
     )
     return train_dataset, eval_dataset
+
+
+def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: ConversationDataset) -> None:
+    """Raise UserError, or warn where the flag allows it, if the model would not learn to end its turn."""
+    problem = missing_turn_end(config.model, processor, dataset.records[0])
+    if problem and not config.allow_missing_end_of_turn:
+        raise UserError(f"{problem}. Mend the template, or give --allow_missing_end_of_turn")
+    if problem:
+        PartialState().print(f"warning: {problem}", file=sys.stderr)
 
 
 def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:
