@@ -18,6 +18,7 @@ from tokenizers import Encoding
 import chat_templates
 import processing_mgm
 from chunked_loss import IGNORE_INDEX
+from data.cache import naming_the_cache
 from processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 
@@ -37,15 +38,16 @@ def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_leng
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     rules = [inspect.getsource(part) for part in (chat_templates, processing_mgm, count_tokens, _count)]
     dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
-    lengths = dataset.map(
-        lambda batch: count_batch(batch, processor, max_length),
-        batched=True,
-        batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
-        num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
-        remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-        new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
-        desc="Measuring lengths",
-    )
+    with naming_the_cache():
+        lengths = dataset.map(
+            lambda batch: count_batch(batch, processor, max_length),
+            batched=True,
+            batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
+            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
+            remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
+            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
+            desc="Measuring lengths",
+        )
     return datasets.concatenate_datasets([dataset, lengths], axis=1)
 
 
