@@ -34,7 +34,7 @@ from checkpoints import (
     read_position,
     run_settings,
 )
-from data.batching import column_values, measure_lengths
+from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
 from data.loader import build_loader
@@ -233,6 +233,7 @@ def main(config: TrainConfig) -> dict | None:
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
+        log.num_cut_replies = count_cut(train_dataset.records, config.max_seq_len)
         model.train()
         if config.rehearse:
             out_of_memory.when = "before step 1, in the largest step that the data can bring"
@@ -332,6 +333,9 @@ def build_datasets(
     if len(fitting) < len(records):
         num_dropped = len(records) - len(fitting)
         PartialState().print(f"Left out {num_dropped} of {len(records)} samples: longer than {config.max_seq_len}")
+    if num_cut := count_cut(records, config.max_seq_len):
+        cut = f"Cut {num_cut} of {len(records)} samples at --max_seq_len {config.max_seq_len}"
+        PartialState().print(f"{cut}: the end of their replies, with the end of turn, is not learned")
     train_dataset.records = records.select(fitting)
 
     if eval_path is None or config.eval_samples == 0:

@@ -249,6 +249,12 @@ def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
     return dataset.select_columns(name).with_format("numpy")[:][name]
 
 
+def count_cut(records: datasets.Dataset, max_length: int) -> int:
+    """How many measured records lose the end of their replies at `max_length` tokens, the end of turn with it."""
+    num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
+    return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
+
+
 class TrainCollator:
     """Samples of a ConversationDataset to forward's arguments. Runs in the loader's workers."""
 

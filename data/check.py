@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from data.batching import column_values, measure_lengths
+from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
 from data.turn_ends import missing_turn_end
@@ -112,12 +112,12 @@ def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
     processor = load_processor(config.model)
     lacks_turn_end = missing_turn_end(config.model, processor, records[0]) is not None
     measured = measure_lengths(records, processor, config.max_seq_len)
-    num_tokens, num_labels = (column_values(measured, name) for name in ("num_tokens", "num_label_tokens"))
-    is_long = num_tokens > config.max_seq_len
+    num_tokens = column_values(measured, "num_tokens")
+    num_long, num_cut = int(np.sum(num_tokens > config.max_seq_len)), count_cut(measured, config.max_seq_len)
     return {
         "chat template without an end of turn, which train.py refuses": int(lacks_turn_end),
-        f"records cut off at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels > 0))),
-        f"records left out at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels == 0))),
+        f"records cut off at {config.max_seq_len} tokens": num_cut,
+        f"records left out at {config.max_seq_len} tokens": num_long - num_cut,
         "tokens of the longest record": int(num_tokens.max()),
     }
 
