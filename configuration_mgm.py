@@ -172,8 +172,9 @@ def mgm_1_5b() -> MGMConfig:
 
 
 def hd(config: MGMConfig) -> MGMConfig:
-    """The HD form of a model: 1536 pixels for ConvNeXt, four crops and the whole image for CLIP. Same weights."""
-    config.vision_config_aux.image_size = 1536
+    """The HD form of a model: 1536 pixels in place of ConvNeXt's 768, four crops and the whole image for CLIP. Same
+    weights."""
+    config.vision_config_aux.image_size *= 2
     config.image_grid, config.image_global = 2, True
     return config
 
@@ -208,10 +209,9 @@ def tiny() -> MGMConfig:
 
 
 MODELS = {"mgm-1.5b": mgm_1_5b, "mgm-2b": mgm_2b, "mgm-7b": mgm_7b, "mgm-8b": mgm_8b, "mgm-13b": mgm_13b}
-PRESETS: dict[str, Callable[[], MGMConfig]] = {
-    "tiny": tiny,
-    **MODELS,
-    **{f"{name}-hd": lambda model=model: hd(model()) for name, model in MODELS.items()},
+NORMAL = {"tiny": tiny, **MODELS}
+PRESETS: dict[str, Callable[[], MGMConfig]] = NORMAL | {
+    f"{name}-hd": lambda model=model: hd(model()) for name, model in NORMAL.items()
 }
 
 AutoConfig.register(MGMConfig.model_type, MGMConfig)

@@ -25,11 +25,13 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from adapter import base_of, check_base, load_adapter, load_trained_processor
+from chunked_loss import IGNORE_INDEX
 from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
+from data.worst_case import Row
 from eval_log import AnswersFile
 from eval_pictures import write_tensorboard
-from generation import answer_batches
+from generation import Answer, answer_batches
 from tasks import captions, conversations, mmbench, textvqa
 from tasks.task import Question, Task, by_type, mean_score
 from tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
@@ -180,13 +182,62 @@ def answer_all(
     (answers,) = broadcast_object_list([file.answers if file else None])
     missing = [index for index in range(len(questions)) if index not in answers]
     sizes = (config.batch_size, config.max_new_tokens, config.dataloader_num_workers)
+    num_cut = 0
     for found in answer_batches(accelerator, model, processor, questions, missing, *sizes):
-        answers |= found
+        num_cut += sum(answer.is_cut for answer in found.values())
+        texts = {index: answer.text for index, answer in found.items()}
+        answers |= texts
         if file:
-            file.write(found)
+            file.write(texts)
     if file:
         file.close()
+    if num_cut:
+        accelerator.print(
+            f"{num_cut} of {len(missing)} answers had not ended after {config.max_new_tokens} tokens: "
+            "a larger --max_new_tokens lets them"
+        )
     return [answers[index] for index in range(len(questions))]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What train.py asks before and after training: the first question of every held-out sample.
+
+    `longest` is the largest row that answering can come to: prompt and answer.
+    """
+
+    questions: list[Question]
+    batch_size: int
+    max_new_tokens: int = 0
+    longest: Row | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dataset: ConversationDataset | None,
+        processor: ProcessorMixin,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+    ) -> "HeldOut":
+        """The samples of a data set, or none. `max_new_tokens` None: as many as the longest reply has."""
+        questions = conversations.to_questions(dataset) if dataset is not None else []
+        if not questions:
+            return cls([], batch_size)
+        prompts, replies = zip(*[num_tokens(processor, question) for question in questions], strict=True)
+        longest_answer = max_new_tokens or max(replies)
+        num_images = max(question.num_images for question in questions)
+        return cls(questions, batch_size, longest_answer, Row(max(prompts) + longest_answer, num_images))
+
+    def __str__(self) -> str:
+        return f"answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
+
+
+def num_tokens(processor: ProcessorMixin, question: Question) -> tuple[int, int]:
+    """Tokens of the prompt, image positions counted, and of the reference with what ends it."""
+    prompt, _ = processor.tokenize(question.conversation, add_generation_prompt=True)
+    reply = {"from": "gpt", "value": question.references[0]}
+    _, labels = processor.tokenize([*question.conversation, reply])
+    return len(prompt), sum(label != IGNORE_INDEX for label in labels)
 
 
 @dataclass(frozen=True)
@@ -196,6 +247,7 @@ class Prediction:
     question: str
     answer: str
     prediction: str
+    is_cut: bool  # the prediction had not ended
 
     @property
     def is_exact(self) -> bool:
@@ -206,24 +258,20 @@ def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
     processor: ProcessorMixin,
-    dataset: ConversationDataset | None,
-    batch_size: int = 32,
-    max_new_tokens: int = 32,
+    held_out: HeldOut,
 ) -> list[Prediction]:
-    """Answer the first question of every sample, shared out among the processes. All of them get all predictions."""
-    if dataset is None:
-        return []
-    questions = conversations.to_questions(dataset)
+    """Answer the questions, shared out among the processes. All of them get all predictions."""
     was_training = model.training
     model.eval()
-    answers = {}
-    indices = list(range(len(questions)))
-    for found in answer_batches(accelerator, model, processor, questions, indices, batch_size, max_new_tokens):
+    answers: dict[int, Answer] = {}
+    indices = list(range(len(held_out.questions)))
+    sizes = (held_out.batch_size, held_out.max_new_tokens)
+    for found in answer_batches(accelerator, model, processor, held_out.questions, indices, *sizes):
         answers |= found
     model.train(was_training)
     return [
-        Prediction(index, question.id, question.prompt, question.references[0], answers[index])
-        for index, question in enumerate(questions)
+        Prediction(i, question.id, question.prompt, question.references[0], answers[i].text, answers[i].is_cut)
+        for i, question in enumerate(held_out.questions)
     ]
 
 

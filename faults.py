@@ -5,9 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -19,6 +22,8 @@ from utils import BadSample, Interrupted, UserError
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A word of the launcher's command line: the scripts that pip installs, or the modules behind `python -m`.
+LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
 NUM_NAMED = 8  # samples in a message
 
 
@@ -33,8 +38,7 @@ class Watch:
         self.accelerator = accelerator
         self.signum = 0
         self.is_noting = False
-        # Where accelerate's launcher is told to end it may leave the run behind, alone with the GPU.
-        self.launcher = os.getppid() if any(name.startswith("ACCELERATE_") for name in os.environ) else None
+        self.launcher = find_launcher()
         self.group = None
         if accelerator.num_processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
@@ -130,6 +134,18 @@ class BadSamples:
                 warn(f"left out: {bad[PROBLEM]}")
         self.log.bad_samples = sorted(known.union(bad["index"] for bad in gather_object(bad_samples)))
         check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
+
+
+def find_launcher() -> int | None:
+    """The launcher's process id, where the parent is one: told to end, it may leave the run behind with the GPU.
+
+    A shell is none: a run in the background goes on when it ends.
+    """
+    with suppress(psutil.Error):  # a parent outside the container cannot be looked at
+        parent = psutil.Process().parent()
+        if parent is not None and not LAUNCHERS.isdisjoint(Path(word).name for word in parent.cmdline()):
+            return parent.pid
+    return None
 
 
 def check_bad_fraction(

@@ -1,6 +1,7 @@
 """Greedy answers: a batch of prompts at a time, shared out among the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -23,14 +24,45 @@ def prompt_inputs(
     return inputs
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    is_cut: bool  # it had not ended after as many tokens as were allowed
+
+
 def generate_answers(
     model: nn.Module, processor: ProcessorMixin, inputs: BatchFeature, max_new_tokens: int
-) -> list[str]:
-    """The likeliest next token again and again, up to the end of the turn: the end tokens are the model's own
-    (`generation_config.eos_token_id`). Images are encoded once, with the prompt; the cache holds the rest."""
+) -> list[Answer]:
+    """An answer to each prompt of a batch."""
+    tokens = generate_tokens(model, inputs, max_new_tokens)
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    ended = torch.isin(tokens, tokens.new_tensor(end_tokens(model))).any(1).tolist()
+    return [Answer(text, is_cut=not has_ended) for text, has_ended in zip(texts, ended, strict=True)]
+
+
+@torch.no_grad()  # not inference_mode: a prediction traces this function, and has no say in what runs under that
+def generate_tokens(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
+    """The likeliest next token again and again, up to one of `end_tokens`. Returns the new tokens [B, N].
+
+    Images are encoded once, with the prompt; the cache holds the rest.
+    """
     generated = model.generate(**inputs, do_sample=False, use_cache=True, max_new_tokens=max_new_tokens)
-    return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return generated[:, inputs["input_ids"].shape[1] :]
+
+
+def answer_worst_case(accelerator: Accelerator, model: nn.Module, questions: Mapping[str, torch.Tensor]) -> None:
+    """What answering takes at most, for worst_case_questions: a pass over the prompts, and one with their cache."""
+    was_training = model.training
+    model.eval()
+    with accelerator.autocast():
+        generate_tokens(accelerator.unwrap_model(model), questions, max_new_tokens=2)
+    model.train(was_training)
+
+
+def end_tokens(model: nn.Module) -> list[int]:
+    """The tokens that end an answer: the model's own."""
+    found = model.generation_config.eos_token_id
+    return [found] if isinstance(found, int) else found or []
 
 
 class QuestionBatches(torch.utils.data.Dataset):
@@ -45,8 +77,7 @@ class QuestionBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> BatchFeature:
         questions = [self.questions[i] for i in self.batches[index]]
         images = [question.images() for question in questions]
-        prompts = [question.conversation(len(opened)) for question, opened in zip(questions, images, strict=True)]
-        return prompt_inputs(self.processor, prompts, images)
+        return prompt_inputs(self.processor, [question.conversation for question in questions], images)
 
 
 def answer_batches(
@@ -58,7 +89,7 @@ def answer_batches(
     batch_size: int,
     max_new_tokens: int,
     num_workers: int = 0,
-) -> Iterator[dict[int, str]]:
+) -> Iterator[dict[int, Answer]]:
     """Answers to the questions with these indices, a batch of every process at a time, to all processes.
 
     The longest prompts come first: there is little padding, and memory runs out at once or never. Every process takes

@@ -75,7 +75,8 @@ class MGM(lmms):
     def _answer(self, prompts: list[tuple], settings: dict[str, Any]) -> list[str]:
         conversations, images = map(list, zip(*prompts, strict=True))
         inputs = prompt_inputs(self.processor, conversations, images).to(self.model.device)
-        answers = generate_answers(self.model, self.processor, inputs, settings.get("max_new_tokens", 128))
+        found = generate_answers(self.model, self.processor, inputs, settings.get("max_new_tokens", 128))
+        answers = [answer.text for answer in found]
         until = settings.get("until", [])
         for end in [until] if isinstance(until, str) else until:
             answers = [answer.split(end)[0] if end.strip() else answer for answer in answers]

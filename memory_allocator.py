@@ -15,7 +15,7 @@ streams that use it, graphs and other processes are not modelled.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -250,19 +250,19 @@ def replay_events(
     events: Iterable[tuple[int, Hashable] | tuple[int, Hashable, int]],
     budget_bytes: int | None = None,
     expandable_segments: bool = False,
-    release_before: int | None = None,
+    release_before: Collection[int] = (),
 ) -> Replay:
     """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones release what
     it stands for.
 
-    Events of 0 bytes are passed over. Before event `release_before` the cache is given back, as empty_cache does. The
-    replay ends at the first request that `budget_bytes` cannot serve.
+    Events of 0 bytes are passed over. Before the events `release_before` the cache is given back, as empty_cache does.
+    The replay ends at the first request that `budget_bytes` cannot serve.
     """
     allocator = CachingAllocator(budget_bytes, expandable_segments)
     blocks: dict[Hashable, Block] = {}
     oom = None
     for index, (nbytes, key, *stream) in enumerate(events):
-        if index == release_before:
+        if index in release_before:
             allocator.release_cached()
         if nbytes < 0:
             allocator.free(blocks.pop(key))

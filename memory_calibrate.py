@@ -5,12 +5,11 @@ away: the CUDA context before the first kernel, and after a step of training the
 The same step under DeepSpeed has NCCL's buffers too. Nothing else may use the GPU meanwhile.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 
+from child_processes import process_pool
 from memory_gpus import GIB
 from memory_measure_gpu import measure_gpu
 from memory_strategies import Strategy
@@ -27,7 +26,7 @@ def calibrate(config: StepConfig) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise UserError("--calibrate: this machine has no GPU to measure")
     single, parallel = (_measure(config, name) for name in ("single", "zero2"))
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         workspace_bytes = pool.submit(measure_cublas_workspace).result()
     return {
         "mode": "calibrate",

@@ -83,6 +83,8 @@ def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
 def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
     """The flags that could be changed, one thing at a time: first what leaves every update as it is and costs time
     alone, then what trains less, last what cuts samples."""
+    if config.eval_samples and config.per_device_eval_batch_size > 1:
+        yield {"per_device_eval_batch_size": 1}
     if config.loss == "full":
         yield {"loss": "chunked"}
     if not config.gradient_checkpointing:

@@ -14,10 +14,8 @@ runs out of memory, and a failure is told in `problem`.
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from child_processes import child_command
+from data.worst_case import Row
 from memory_gpus import GIB, nearest_gpu
 from utils import UserError
 
@@ -35,14 +35,6 @@ PROBE = Path(__file__).parent / "memory_probe.py"
 LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # what they begin with
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 FITS_OR_NOT = (0, 3)  # memory_probe.py's exit codes that come with a prediction
-
-
-@dataclass(frozen=True)
-class Row:
-    """The largest row of a run's batches: the probed batch is made of such rows, every text position labelled."""
-
-    num_tokens: int  # image positions counted
-    num_images: int
 
 
 class Forecast:
@@ -70,14 +62,14 @@ class Forecast:
         if longest_row is not None:
             flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
         (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
-        self._process = self._start([sys.executable, str(PROBE), "--recipe", str(folder / "flags.yaml")])
+        self._process = self._start(child_command([str(PROBE), "--recipe", str(folder / "flags.yaml")]))
 
     def _start(self, command: list[str]) -> psutil.Popen:
         folder = Path(self._folder.name)
         with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
             process = psutil.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=stderr,
                 env=quiet_environment(),
@@ -98,18 +90,19 @@ class Forecast:
         """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
         with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             self._process.wait(timeout_seconds)
-        self.stop()
+        self.stop(f"it took longer than {timeout_seconds:.0f} seconds")
         return self.result
 
-    def stop(self) -> None:
-        """Take the prediction if it is there, else end it."""
+    def stop(self, why: str = "the run ended before it was computed") -> None:
+        """Take the prediction if it is there, else end it: `why` becomes the problem."""
         self.poll()
         if self.result is None and self.problem is None:
-            self.problem = "it was not there yet"
+            self.problem = why
             with suppress(psutil.NoSuchProcess):
                 for process in [*self._process.children(recursive=True), self._process]:
                     process.kill()
             self._process.wait()
+        self._process.stdin.close()
         self._folder.cleanup()
 
     def _read(self) -> None:

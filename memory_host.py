@@ -1,6 +1,6 @@
 """The other wall: what training takes of the host's memory, all processes of one computer together.
 
-    host_breakdown(trace_strategy(config, strategy), strategy.world_size)    # bytes by purpose
+    host_breakdown(trace_strategy(config, strategy), num_workers=2, world_size=strategy.world_size)  # bytes by purpose
 
 What DeepSpeed offloads comes from its trace. Page-locked ("pinned") memory comes in blocks of a power of two, which is
 where an offloaded run takes more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
@@ -21,12 +21,11 @@ PROCESS_BYTES = {"cpu": 531 * 2**20, "cuda": 1_990_000_000}
 # A data worker is forked and shares its parent's pages until it writes to them: 9 MiB of its own at its first batch,
 # more as reference counts change. An allowance, not a measurement.
 WORKER_BYTES = 64 * 2**20
-NUM_WORKERS = 2  # train.py's default
 PREFETCH_FACTOR = 2  # torch.utils.data.DataLoader: batches that each worker has ready
 
 
 def host_breakdown(
-    trace: PlacedTrace, world_size: int = 1, device_type: str = "cuda", num_workers: int = NUM_WORKERS
+    trace: PlacedTrace, num_workers: int, world_size: int = 1, device_type: str = "cuda"
 ) -> dict[str, int]:
     """Bytes of host memory by purpose while the steps run, for `world_size` processes on one host, each with
     `num_workers` data workers.

@@ -5,14 +5,13 @@
 Each measurement runs in a process of its own, so that nothing of an earlier one is in its way.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import train
+from child_processes import process_pool
 from data.worst_case import worst_case_batch
 from memory_profile import memory_events, profile_memory, rise
-from memory_window import probe_accelerator, run_updates
+from memory_window import end_run, probe_accelerator, run_updates
 from quantization import state_tensors
 from utils import quiet_libraries
 
@@ -29,9 +28,7 @@ class Measurement:
 def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Measurement:
     """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
     # The server has imported what is needed, once; each measurement is a fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with process_pool(method="forkserver", preload=__name__) as pool:
         return pool.submit(measure_on_cpu, config, images_per_sample).result()
 
 
@@ -47,5 +44,6 @@ def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurem
         with profile_memory() as profiler:
             model, optimizer = accelerator.prepare(model, optimizer)
             run_updates(accelerator, model, optimizer, batch, config)
+            end_run(accelerator, model, config, images_per_sample, "cpu", enter_phase=lambda phase: None)
     baseline_bytes, events = sum(storages.values()), memory_events(profiler)
     return Measurement(baseline_bytes + rise(events), baseline_bytes, events)

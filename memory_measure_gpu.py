@@ -5,10 +5,9 @@
 The step is train.py's, the batch memory_window's. A smaller card is emulated by a limit on what PyTorch may reserve.
 """
 
-import multiprocessing
+import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
@@ -17,12 +16,13 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 import train
-from data.worst_case import worst_case_batch
+from child_processes import process_pool
+from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_stand_in import launched
 from memory_strategies import Strategy
-from memory_window import run_updates, watch_phases
+from memory_window import end_run, run_updates, watch_phases
 from memory_zero import NUM_UPDATES
-from utils import UserError
+from utils import ALLOCATOR_VARIABLE, UserError, allocator_settings
 
 
 def measure_gpu(
@@ -39,11 +39,10 @@ def measure_gpu(
     refuse_gpu_in_use()
     if strategy.world_size > 1:
         raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
-    context = multiprocessing.get_context("spawn")
     is_deepspeed = strategy.name.startswith("zero")
-    launch = launched(strategy.deepspeed_config, 1, 29511, splits_weights=strategy.name == "zero3", gpu=True)
+    launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
     with launch if is_deepspeed else nullcontext():
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        with process_pool() as pool:
             return pool.submit(measure_in_this_process, config, images_per_sample, limit_bytes).result()
 
 
@@ -58,10 +57,11 @@ def refuse_gpu_in_use() -> None:
 def measure_in_this_process(
     config: train.StepConfig, images_per_sample: int, limit_bytes: int | None
 ) -> dict[str, Any]:
+    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
     with redirect_stdout(sys.stderr):
         total_bytes = torch.cuda.mem_get_info()[1]
         context_bytes = used_bytes()
-        accelerator = train.build_accelerator(config)
+        accelerator = train.build_accelerator(with_few_micro_batches(config))
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
         with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
             model = train.build_model(config, is_deepspeed)
@@ -83,6 +83,7 @@ def measure_in_this_process(
             clear_device_cache()  # as train.py does
             watch_phases(accelerator, wrapped, peaks.enter_phase)
             run_updates(accelerator, wrapped, optimizer, batch, config, NUM_UPDATES)
+            end_run(accelerator, wrapped, config, images_per_sample, "cuda", peaks.enter_phase)
         except torch.OutOfMemoryError as error:
             peaks.oom = str(error).partition("If reserved")[0].strip()
         peaks.enter_phase("end")

@@ -6,18 +6,16 @@ Tensors that gloo's threads are the last to hold are released where the profiler
 a step begins is counted by walking over all tensors, and only what the step adds comes from the profiler.
 """
 
-import multiprocessing
 import os
-import socket
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 
 import torch
 from transformers import get_scheduler
 
 import train
-from data.worst_case import worst_case_batch
+from child_processes import process_pool
+from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from memory_stand_in import launched
 from memory_strategies import Strategy
@@ -27,12 +25,8 @@ from utils import quiet_libraries
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
     """Bytes at the peak of rank 0's steady state, device and host together: a CPU has one memory for both."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free_port:
-        free_port.bind(("127.0.0.1", 0))
-        port = free_port.getsockname()[1]
-    with launched(strategy.deepspeed_config, strategy.world_size, port, splits_weights=strategy.name == "zero3"):
-        with ProcessPoolExecutor(max_workers=strategy.world_size, mp_context=context) as pool:
+    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
+        with process_pool(strategy.world_size) as pool:
             ranks = range(strategy.world_size)
             runs = [pool.submit(_measure, config, rank, strategy.world_size, images_per_sample) for rank in ranks]
             return [run.result() for run in runs][0]
@@ -42,7 +36,7 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
     quiet_libraries()
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     with redirect_stdout(sys.stderr):
-        accelerator = train.build_accelerator(config)
+        accelerator = train.build_accelerator(with_few_micro_batches(config))
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
         model = train.build_model(config, is_deepspeed).train()
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)

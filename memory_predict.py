@@ -1,6 +1,5 @@
 """A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
-import os
 import re
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from memory_strategies import strategy_of, trace_strategy
 from memory_trace import Trace
 from memory_zero import PlacedTrace
 from train import StepConfig
-from utils import ALLOCATOR_SETTINGS, UserError, brief_error, load_config
+from utils import UserError, allocator_settings, brief_error, load_config
 
 
 PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
@@ -53,7 +52,7 @@ def trace_step(config: StepConfig) -> PlacedTrace:
 
 def summarize(trace: PlacedTrace, config: StepConfig) -> dict[str, Any]:
     """What is reported of a ProbeConfig's traced step."""
-    host = host_breakdown(trace, config.world_size, config.device)
+    host = host_breakdown(trace, config.dataloader_num_workers, config.world_size, config.device)
     return describe(trace.device) | device_memory(trace, config) | {"host_bytes": sum(host.values())}
 
 
@@ -74,10 +73,14 @@ def device_memory(trace: PlacedTrace, config: StepConfig) -> dict[str, int]:
     """What the allocator reserves, and what nvidia-smi would show: that has to fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": trace.device.peak_bytes, "device_bytes": trace.device.peak_bytes}
-    is_expandable = "expandable_segments:True" in os.environ.get(ALLOCATOR_SETTINGS, "")
-    # What loading has left behind is given back before the first step.
-    first_step = next(index for index, phase in trace.device.record.phase_starts if phase == "forward")
-    replay = replay_events(step_events(trace.device), expandable_segments=is_expandable, release_before=first_step)
+    is_expandable = "expandable_segments:True" in allocator_settings()
+    # train.py gives back what loading has left before the first step, and what training has left before it evaluates.
+    phase_starts = trace.device.record.phase_starts
+    first_step = next(index for index, phase in phase_starts if phase == "forward")
+    evaluation = [index for index, phase in phase_starts if phase == "evaluate"]
+    replay = replay_events(
+        step_events(trace.device), expandable_segments=is_expandable, release_before=(first_step, *evaluation)
+    )
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {

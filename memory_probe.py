@@ -35,8 +35,7 @@ from utils import UserError, check_choice, check_minimum, resolve_mixed_precisio
 
 @dataclass(kw_only=True)
 class ProbeConfig(StepConfig):
-    model: str = field(default="mgm-2b", metadata={"help": "preset name, folder or hub id"})
-    per_device_train_batch_size: int = 1
+    model: str = field(default="mgm-2b", metadata={"help": "folder, hub id or preset name"})
     images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
     mode: str | None = field(
         default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}
@@ -44,7 +43,9 @@ class ProbeConfig(StepConfig):
     device: str | None = field(default=None, metadata={"help": "cuda | cpu; predict defaults to cuda"})
     strategy: str = field(default="single", metadata={"help": "single | ddp | zero1 | zero2 | zero3"})
     offload: str = field(default="none", metadata={"help": "none | optimizer | param"})
-    world_size: int = 1
+    world_size: int | None = field(
+        default=None, metadata={"help": "processes, on one host; default: as --config_file says, else 1"}
+    )
     config_file: str | None = field(
         default=None, metadata={"help": "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there"}
     )
@@ -67,16 +68,23 @@ class ProbeConfig(StepConfig):
         if self.device == "cuda" and self.mode != "predict" and not has_gpu:
             raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
         super().__post_init__()
-        if self.config_file is not None:
-            world_size = self.world_size if self.world_size > 1 else None
-            launch = Strategy.from_config_file(self.config_file, world_size)
-            self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
+        if self.world_size is not None:
+            check_minimum(self, world_size=1)
+        if self.sweep is None:  # a sweep's rows are configs of their own
+            self.resolve_launch()
         check_choice("gpu", self.gpu, tuple(GPUS))
-        check_minimum(self, images_per_sample=0, world_size=1)
+        check_minimum(self, images_per_sample=0)
         if self.explain and self.mode == "measure":
             raise UserError("--explain: it explains a prediction; choose --mode predict or both")
         if self.budget_gib is not None and self.budget_gib <= 0:
             raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0")
+
+    def resolve_launch(self) -> None:
+        """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""
+        if self.config_file is not None:
+            launch = Strategy.from_config_file(self.config_file, self.world_size)
+            self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
+        self.world_size = self.world_size or 1
 
     def resolve_precision(self) -> str:
         """A prediction for a GPU is not bound to what this machine can do: `auto` is then bf16."""

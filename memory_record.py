@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-PHASES = ("load", "forward", "backward", "step")
+PHASES = ("load", "forward", "backward", "step", "save", "evaluate")
 # Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments and its output.
 Workspace = Callable[[tuple, dict, Any], int]
 
@@ -138,7 +138,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self._addend = self._sum = 0
         if self.counters_are_known and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
+            is_flag = args[0].dtype in (torch.bool, torch.uint8)
+            return False if is_flag else 1.0  # no overflow, no invalid norm, no answer that has ended
         try:
             output = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -175,6 +176,7 @@ class Recorder(TorchDispatchMode):
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
+        self.counters_are_known = phase == "evaluate"  # generation asks after every token which answers have ended
         self.record.phase_starts.append((len(self.record.events), phase))
 
     def _begin(self, nbytes: int, shape: tuple[int, ...], dtype: str, op: str) -> Allocation:

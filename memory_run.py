@@ -19,7 +19,8 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
-from memory_forecast import Forecast, Row
+from data.worst_case import Row
+from memory_forecast import Forecast
 from memory_gpus import GIB
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from utils import UserError
@@ -42,13 +43,16 @@ class RunMemory:
         optimizer: torch.optim.Optimizer,
         longest_row: Row,
         writer: SummaryWriter,
+        forecast: bool = True,
     ) -> None:
+        """`forecast`: whether to start the process that predicts."""
         self.accelerator, self.model, self.writer = accelerator, model, writer
         self.longest_row, self.rows = longest_row, step_flags["per_device_train_batch_size"]
         self.predicted: dict[str, int] = {}
-        self.forecast, self.problem = None, None
+        self.forecast, self.problem = None, None if forecast else "--forecast false"
         try:
-            self.forecast = Forecast(step_flags, accelerator, longest_row)
+            if forecast:  # its lines are drawn beside those of training: evaluation stays out
+                self.forecast = Forecast(step_flags | {"eval_samples": 0}, accelerator, longest_row)
         except (UserError, OSError) as error:  # no room in /tmp, no more processes: the run goes on without
             self.problem = str(error)
         # Under DeepSpeed the engine has masters, partitions and buffers of its own.
@@ -107,14 +111,15 @@ class RunMemory:
             self.measured["peak_allocated_bytes"] = gpu_peak_bytes
         predicted_bytes = self.predicted.get("peak_allocated_bytes")
         measured_bytes = self.measured.get("peak_allocated_bytes")
-        words = [f"predicted {gib(predicted_bytes)}", f"measured {gib(measured_bytes)}"]
+        words = [
+            f"predicted {gib(predicted_bytes)}" if predicted_bytes else f"no prediction ({self.problem})",
+            f"measured {gib(measured_bytes)}" if measured_bytes else "nothing measured",
+        ]
         error = predicted_bytes / measured_bytes - 1 if predicted_bytes and measured_bytes else None
         if error is not None:
             words[1] += f" ({error:+.2%})"
         elif measured_bytes is None:
-            words[1] += " (on a CPU the second update is measured)"
-        if not self.predicted:
-            words[0] += f" ({self.problem})"
+            words[1] += " (on a CPU that is done in the second update)"
         print(f"Memory of tensors at the peak: {', '.join(words)}", flush=True)
         return {
             "predicted_peak_allocated_bytes": predicted_bytes,
@@ -176,5 +181,5 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def gib(nbytes: int | None) -> str:
-    return "nothing" if nbytes is None else f"{nbytes / GIB:.3f} GiB"
+def gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.3f} GiB"

@@ -6,6 +6,7 @@ group, whose collectives return at once. For a process of its own: what install_
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +25,6 @@ STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory fo
 def launched(
     deepspeed_config: dict[str, Any],
     world_size: int = 1,
-    port: int = 0,
     splits_weights: bool = False,
     gpu: bool = False,
 ) -> Iterator[None]:
@@ -32,7 +32,6 @@ def launched(
 
     Args:
         deepspeed_config: what `deepspeed_config_file` holds; empty: no DeepSpeed.
-        port: of the process group, where there is a real one.
         splits_weights: `zero3_init_flag`, as weights are read.
         gpu: whether the computer's GPUs are seen.
     """
@@ -42,7 +41,7 @@ def launched(
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -57,6 +56,13 @@ def launched(
             }
         with patch.dict(os.environ, environment):
             yield
+
+
+def free_port() -> int:
+    """A port of this computer that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def install_stand_in(device: str, world_size: int) -> Any:

@@ -9,6 +9,7 @@ CUDA's kernels allocate otherwise than the CPU's stands in memory_kernels.py.
 """
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,13 +21,13 @@ from accelerate import Accelerator
 from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
+from transformers import GenerationMixin, masking_utils
 
 import train
 from data.worst_case import worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import PHASES, Allocation, Record, Recorder
-from memory_window import probe_accelerator, run_updates, watch_phases
+from memory_window import end_run, probe_accelerator, run_updates, watch_phases
 from quantization import dequantize, replace_tensors, state_tensors
 
 
@@ -119,10 +120,13 @@ def trace_training(
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
-            with recorder, known_mask(config), known_quantization():
+            with recorder, known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
-                run_updates(accelerator, wrapped, optimizer, batch, config)
+                with nullcontext() if config.packing else known_mask():  # a packed row needs a mask
+                    run_updates(accelerator, wrapped, optimizer, batch, config)
+                with known_mask(), known_length():
+                    end_run(accelerator, wrapped, config, images_per_sample, "cpu", recorder.enter_phase)
     categorize(recorder.record, model)
     return Trace(recorder.record)
 
@@ -176,17 +180,23 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 @contextmanager
-def known_mask(config: train.StepConfig) -> Iterator[None]:
+def known_mask() -> Iterator[None]:
     """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
-    tensors lack, and then makes the mask in any case; so it is told what worst_case_batch has done. A packed batch
-    needs a mask."""
-    if config.packing:
-        yield
-        return
+    tensors lack, so it is told what the worst case has: a single row is never padded, several are."""
     with (
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        patch.object(masking_utils, "fast_all", lambda mask: config.per_device_train_batch_size == 1),
+        patch.object(masking_utils, "fast_all", lambda mask: len(mask) == 1),
     ):
+        yield
+
+
+@contextmanager
+def known_length() -> Iterator[None]:
+    """generate asks after each token whether all answers have ended, which fake tensors cannot tell: they have after
+    the two of answer_worst_case."""
+    num_tokens = itertools.count()
+    has_unfinished = lambda *_, **__: next(num_tokens) < 2  # noqa: E731 (as short as those of known_mask)
+    with patch.object(GenerationMixin, "_has_unfinished_sequences", has_unfinished):
         yield
 
 

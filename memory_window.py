@@ -6,10 +6,14 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import get_scheduler
 
 import train
+from data.worst_case import with_few_micro_batches, worst_case_questions
+from generation import answer_worst_case
+from saving import gather_trained
 
 
 @contextmanager
@@ -23,8 +27,7 @@ def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
         yield Accelerator(
             cpu=True,
             mixed_precision=config.mixed_precision,
-            # Gradients that wait for the next micro-batch are there from the second one on.
-            gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),
+            gradient_accumulation_steps=with_few_micro_batches(config).gradient_accumulation_steps,
         )
     finally:
         for state, before in zip(states, saved, strict=True):
@@ -51,9 +54,28 @@ def run_updates(
             )
 
 
+def end_run(
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: train.StepConfig,
+    images_per_sample: int,
+    device: str | torch.device,
+    enter_phase: Callable[[str], None],
+) -> None:
+    """What train.py does after the last update: what was trained is gathered, and held-out questions are answered."""
+    enter_phase("save")
+    gather_trained(accelerator, model)
+    clear_device_cache()
+    if config.eval_samples:
+        enter_phase("evaluate")
+        questions = worst_case_questions(accelerator.unwrap_model(model).config, config, images_per_sample)
+        questions = {name: tensor.to(device) for name, tensor in questions.items()}
+        answer_worst_case(accelerator, model, questions)
+
+
 def watch_phases(accelerator: Accelerator, model: nn.Module, enter_phase: Callable[[str], None]) -> None:
     """Tell `enter_phase` whenever training_step goes on to `forward`, `backward` or `step`."""
-    model.register_forward_pre_hook(lambda *_: enter_phase("forward"))
+    model.register_forward_pre_hook(lambda *_: enter_phase("forward") if model.training else None)
     backward = accelerator.backward
 
     def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:

@@ -18,12 +18,9 @@ weights are gathered, allocated 0.0 to 6.4 % more in ten measured steps: gloo's 
 when they get to it.
 """
 
-import copy
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +30,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from data.worst_case import worst_case_batch
+from child_processes import process_pool
+from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory_record import Allocation, Record, Recorder
 from memory_stand_in import HOST, STAND_IN_DEVICE, install_stand_in, launched
-from memory_trace import Trace, adopt, build_fake_model, categorize, known_mask, known_quantization, random_states
-from memory_window import run_updates
+from memory_trace import (
+    Trace,
+    adopt,
+    build_fake_model,
+    categorize,
+    known_length,
+    known_mask,
+    known_quantization,
+    random_states,
+)
+from memory_window import end_run, run_updates
 from utils import quiet_libraries
 
 
@@ -79,9 +86,8 @@ def trace_deepspeed(
         ValueError: DeepSpeed or the batch refuses the configuration.
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
-    context = multiprocessing.get_context("spawn")  # DeepSpeed, accelerate and torch.distributed keep global state
     with launched(deepspeed_config, world_size):
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        with process_pool() as pool:  # DeepSpeed, accelerate and torch.distributed keep global state
             settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
             return pool.submit(_trace, config, *settings).result()
 
@@ -99,9 +105,7 @@ def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
 def _trace_in_this_process(
     config: train.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
 ) -> PlacedTrace:
-    config = copy.copy(config)
-    # Gradients that wait for the next micro-batch are there from the second one on.
-    config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
+    config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[device_type]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)
@@ -116,11 +120,14 @@ def _trace_in_this_process(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
-        with recorder, known_mask(config), known_quantization():
+        with recorder, known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             page_lock_tied(recorder, model)
             num_events_before_steps = len(recorder.record.events)
-            run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
+            with nullcontext() if config.packing else known_mask():
+                run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
+            with known_mask(), known_length():
+                end_run(accelerator, engine, config, images_per_sample, device, recorder.enter_phase)
     categorize(recorder.record, model)
     return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
 
@@ -152,12 +159,6 @@ class PlacedRecorder(Recorder):
 
     def note_pinned(self, tensor: torch.Tensor) -> None:
         self.places[self.find(tensor)] = "pinned"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        is_flag = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype in (torch.bool, torch.uint8)
-        if self.counters_are_known and is_flag:
-            return False  # no overflow, no invalid norm: the step is taken
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def prepare(

@@ -101,12 +101,15 @@ def describe_cut(run: dict) -> str:
 
 
 def describe_scores(scores: dict[str, float]) -> str:
-    if not scores:
+    """A run that was resumed with another --eval_samples may lack a score, or have them of different samples."""
+    words = {"exact_match_before": "before", "exact_match": "after"}
+    parts = [f"{scores[key]:.1%} {word}" for key, word in words.items() if key in scores]
+    if not parts:
         return "Not evaluated."
-    return (
-        f"Held-out exact match: {scores['exact_match_before']:.1%} before, {scores['exact_match']:.1%} after "
-        f"({scores['n']} samples)."
-    )
+    samples = f"{scores['n']} samples"
+    if "n_before" in scores:
+        samples = f"{scores['n_before']} samples before, {scores['n']} after"
+    return f"Held-out exact match: {', '.join(parts)} ({samples})."
 
 
 def as_table(values: dict, what: str) -> str:

@@ -179,6 +179,8 @@ class MGMModel(MGMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if not is_prefill:
+            image_positions = None  # the prompt's: generation hands them on to every step
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)  # [B, T, D]
         if image_positions is None and input_ids is not None and is_prefill:
@@ -224,7 +226,8 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
         """A row for each beam or sample, with all of its images: the default would repeat image by image."""
-        model_kwargs.pop("image_positions", None)  # those of the prompt as it was
+        if expand_size > 1:
+            model_kwargs.pop("image_positions", None)  # those of the prompt as it was
         names = [name for name in ("pixel_values", "pixel_values_aux") if model_kwargs.get(name) is not None]
         images = {name: model_kwargs.pop(name) for name in names}
         if images and expand_size > 1:

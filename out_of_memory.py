@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from memory_forecast import Forecast, Row
+from data.worst_case import Row
+from memory_forecast import Forecast
 from memory_report import as_flags, breakdown_lines, size, title
 from utils import UserError, brief_error
 
@@ -21,17 +22,21 @@ FORECAST_SECONDS = 300
 class OutOfMemory:
     """A context that turns running out of memory into an explanation and a UserError.
 
-    `when` says what the run is at; train.py keeps it up to date.
+    train.py says by `at` what the run is at.
     """
 
     def __init__(self, accelerator: Accelerator, config: Any, longest: Row) -> None:
         self.accelerator = accelerator
         self.config = config
         self.longest = longest
-        self.when = "while preparing"
+        self.at("while preparing")
 
     def __enter__(self) -> "OutOfMemory":
         return self
+
+    def at(self, when: str, row: Row | None = None) -> None:
+        """What comes now, and the largest row that it can have; None: the training data's."""
+        self.when, self.row = when, row or self.longest
 
     def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if error is None or not is_out_of_memory(error):
@@ -48,12 +53,15 @@ class OutOfMemory:
         diagnosis, problem = self._diagnose()
         if diagnosis is not None:
             print(*diagnosis_lines(diagnosis), sep="\n", file=sys.stderr, flush=True)
-        raise UserError(f"out of memory {self.when}: {asked}. {remedy(diagnosis, problem)}") from None
+        explained = UserError(f"out of memory {self.when}: {asked}. {remedy(diagnosis, problem)}")
+        for note in getattr(error, "__notes__", []):
+            explained.add_note(note)
+        raise explained from None
 
     def _diagnose(self) -> tuple[dict[str, Any] | None, str | None]:
         """memory_probe.py's report of this run's step, or why there is none."""
         try:
-            forecast = Forecast(self.config.step_flags, self.accelerator, self.longest, explain=True)
+            forecast = Forecast(self.config.step_flags, self.accelerator, self.row, explain=True)
             return forecast.wait(FORECAST_SECONDS), forecast.problem
         except (UserError, OSError) as error:  # there may be no memory for a process either
             return None, brief_error(error)

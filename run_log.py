@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from checkpoints import remove_checkpoints, remove_temporaries
 from data.dataset import ConversationDataset
+from data.worst_case import Row
 from eval import Prediction, exact_match
 from eval_pictures import caption, captioned
-from memory_forecast import Row
 from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
 from quantization import num_values
@@ -86,7 +86,9 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", as_table(asdict(config), "flag"))
-            self.memory = RunMemory(accelerator, config.step_flags, model, optimizer, longest_row, self.writer)
+            self.memory = RunMemory(
+                accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
+            )
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -214,11 +216,15 @@ class RunLog:
             return
         score = exact_match(predictions)
         name = "exact_match" if global_step else "exact_match_before"
-        self.eval |= {name: score, "n": len(predictions)}
+        num_cut = sum(prediction.is_cut for prediction in predictions)
+        if global_step and self.eval.get("n", len(predictions)) != len(predictions):  # resumed with others
+            self.eval["n_before"] = self.eval["n"]
+        self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut}
         self.accelerator.log({"eval/exact_match": score}, step=global_step)
         if self.accelerator.is_main_process:
             when = "after" if global_step else "before"
-            print(f"Held-out exact match {when} training: {score:.1%} of {len(predictions)}", flush=True)
+            cut = f"; {num_cut} answers were cut off: see --max_new_tokens" if num_cut else ""
+            print(f"Held-out exact match {when} training: {score:.1%} of {len(predictions)}{cut}", flush=True)
             self._show_predictions(global_step, predictions[:NUM_PICTURES], dataset)
 
     def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:

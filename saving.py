@@ -13,21 +13,22 @@ from transformers import ProcessorMixin
 
 def save_trained(accelerator: Accelerator, model: nn.Module, processor: ProcessorMixin, output_dir: Path) -> None:
     """Write an adapter or a model, and the processor, to `output_dir`. Every process has to call it."""
-    unwrapped = accelerator.unwrap_model(model)
-    state_dict = None
-    if isinstance(unwrapped, PeftModel):
-        state_dict = gather_trained(accelerator, unwrapped)
-    elif is_partitioned(unwrapped.parameters()):
-        state_dict = accelerator.get_state_dict(model)
+    state_dict = gather_trained(accelerator, model)
     if accelerator.is_main_process:
-        unwrapped.save_pretrained(output_dir, state_dict=state_dict)
+        accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=state_dict)
         processor.save_pretrained(output_dir)
     accelerator.wait_for_everyone()
 
 
-def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, on the main process's CPU. The frozen rest stays where it is."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """What is to be saved, by name, on the main process's CPU. None: the model as it is.
+
+    Of a model with an adapter these are the trained parameters. The frozen rest stays where it is.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    if not isinstance(unwrapped, PeftModel):
+        return accelerator.get_state_dict(model) if is_partitioned(unwrapped.parameters()) else None
+    trained = {name: parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
     with gathered(list(trained.values())):
         if not accelerator.is_main_process:
             return {}

@@ -3,13 +3,17 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py
     accelerate launch --config_file accelerate_configs/zero3.yaml train.py --recipe recipes/mgm_2b_stage2.yaml
 
-Without arguments it fine-tunes the embedded tiny model on the embedded demo. The last line on stdout is a JSON object.
+Without arguments it fine-tunes the embedded tiny model on the embedded demo, with the flags of recipes/demo.yaml. The
+last line on stdout is a JSON object.
 """
 
 import math
 import os
 import re
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,7 @@ from data.loader import build_loader
 from data.make_demo import ensure_demo
 from data.turn_ends import missing_turn_end
 from doctor import run_doctor
-from eval import evaluate
+from eval import HeldOut, evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
@@ -66,6 +70,7 @@ from utils import (
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
 ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
@@ -96,7 +101,9 @@ class StepConfig(ModelConfig):
     )
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a micro-batch"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
+    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
@@ -104,6 +111,7 @@ class StepConfig(ModelConfig):
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = 42
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +120,9 @@ class StepConfig(ModelConfig):
         check_choice("quantize", self.quantize, QUANTIZATIONS)
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
+        check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, dataloader_num_workers=0)
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -141,15 +151,19 @@ class StepConfig(ModelConfig):
 @dataclass(kw_only=True)
 class TrainConfig(StepConfig):
     # Data
-    dataset: str | None = field(default=None, metadata={"help": ".json, .jsonl, .parquet, folder or hub id; the demo"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
+    )
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
     follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
-    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
+    )
     image_aspect_ratio: str | None = field(
         default=None, metadata={"help": "pad | square; default: as the model's processor"}
     )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     allow_missing_end_of_turn: bool = field(
         default=False, metadata={"help": "train although the chat template ends replies with no token to stop at"}
@@ -157,7 +171,7 @@ class TrainConfig(StepConfig):
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-4
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
@@ -171,6 +185,9 @@ class TrainConfig(StepConfig):
     save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
+    forecast: bool = field(
+        default=True, metadata={"help": "predict the run's memory in a process beside it, to compare with"}
+    )
     rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
     max_nonfinite_updates: int = field(
         default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
@@ -184,10 +201,15 @@ class TrainConfig(StepConfig):
         check_minimum(self, max_bad_fraction=0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
+        check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
+
+    @staticmethod
+    def default_recipe(flags: Namespace) -> Path | None:
+        """Without a data set the demo is trained on, and the demo has its own batch and learning rate."""
+        return DEMO_RECIPE if flags.dataset is None else None
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -199,6 +221,8 @@ def main(config: TrainConfig) -> dict | None:
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
+    if config.dataset is None:
+        accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
@@ -206,6 +230,7 @@ def main(config: TrainConfig) -> dict | None:
         train_dataset, eval_dataset = build_datasets(config, processor)
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
+    held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
     loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
@@ -236,11 +261,10 @@ def main(config: TrainConfig) -> dict | None:
         log.num_cut_replies = count_cut(train_dataset.records, config.max_seq_len)
         model.train()
         if config.rehearse:
-            out_of_memory.when = "before step 1, in the largest step that the data can bring"
-            rehearse(accelerator, model, state, config, longest)
+            rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
         if checkpoint is None:
-            out_of_memory.when = "while answering held-out questions"
-            log.evaluation(0, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+            out_of_memory.at(f"while {held_out}", held_out.longest)
+            log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
         clear_device_cache()  # what loading and answering have left behind
@@ -253,7 +277,7 @@ def main(config: TrainConfig) -> dict | None:
             label_tokens = sampler.label_tokens_per_update()
             first_step = global_step - sampler.first_update
             for batch in watch.batches(loader):
-                out_of_memory.when = f"in step {global_step + 1}"
+                out_of_memory.at(f"in step {global_step + 1}")
                 sample_ids = batch.pop("sample_ids")
                 num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
@@ -273,9 +297,23 @@ def main(config: TrainConfig) -> dict | None:
                     break
             sampler.start_at(sampler.epoch + 1)
 
-        log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
+        out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
+        clear_device_cache()  # what training has left behind
+        with is_saved(output_dir):
+            out_of_memory.at(f"while {held_out}", held_out.longest)
+            log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
         return log.finish(global_step)
+
+
+@contextmanager
+def is_saved(output_dir: Path) -> Iterator[None]:
+    """Whatever fails inside, what was trained is not lost, and the error says so."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"What was trained is saved in {output_dir}")
+        raise
 
 
 def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Accelerator:

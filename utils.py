@@ -40,9 +40,10 @@ from quantization import check_quantization, keep_layout, nf4_config, quantize_l
 
 Config = TypeVar("Config")
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
-# PyTorch reads it when CUDA is first used. Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes:
-# MGM-2B then reserves 1.9 GiB instead of 2.6. What is set already stays.
-ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF"
+# PyTorch reads it when CUDA is first used.
+ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+# Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
+ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -105,7 +106,8 @@ def check_device(device: str) -> None:
 def check_minimum(config: object, **minimums: float) -> None:
     """Raise UserError where a numeric flag of `config` lies below its minimum."""
     for name, minimum in minimums.items():
-        if (value := getattr(config, name)) < minimum:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
@@ -127,7 +129,11 @@ def resolve_mixed_precision(mixed_precision: str) -> str:
 
 
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
-    """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults."""
+    """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults.
+
+    A config class may have a `default_recipe(flags)`: it sees the parsed flags and names the recipe that lies below
+    all of them, or returns None.
+    """
     parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
     parser.error = _raise_user_error
@@ -136,17 +142,20 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     recipe_parser.add_argument("--recipe")
     recipe_parser.error = _raise_user_error
     recipe = recipe_parser.parse_known_args(argv)[0].recipe
-    recipe_argv = read_recipe(recipe, {f.name for f in fields(config_class)}) if recipe else []
-
-    words = recipe_argv + argv
-    unknown = parser.parse_known_args(words)[1]  # before the dataclass complains of what a mistyped flag has not set
+    names = {f.name for f in fields(config_class)}
+    words = [*(read_recipe(recipe, names) if recipe else []), *argv]
+    # Before the dataclass complains of what a mistyped flag has not set.
+    flags, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}: see --help")
+    default_recipe = getattr(config_class, "default_recipe", None)
+    if default_recipe is not None and (path := default_recipe(flags)) is not None:
+        words = [*read_recipe(path, names), *words]
     config, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     return config
 
 
-def read_recipe(path: str, names: set[str]) -> list[str]:
+def read_recipe(path: str | Path, names: set[str]) -> list[str]:
     """A YAML file of flags as command line words, so that one parser checks them all."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())
@@ -176,11 +185,12 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     quiet_libraries()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _interrupt)
-    os.environ.setdefault(ALLOCATOR_SETTINGS, "expandable_segments:True")
+    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join([str(error), *getattr(error, "__notes__", [])]).split()
+        print(f"error: {' '.join(words)}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
@@ -194,6 +204,11 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     if result is not None:
         print(json.dumps(result), flush=True)
     return result
+
+
+def allocator_settings() -> str:
+    """What a run gives PyTorch's allocator, and a prediction assumes: the user's own settings, or else ours."""
+    return os.environ.get(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
 
 
 def is_disk_full(error: OSError | SafetensorError) -> bool:

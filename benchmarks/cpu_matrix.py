@@ -44,7 +44,7 @@ def length(tokens: int) -> dict[str, int]:
 
 
 # The defaults of a row: LoRA r=16, 128 tokens, a row with an image, fp32, sdpa, AdamW, checkpointing, chunked loss.
-DEFAULTS = {"max_seq_len": 128, "mixed_precision": "no", "mode": "both", "device": "cpu"}
+DEFAULTS = {"max_seq_len": 128, "mixed_precision": "no", "mode": "both", "device": "cpu", "eval_samples": 0}
 ROWS: list[dict[str, Any]] = [
     # The tiny model: every flag once, in each precision what matters there.
     *({"model": "tiny", "lora_r": rank} for rank in (16, 8, 32, 0)),

@@ -9,15 +9,14 @@ result too. What else wants a GPU: benchmarks/step.py, benchmarks/loss.py, `pyte
 
 import gzip
 import json
-import multiprocessing
 import platform
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from child_processes import process_pool
 from memory_gpus import GIB
 from memory_measure import measure
 from memory_measure_gpu import measure_in_this_process
@@ -93,7 +92,9 @@ def main(config: MatrixConfig) -> dict[str, Any]:
 
 
 def row_config(config: MatrixConfig, flags: dict[str, Any]) -> ProbeConfig:
-    return ProbeConfig(**({"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda"} | flags))
+    """The steps alone: held-out answers are none of a row's figures."""
+    fixed = {"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda", "eval_samples": 0}
+    return ProbeConfig(**(fixed | flags))
 
 
 def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def describe(row: dict[str, Any]) -> str:
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:
     """What the allocator did in a run, in order: bytes and address of every block and segment."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         return pool.submit(_record_history, config).result()
 
 

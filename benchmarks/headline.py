@@ -63,7 +63,7 @@ def main(config: HeadlineConfig) -> dict[str, Any]:
 def predict_row(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     """One trace serves all cards: of the cards in the table none has Hopper's larger cuBLAS workspaces."""
     step = {"lora_r": flags["lora_r"], "max_seq_len": flags["max_seq_len"]} | STRATEGIES[flags["strategy"]]
-    config = ProbeConfig(model=model, mode="predict", **step)
+    config = ProbeConfig(model=model, mode="predict", eval_samples=0, **step)
     trace = trace_step(config)
     whole = summarize(trace, config)
     device = {gpu: device_memory(trace, replace(config, gpu=gpu))["device_bytes"] for gpu in HEADLINE_CARDS}

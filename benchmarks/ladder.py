@@ -81,7 +81,8 @@ def main(config: LadderConfig) -> dict[str, Any]:
 def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
     flags = dict(flags)
     is_original = flags.pop("mining") == "original"
-    probe_config = ProbeConfig(model=config.model, mode="predict", max_seq_len=config.max_seq_len, **flags)
+    flags |= {"max_seq_len": config.max_seq_len, "eval_samples": 0}
+    probe_config = ProbeConfig(model=config.model, mode="predict", **flags)
     with patch.object(MGMPatchInfoMining, "forward", original_mining) if is_original else nullcontext():
         with counted_operations() as flops:
             trace = trace_step(probe_config)

@@ -11,7 +11,6 @@ import os
 import random
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.loader import environment
+from child_processes import run_child
 from data.batching import UpdateBatchSampler, column_values
 from train import TrainConfig, build_datasets
 from utils import check_minimum, load_processor, run_script
@@ -85,9 +85,9 @@ def generate_records(num_records: int) -> Iterator[dict]:
 def load_in_new_process(path: Path) -> dict:
     """What `load` measures, with a cache in the file's folder, and `process_seconds` with imports and exit."""
     environ = {**os.environ, "HF_DATASETS_CACHE": str(path.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.load_dataset", "--dataset", str(path)]
+    arguments = ["-m", "benchmarks.load_dataset", "--dataset", str(path)]
     start = time.perf_counter()
-    process = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    process = run_child(arguments, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     return {**json.loads(process.stdout.splitlines()[-1]), "process_seconds": round(time.perf_counter() - start, 1)}
 
 

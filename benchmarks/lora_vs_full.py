@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from child_processes import run_child
 from data.batching import column_values
 from data.make_demo import ensure_demo
-from train import TrainConfig, build_datasets
+from train import DEMO_RECIPE, TrainConfig, build_datasets
 from utils import check_minimum, load_processor, run_script
 
 
@@ -158,7 +160,8 @@ def train(run: Run, config: ExperimentConfig, output_dir: Path) -> dict[str, Any
 def measure_peak(run: Run, longest: int) -> dict[str, int]:
     """The tensors' peak in a training step whose rows are as long as the demo's longest sample."""
     flags = ["--mode", "measure", "--device", "cpu", "--model", TrainConfig.model, "--max_seq_len", str(longest)]
-    flags += ["--per_device_train_batch_size", str(TrainConfig.per_device_train_batch_size)]
+    rows = yaml.safe_load(DEMO_RECIPE.read_text())["per_device_train_batch_size"]
+    flags += ["--per_device_train_batch_size", str(rows)]
     result = script("memory_probe.py", *METHODS[run.method], *flags)
     return {"peak_allocated_bytes": result["peak_allocated_bytes"], "probed_tokens": longest}
 
@@ -166,8 +169,7 @@ def measure_peak(run: Run, longest: int) -> dict[str, int]:
 def script(name: str, *flags: str) -> dict[str, Any]:
     """Run a script on the CPU with one thread; returns its last line's object."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, name, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_child([name, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     done.check_returncode()
     return json.loads(done.stdout.splitlines()[-1])
 

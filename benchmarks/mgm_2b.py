@@ -60,7 +60,7 @@ def main(config: DocumentConfig) -> dict[str, Any]:
 
 def probe_config(flags: dict[str, Any]) -> ProbeConfig:
     """bf16, a row of 2048 tokens with an image, checkpointing: ProbeConfig's defaults."""
-    return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", **flags)
+    return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", eval_samples=0, **flags)
 
 
 def lora(flags: dict[str, Any]) -> dict[str, int]:
@@ -77,7 +77,7 @@ def host(flags: dict[str, Any]) -> dict[str, Any]:
     """The host's memory by purpose while the steps run."""
     config = probe_config(flags)
     trace = trace_strategy(config, strategy_of(config), config.device)
-    return {"host": host_breakdown(trace, config.world_size)}
+    return {"host": host_breakdown(trace, config.dataloader_num_workers, config.world_size)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ stdout is JSON.
 
 import gc
 import json
-import multiprocessing
 import os
 import platform
 import tempfile
@@ -36,6 +35,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import train
+from child_processes import process_pool
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
 from configuration_mgm import mgm_2b
 from gated_mlp import recompute_activations
@@ -196,7 +196,7 @@ class OursUnderZero3(Ours):
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
         strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")
         self.environment = ExitStack()  # DeepSpeed looks into it in every step
-        self.environment.enter_context(launched(strategy.deepspeed_config, port=29512, gpu=config.device == "cuda"))
+        self.environment.enter_context(launched(strategy.deepspeed_config, gpu=config.device == "cuda"))
         super().__init__(config, gradient_checkpointing)
         clear_device_cache()  # the whole model was there, to have the others' weights
 
@@ -290,9 +290,8 @@ def clock() -> float:
 
 def main(config: StepBenchmarkConfig) -> dict:
     variants = [*VARIANTS, (ZERO3, True)] if config.device == "cuda" else VARIANTS
-    context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        pools = {variant: stack.enter_context(ProcessPoolExecutor(1, context)) for variant in variants}
+        pools = {variant: stack.enter_context(process_pool()) for variant in variants}
         first = {variant: pool.submit(build, config, *variant).result() for variant, pool in pools.items()}
         check_agreement({variant: steps for variant, (steps, _) in first.items()})
         steps = take_turns(config, pools)

@@ -20,7 +20,7 @@ from accelerate.data_loader import DataLoaderShard
 
 import train
 from benchmarks.loader import environment
-from utils import check_minimum, run_script
+from utils import check_minimum, parse_config, run_script
 
 
 @dataclass(kw_only=True)
@@ -45,11 +45,10 @@ def main(config: WaitingConfig) -> dict:
 def measure(num_workers: int, max_steps: int) -> dict:
     """Seconds of a run on the demo, and those in which it waited for batches."""
     with tempfile.TemporaryDirectory() as folder, timed_batches() as (waits, steps):
-        train.main(
-            train.TrainConfig(
-                output_dir=folder, max_steps=max_steps, eval_samples=0, dataloader_num_workers=num_workers
-            )
+        flags = (
+            f"--output_dir {folder} --max_steps {max_steps} --eval_samples 0 --dataloader_num_workers {num_workers}"
         )
+        train.main(parse_config(train.TrainConfig, flags.split()))
     return {
         "num_workers": num_workers,
         "first_wait_seconds": waits[0],

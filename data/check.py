@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from child_processes import end_with_parent
 from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
@@ -86,6 +87,7 @@ def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterat
 
 def _take(dataset: ConversationDataset) -> None:
     """In a process of the pool."""
+    end_with_parent()
     global _dataset
     _dataset = dataset
 

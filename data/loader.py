@@ -11,7 +11,7 @@ from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, col
 from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
-from memory_forecast import Row
+from data.worst_case import Row
 from memory_run import longest_row
 
 

@@ -383,7 +383,7 @@ def place_accuracy(model: MGMForConditionalGeneration, processor: MGMProcessor, 
         images = [[image]] * len(questions)
         inputs = prompt_inputs(processor, conversations, images)
         replies = generate_answers(model, processor, inputs, max_new_tokens=6)
-        correct += sum(reply.strip() == answer for reply, (_, answer) in zip(replies, questions, strict=True))
+        correct += sum(reply.text.strip() == answer for reply, (_, answer) in zip(replies, questions, strict=True))
         total += len(questions)
     return correct / total
 

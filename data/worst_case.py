@@ -1,11 +1,33 @@
 """The largest batch that can come: what a prediction, a measurement and a run's rehearsal take for their step."""
 
-from typing import Any
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
-from processing_mgm import IGNORE_INDEX
+from configuration_mgm import MGMConfig
+from processing_mgm import IGNORE_INDEX, low_views
+
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The largest row of a run's batches: the probed batch is made of such rows, every text position labelled."""
+
+    num_tokens: int  # image positions counted
+    num_images: int
+
+
+def with_few_micro_batches(config: Config) -> Config:
+    """A copy of a StepConfig with two micro-batches an update at most: from the second one on gradients are there, and
+    every further one takes the same memory."""
+    config = copy(config)
+    config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
+    return config
 
 
 def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:
@@ -13,8 +35,11 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
 
     `config` is a StepConfig.
     A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
-    lacks a token. A packed row has as many samples as its images leave room for, at least two, so that it needs one. A
-    model without a vision side gets what transformers' language models take.
+    lacks a token. A packed row has as many images as there is room for, whatever samples they belong to, and at least
+    two samples, so that it needs a mask. A model without a vision side gets what transformers' language models take.
+
+    Raises:
+        ValueError: the images take more positions than a row has.
     """
     rows, length = config.per_device_train_batch_size, config.max_seq_len
     if not hasattr(model_config, "image_token_id"):
@@ -23,7 +48,7 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
     if image_length > length:
         raise ValueError(f"{images_per_sample} images take {image_length} positions, but max_seq_len is {length}")
     if config.packing and images_per_sample:
-        images_per_sample *= length // image_length
+        images_per_sample = length // model_config.num_image_tokens
         image_length = images_per_sample * model_config.num_image_tokens
     input_ids = torch.zeros(rows, length, dtype=torch.long)
     input_ids[:, :image_length] = model_config.image_token_id
@@ -41,10 +66,28 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
         if rows > 1:
             batch["attention_mask"][-1, -1] = 0
     if images_per_sample:
-        for key, tower in (("pixel_values", "vision_config"), ("pixel_values_aux", "vision_config_aux")):
-            size = getattr(model_config, tower).image_size
-            batch[key] = torch.zeros(rows * images_per_sample, 3, size, size)
+        batch |= black_images(model_config, rows * images_per_sample)
     return batch
+
+
+def worst_case_questions(
+    model_config: PreTrainedConfig, config: Any, images_per_sample: int
+) -> dict[str, torch.Tensor]:
+    """A batch of prompts for generation: prompt and answer together fill `max_seq_len`, and all of it but a token is
+    the prompt, which is where generation takes most. `config` is a StepConfig."""
+    prompts = copy(config)
+    prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
+    prompts.max_seq_len = config.max_seq_len - 1
+    batch = worst_case_batch(model_config, prompts, images_per_sample)
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_positions")}
+
+
+def black_images(model_config: MGMConfig, num_images: int) -> dict[str, torch.Tensor]:
+    """Both views, as the processor makes them, of images that are black all over."""
+    size = model_config.vision_config_aux.image_size
+    high = torch.zeros(num_images, 3, size, size)
+    low = low_views(high, model_config.vision_config.image_size, model_config.image_grid, model_config.image_global)
+    return {"pixel_values": low, "pixel_values_aux": high}
 
 
 def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torch.Tensor]:

@@ -34,14 +34,15 @@ def to_questions(dataset: ConversationDataset) -> list[Question]:
     questions = []
     for index, record in enumerate(dataset.records.select_columns(["id", "conversations"])):
         user, assistant = to_messages(record["conversations"])[:2]
-        *_, text = user["content"]
+        *pictures, text = user["content"]
         suffix = record["id"].rpartition("-")[2]
         questions.append(
             Question(
                 id=record["id"],
                 prompt=text["text"],
                 references=[assistant["content"][0]["text"]],
-                images=partial(first_images, dataset, index, len(user["content"]) - 1),
+                images=partial(first_images, dataset, index, len(pictures)),
+                num_images=len(pictures),
                 type=suffix if suffix in DEMO_QUESTIONS else "",
             )
         )

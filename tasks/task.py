@@ -16,10 +16,13 @@ class Question:
     prompt: str  # what follows the image
     references: list[str]  # right answers
     images: Callable[[], list[Image.Image]]
+    num_images: int = 1  # that `images` opens
     type: str = ""
 
-    def conversation(self, num_images: int) -> list[dict[str, str]]:
-        return [{"from": "human", "value": "<image>\n" * num_images + self.prompt}]
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """In LLaVA's format, up to the reply."""
+        return [{"from": "human", "value": "<image>\n" * self.num_images + self.prompt}]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 class Fault:
     """What happens as the function is entered for the `call`-th time, and the next ones up to `times`.
 
-    `action`: a key of SIGNALS or ERRORS; `little memory`, 256 MiB more than now; for a forward pass `nan`, its loss,
-    or `infinite gradient`, not its loss.
+    `action`: a key of SIGNALS or ERRORS; `little memory`, 256 MiB more than now, on a GPU 64; for a forward pass
+    `nan`, its loss, or `infinite gradient`, not its loss.
     """
 
     function: str
@@ -64,9 +64,15 @@ class Run:
     def __init__(
         self, flags: str, folder: Path, config: str = "single", num_processes: int = 1, faults: tuple[Fault, ...] = ()
     ) -> None:
-        os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "deepspeed", "forked_runs"])
+        os.environ["OMP_NUM_THREADS"] = "1"
+        if torch.cuda.is_available():
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # importing DeepSpeed asks for the GPU, and then no fork has it
+        else:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["train", "deepspeed", "forked_runs"])
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         environment = launch_environment(config, num_processes)
@@ -125,17 +131,11 @@ def _run(flags: list[str], folder: Path, environment: dict[str, str], rank: int,
     if environment:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     multiprocessing.set_start_method("fork", force=True)  # a run's data workers are its own children, and end with it
-    sys.argv = ["train.py", *flags]
+    sys.argv = ["train.py", *flags, "--no_forecast"]  # it would be a process beside each run, on two cores
     for fault in faults:
         install(fault)
-    import memory_run
     import train
-    from utils import UserError, run_script
-
-    def no_forecast(*args: Any) -> None:  # a process beside each run, on two cores
-        raise UserError("not in these tests")
-
-    memory_run.Forecast = no_forecast
+    from utils import run_script
 
     run_script(train.main, train.TrainConfig)
     sys.stdout.flush()
@@ -154,8 +154,7 @@ def install(fault: Fault) -> None:
         if is_due and fault.action in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.action])
         if is_due and fault.action == "little memory":
-            used_bytes = psutil.Process().memory_info().vms
-            resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2**28, resource.RLIM_INFINITY))
+            allow_little_memory()
         if is_due and fault.action in ERRORS:
             raise ERRORS[fault.action]
         result = original(*args, **kwargs)
@@ -166,6 +165,17 @@ def install(fault: Fault) -> None:
         return result
 
     setattr(owner, name, faulty)
+
+
+def allow_little_memory() -> None:
+    """A bit more than is in use: on a GPU of its allocator's memory, else of address space."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        allowed_bytes = torch.cuda.memory_reserved() + 2**26
+        torch.cuda.set_per_process_memory_fraction(allowed_bytes / torch.cuda.get_device_properties(0).total_memory)
+    else:
+        used_bytes = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2**28, resource.RLIM_INFINITY))
 
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}

@@ -101,7 +101,7 @@ def test_tensorboard(adapter, tmp_path):
 def greedy(model, processor, question, max_new_tokens: int) -> str:
     """One token after another, without cache, padding or generate."""
     images = question.images()
-    inputs = prompt_inputs(processor, [question.conversation(len(images))], [images])
+    inputs = prompt_inputs(processor, [question.conversation], [images])
     end, tokens = model.generation_config.eos_token_id, []
     for _ in range(max_new_tokens):
         with torch.no_grad():

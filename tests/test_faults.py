@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ from forked_runs import Fault, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import faults
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
 from data.make_demo import ensure_demo
-from faults import name_some
+from faults import find_launcher, name_some
 from utils import load_model, load_processor
 
 
 FORWARD = "modeling_mgm.MGMForConditionalGeneration.forward"
 FLAGS = "--save_steps 1 --save_total_limit 0 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
+FLAGS += " --learning_rate 4e-3"
 FLAGS += (
     " --no_rehearse --max_steps 6 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --lora_dropout 0"
 )
@@ -223,6 +226,25 @@ def test_all_samples_of_a_micro_batch_are_bad(tmp_path: Path) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        ("/env/bin/python /env/bin/accelerate launch train.py", True),
+        ("python -m accelerate.commands.launch --config_file accelerate_configs/ddp.yaml train.py", True),
+        ("/env/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("-bash", False),
+        ("bash start_accelerate.sh", False),
+        ("python my_sweep.py --config_file accelerate_configs/zero3.yaml", False),
+    ],
+)
+def test_whose_end_ends_a_run(command: str, is_launcher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's alone: a run that a shell has put into the background survives the logout."""
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "info")
+    parent = SimpleNamespace(pid=7, cmdline=lambda: command.split())
+    monkeypatch.setattr(faults.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert find_launcher() == (7 if is_launcher else None)
 
 
 def test_name_some() -> None:

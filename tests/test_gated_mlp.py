@@ -94,7 +94,12 @@ def test_a_second_backward_pass_is_refused():
 def test_a_quarter_less_is_kept(monkeypatch):
     """A layer keeps two wide tensors in place of three, and its backward pass needs fewer at a time."""
     config = StepConfig(
-        model="tiny", mixed_precision="no", gradient_checkpointing=False, max_seq_len=400, lora_dropout=0.0
+        model="tiny",
+        mixed_precision="no",
+        gradient_checkpointing=False,
+        max_seq_len=400,
+        lora_dropout=0.0,
+        per_device_train_batch_size=32,
     )
     traces = [trace_training(config, "cpu")]
     monkeypatch.setattr(train, "recompute_activations", lambda model: None)

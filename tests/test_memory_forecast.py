@@ -76,7 +76,7 @@ def test_it_is_never_waited_for(stand_in_probe):
         assert process.is_running()
     started = process.children()
     forecast.stop()
-    assert forecast.problem == "it was not there yet" and not folder.exists()
+    assert forecast.problem == "the run ended before it was computed" and not folder.exists()
     assert not process.is_running() and psutil.wait_procs(started, timeout=10)[1] == []
     forecast.stop()  # once more does nothing
 

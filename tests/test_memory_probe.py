@@ -3,15 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import HfArgumentParser
 
+import memory_predict
+from memory_allocator import replay_events
 from memory_gpus import GIB, GPUS
+from memory_host import WORKER_BYTES
+from memory_predict import summarize, trace_step
 from memory_probe import ProbeConfig, main, probe
 from memory_sweep import parse_grid, row_name, run_sweep
+from train import StepConfig, TrainConfig
 from utils import UserError
 
 
@@ -39,11 +47,73 @@ def test_the_contracts_keys(predicted):
     assert set(predicted) == set(KEYS.split())
     assert sum(predicted["breakdown"].values()) == predicted["peak_allocated_bytes"]
     assert max(predicted["phases"].values()) == predicted["peak_allocated_bytes"]
-    assert set(predicted["phases"]) == {"load", "forward", "backward", "step"}
+    assert set(predicted["phases"]) == {"load", "forward", "backward", "step", "save", "evaluate"}
     sizes = [tensor["bytes"] for tensor in predicted["largest_tensors"]]
     assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
     assert {"bytes", "shape", "dtype", "module", "op"} <= predicted["largest_tensors"][0].keys()
     json.dumps(predicted)
+
+
+def test_shared_flags_have_one_default_and_one_help():
+    """A prediction without flags is of a run without flags, but for the model: the run's is the tiny one."""
+
+    def described(config_class: type) -> dict[str, tuple[Any, Any]]:
+        parser = HfArgumentParser(config_class)
+        return {f.name: (parser.get_default(f.name), f.metadata.get("help")) for f in fields(config_class)}
+
+    probed, trained = described(ProbeConfig), described(TrainConfig)
+    shared = probed.keys() & trained.keys()
+    assert shared >= {f.name for f in fields(StepConfig)}
+    assert probed["model"] == ("mgm-2b", trained["model"][1])
+    assert {name for name in shared if probed[name] != trained[name]} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"world_size": 1}, 1), ({"world_size": 3}, 3), ({}, 8), ({"config_file": None}, 1)]
+)
+def test_a_number_of_processes_that_is_given_wins(tmp_path, given, expected):
+    """Over the launch config's, 1 too; and the config has the number that was taken."""
+    (tmp_path / "launch.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
+    assert tiny_config(**{"config_file": str(tmp_path / "launch.yaml")} | given).world_size == expected
+
+
+def test_a_sweep_takes_each_launch_configs_processes(tmp_path):
+    """What --config_file says in one row is not given to the next, and a number that was given holds for all."""
+    paths = []
+    for num_processes in (2, 4):
+        paths.append(str(tmp_path / f"{num_processes}.yaml"))
+        Path(paths[-1]).write_text(f"distributed_type: MULTI_GPU\nnum_processes: {num_processes}\n")
+    for given, expected in (({}, [2, 4]), ({"world_size": 1}, [1, 1])):
+        config = tiny_config(sweep=[f"config_file={','.join(paths)}"], output=str(tmp_path / "out"), **given)
+        assert [row["config"]["world_size"] for row in run_sweep(config, probe)["rows"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [(None, True), ("expandable_segments:True", True), ("expandable_segments:False", False)]
+)
+def test_the_allocators_settings_are_the_runs(settings, expected, monkeypatch):
+    """Called from Python the prediction assumes what run_script would set; what the user has set counts."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if settings is not None:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", settings)
+    seen = []
+
+    def replay(events: Any, expandable_segments: bool, **others: Any) -> Any:
+        seen.append(expandable_segments)
+        return replay_events(events, expandable_segments=expandable_segments, **others)
+
+    monkeypatch.setattr(memory_predict, "replay_events", replay)
+    probe(tiny_config())
+    assert seen == [expected]
+
+
+def test_host_memory_counts_the_runs_workers(predicted):
+    """A worker more, its memory and two batches more."""
+    trace = trace_step(tiny_config())
+    batch = sum(nbytes for nbytes, a in trace.device.record.events if nbytes > 0 and a.category == "batch")
+    for num_workers in (0, 1, 5):
+        host_bytes = summarize(trace, tiny_config(dataloader_num_workers=num_workers))["host_bytes"]
+        assert host_bytes - predicted["host_bytes"] == (num_workers - 2) * (WORKER_BYTES + 2 * batch)
 
 
 def test_what_the_device_has_to_have(predicted):

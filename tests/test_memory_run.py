@@ -41,10 +41,10 @@ class StandInForecast:
         return self.result
 
     def stop(self) -> None:
-        self.problem = None if self.result else "it was not there yet"
+        self.problem = None if self.result else "the run ended before it was computed"
 
 
-def run(config: train.StepConfig, folder: Path, num_updates: int, result: dict | None) -> dict:
+def run(config: train.StepConfig, folder: Path, num_updates: int, result: dict | None, forecast: bool = True) -> dict:
     """A few real updates on the worst case of a batch, the forecast coming after the first."""
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
@@ -53,13 +53,14 @@ def run(config: train.StepConfig, folder: Path, num_updates: int, result: dict |
         model, optimizer = accelerator.prepare(model, optimizer)
         scheduler = get_scheduler("constant", optimizer)
         with SummaryWriter(str(folder)) as writer:
-            memory = RunMemory(accelerator, config.step_flags, model, optimizer, Row(60, 1), writer)
+            memory = RunMemory(accelerator, config.step_flags, model, optimizer, Row(60, 1), writer, forecast)
             for step in range(num_updates * config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
                     train.training_step(accelerator, model, optimizer, scheduler, batch, 100, config.max_grad_norm)
                 memory.micro_batch(batch)
                 memory.log(step + 1)
-                memory.forecast.result = result
+                if forecast:
+                    memory.forecast.result = result
             return memory.finish(gpu_peak_bytes=0)
 
 
@@ -101,7 +102,16 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
     got = run(train.StepConfig(**STEP), tmp_path, 1, None)
     assert got["predicted_peak_allocated_bytes"] is got["measured_peak_allocated_bytes"] is got["error"] is None
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "it was not there yet" in line and "the second update is measured" in line
+    assert "no prediction (the run ended before it was computed), nothing measured" in line
+    assert "in the second update" in line
+
+
+def test_without_a_forecast(monkeypatch, tmp_path, capsys):
+    """--forecast false: no process is started, and the line says why nothing is predicted."""
+    monkeypatch.setattr(memory_run, "Forecast", lambda *_: pytest.fail("a process was started"))
+    got = run(train.StepConfig(**STEP), tmp_path, 2, None, forecast=False)
+    assert got["problem"] == "--forecast false" and got["measured_peak_allocated_bytes"]
+    assert "no prediction (--forecast false), measured 0." in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):

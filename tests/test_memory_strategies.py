@@ -2,18 +2,24 @@
 
 import functools
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+import memory_measure_gpu
+import memory_measure_strategy
+import train
 from memory_host import host_breakdown, pinned_blocks_bytes
 from memory_measure_strategy import measure_strategy
 from memory_record import Allocation, Record
+from memory_stand_in import launched
 from memory_strategies import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
 from memory_zero import PlacedTrace
 from train import StepConfig, build_model
-from utils import UserError
+from utils import ALLOCATOR_VARIABLE, UserError
 
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
@@ -214,11 +220,51 @@ def test_host_breakdown_counts_processes_and_workers() -> None:
     """Twice the processes, twice all; a worker more costs its memory and its batches; all parts are positive."""
     trace = traced("zero3", "param")
     one = host_breakdown(trace, num_workers=1)
-    assert host_breakdown(trace, world_size=2, num_workers=1) == {key: 2 * nbytes for key, nbytes in one.items()}
+    assert host_breakdown(trace, num_workers=1, world_size=2) == {key: 2 * nbytes for key, nbytes in one.items()}
     assert min(one.values()) > 0 and {"weights", "optimizer", "workers", "batches", "process"} <= one.keys()
     more = host_breakdown(trace, num_workers=3)
     assert {key for key in one if more[key] != one[key]} == {"workers", "batches"}
     assert sum(one.values()) >= pinned_blocks_bytes(trace.pinned.record) + trace.host.peak_bytes
+
+
+class Built(Exception):
+    """The accelerator would be built now."""
+
+
+@pytest.mark.parametrize(
+    "measure_here",
+    [
+        lambda config: memory_measure_strategy._measure(config, rank=0, world_size=1, images_per_sample=1),
+        lambda config: memory_measure_gpu.measure_in_this_process(config, images_per_sample=1, limit_bytes=None),
+    ],
+    ids=["strategy", "gpu"],
+)
+def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatch) -> None:
+    """Of the 128 that a recipe accumulates, as a prediction does: the others find the same memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    for name in ("RANK", "LOCAL_RANK", ALLOCATOR_VARIABLE):  # what is measured in a process of its own sets them
+        monkeypatch.setenv(name, "0")
+
+    def build(config: StepConfig) -> None:
+        raise Built(config.gradient_accumulation_steps)
+
+    monkeypatch.setattr(train, "build_accelerator", build)
+    for given, expected in ((1, 1), (2, 2), (128, 2)):
+        config = tiny_config(gradient_accumulation_steps=given)
+        with pytest.raises(Built, match=f"^{expected}$"):
+            measure_here(config)
+        assert config.gradient_accumulation_steps == given, "the flags are the caller's"
+
+
+def test_every_launch_takes_a_free_port() -> None:
+    """Two at once differ, and nothing listens there."""
+    ports = []
+    for _ in range(2):
+        with launched({}):
+            ports.append(int(os.environ["MASTER_PORT"]))
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", ports[-1]))
+    assert ports[0] != ports[1]
 
 
 @pytest.mark.slow

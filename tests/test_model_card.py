@@ -84,6 +84,22 @@ def test_a_full_model_without_scores(tmp_path):
     assert "PeftModel" not in card.text and "Not evaluated." in card.text
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ({"exact_match_before": 0.07, "n": 8}, "Held-out exact match: 7.0% before (8 samples)."),
+        ({"exact_match": 0.93, "n": 8}, "Held-out exact match: 93.0% after (8 samples)."),
+        (
+            {"exact_match_before": 0.07, "n_before": 8, "exact_match": 0.93, "n": 16},
+            "Held-out exact match: 7.0% before, 93.0% after (8 samples before, 16 after).",
+        ),
+    ],
+)
+def test_scores_of_a_run_resumed_with_other_samples(scores, words, tmp_path):
+    """The card has the scores that there are."""
+    assert words in load(RUN | {"eval": scores}, tmp_path).text
+
+
 @pytest.fixture
 def pushed(monkeypatch) -> dict[str, bytes | str]:
     """What the hub's client would send, by the file's name in the repository."""
@@ -112,5 +128,8 @@ def test_an_adapter_can_be_pushed(tiny_model, pushed):
 def test_samples_that_lost_their_end_are_told(tmp_path):
     """As many as run.json has; nothing is said of none."""
     run = RUN | {"cut_replies": 1234, "config": RUN["config"] | {"max_seq_len": 1024}}
-    assert "Samples cut off at 1024 tokens, so that the end of their replies was not learned: 1,234." in load(run, tmp_path).text
+    assert (
+        "Samples cut off at 1024 tokens, so that the end of their replies was not learned: 1,234."
+        in load(run, tmp_path).text
+    )
     assert "cut off" not in load(RUN, tmp_path).text

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
@@ -59,7 +60,25 @@ def test_files_exist():
 def test_recipes_are_read(recipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = parse_config(TrainConfig, ["--recipe", str(recipe)])
+    given = yaml.safe_load(recipe.read_text())
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize("stage", ["mgm_2b_stage1", "mgm_2b_stage2"])
+def test_recipes_of_mgm_2b(stage, monkeypatch, tmp_path):
+    """An optimizer step is the given 128 samples, one at a time."""
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(TrainConfig, ["--recipe", str(ROOT / f"recipes/{stage}.yaml")])
     assert config.gradient_accumulation_steps == 128 and config.per_device_train_batch_size == 1
+
+
+def test_own_data_line_trains_with_the_defaults(monkeypatch, tmp_path):
+    """The README's command for MGM-2B on one's own data has nothing of the demo: what the memory probe assumes."""
+    (command,) = (words for words in commands() if "my.json" in words)
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(TrainConfig, command[1:])
+    assert config.per_device_train_batch_size == ProbeConfig.per_device_train_batch_size == 1
+    assert config.learning_rate == TrainConfig.learning_rate == 2e-4
 
 
 def test_tags_are_logged():

@@ -19,7 +19,7 @@ from data.make_demo import ensure_demo
 
 NUM_STEPS = 13  # 10 updates an epoch: the second epoch is entered
 FLAGS = f"--max_steps {NUM_STEPS} --save_steps 3 --logging_steps 2 --eval_samples 0 --dataloader_num_workers 0"
-FLAGS += " --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+FLAGS += " --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 4e-3"
 RESUME = " --resume_from_checkpoint latest"
 TWO_PROCESSES = FLAGS.replace("batch_size 2", "batch_size 1")
 
@@ -178,6 +178,21 @@ def test_other_data(killed: Path, data_flags: str, tmp_path: Path) -> None:
     """Another data set has no place to go on in."""
     ended = resume(killed, "", tmp_path, "--dataset data/demo/validation.json")
     assert ended.code == 2 and "data was" in ended.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(8, 0), (0, 8)])
+def test_other_eval_samples(before: int, after: int, tmp_path: Path) -> None:
+    """Held-out questions switched off or on when a run goes on: it ends with the scores that there are."""
+    flags = "--max_steps 2 --save_steps 1 --save_total_limit 0 --per_device_train_batch_size 2 --no_rehearse"
+    flags += f" --dataloader_num_workers 0 --output_dir {tmp_path / 'out'}"
+    fault = Fault("train.training_step", 2, "kill")
+    assert run(f"{flags} --eval_samples {before}", tmp_path, faults=(fault,)).code < 0
+    ended = run(f"{flags} --eval_samples {after}{RESUME}", tmp_path)
+    assert ended.code == 0, ended.err[-2000:]
+    assert set(ended.result["eval"]) == {"n", "exact_match_before" if before else "exact_match"}
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("% before (8 samples)" if before else "% after (8 samples)") in card
 
 
 @pytest.mark.slow

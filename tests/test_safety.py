@@ -21,7 +21,7 @@ from utils import UserError, load_model, load_processor
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--max_steps 4 --save_steps 1 --save_total_limit 0 --eval_samples 0 --dataloader_num_workers 0 --no_rehearse"
-FLAGS += " --per_device_train_batch_size 2 --dataset data/demo/validation.json"
+FLAGS += " --per_device_train_batch_size 2 --learning_rate 4e-3 --dataset data/demo/validation.json"
 RESUME = " --resume_from_checkpoint latest"
 
 

@@ -11,6 +11,7 @@ import forked_runs
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from forked_runs import run
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -42,7 +43,7 @@ STRATEGIES = {
 
 # Every update has the whole data set: in 8 rows of 200 tokens, or in 40 samples.
 EPOCH_FLAGS = "--num_train_epochs 3 --max_seq_len 200 --logging_steps 1 --eval_samples 0 --lora_dropout 0"
-EPOCH_FLAGS += " --max_grad_norm 0.1 --image_folder data/demo"
+EPOCH_FLAGS += " --max_grad_norm 0.1 --learning_rate 4e-3 --image_folder data/demo"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,7 @@ def runs(mixed_dataset, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     for name, (config, num_processes, micro_batch_size, accumulation) in STRATEGIES.items():
         flags = f"--per_device_train_batch_size {micro_batch_size} --gradient_accumulation_steps {accumulation}"
         flags += f" --max_steps {NUM_STEPS} --logging_steps 1 --eval_samples 8 --lora_dropout 0 --max_grad_norm 0.1"
+        flags += " --learning_rate 4e-3"
         flags += f" --dataset {mixed_dataset} --image_folder data/demo --eval_dataset data/demo/validation.json"
         flags += f" --output_dir {folder / name}"
         results[name] = folder / name, launch(config, num_processes, *flags.split())[0]
@@ -181,7 +183,7 @@ def test_run_json_and_tensorboard(runs):
 def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
     """--lora_r 0 trains the language model, leaves the towers alone and saves an ordinary model."""
     flags = f"--lora_r 0 --max_steps 2 --eval_samples 0 --dataset {mixed_dataset} --image_folder data/demo"
-    flags += f" --learning_rate 1e-3 --output_dir {tmp_path / 'out'}"
+    flags += f" --learning_rate 1e-3 --per_device_train_batch_size 32 --output_dir {tmp_path / 'out'}"
     result, _ = launch(config, 1, *flags.split())
     base, tuned = load_model(MODEL, torch.float32, "sdpa"), load_model(str(tmp_path / "out"), torch.float32, "sdpa")
     changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, base.get_parameter(name))}
@@ -266,7 +268,7 @@ def test_dora_under_zero3(mixed_dataset, tmp_path):
     launch_config = launch_config.replace("accelerate_configs/deepspeed_zero3.json", str(tmp_path / "deepspeed.json"))
     (tmp_path / "zero3.yaml").write_text(launch_config)
     flags = "--use_dora --lora_target_modules all-linear --lora_dropout 0 --max_steps 3 --logging_steps 1"
-    flags += f" --eval_samples 0 --dataset {mixed_dataset} --image_folder data/demo"
+    flags += f" --eval_samples 0 --learning_rate 4e-3 --dataset {mixed_dataset} --image_folder data/demo"
     losses = []
     for name, config, num_processes in (("one", "single", 1), ("two", str(tmp_path / "zero3"), 2)):
         rows = f"--per_device_train_batch_size {8 // num_processes} --output_dir {tmp_path / name}"
@@ -300,6 +302,36 @@ def whole_epochs(mixed_dataset, tmp_path_factory) -> tuple[Path, dict]:
     output_dir = tmp_path_factory.mktemp("whole") / "out"
     flags = f"{EPOCH_FLAGS} --dataset {mixed_dataset} --per_device_train_batch_size 40 --output_dir {output_dir}"
     return output_dir, launch("single", 1, *flags.split())[0]
+
+
+def test_the_demos_recipe(monkeypatch, tmp_path):
+    """Without --dataset, typed or in a recipe, the demo's batch and learning rate, from any folder; else never."""
+    monkeypatch.chdir(tmp_path)
+
+    def values(*argv: str) -> tuple[int, float]:
+        config = parse_config(train.TrainConfig, [*argv])
+        return config.per_device_train_batch_size, config.learning_rate
+
+    (tmp_path / "rows.yaml").write_text("dataset: null\nper_device_train_batch_size: 4\n")
+    (tmp_path / "data.yaml").write_text("dataset: my.json\n")
+    assert values() == (32, 4e-3)
+    assert values("--recipe", "rows.yaml") == (4, 4e-3)
+    assert values("--recipe", "rows.yaml", "--learning_rate", "1e-3") == (4, 1e-3)
+    assert values("--dataset", "my.json") == values("--recipe", "data.yaml") == (1, 2e-4)
+
+
+@pytest.mark.slow
+def test_the_demo_run_names_its_recipe(tmp_path):
+    """Once, and the result has its values; the run goes on with the same command."""
+    flags = f"--max_steps 1 --eval_samples 0 --no_rehearse --dataloader_num_workers 0 --output_dir {tmp_path / 'out'}"
+    for resumed in ("", " --max_steps 1 --resume_from_checkpoint latest"):
+        ended = run(flags + " --save_steps 1" + resumed, tmp_path)
+        assert ended.code == 0, ended.err[-3000:]
+        assert ended.out.count("recipes/demo.yaml") == (not resumed)
+        config = ended.result["config"]
+        assert (config["per_device_train_batch_size"], config["learning_rate"]) == (32, 4e-3)
+    ended = run(f"{flags} --resume_from_checkpoint latest --dataset data/demo/train.json", tmp_path)
+    assert ended.code == 2 and "learning_rate was 0.004, now 0.0002" in ended.error
 
 
 def fail(capsys, monkeypatch, *flags: str) -> str:

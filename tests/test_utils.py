@@ -90,6 +90,28 @@ def test_recipe_values_are_overridden_by_flags(tmp_path):
     assert parse_config(Flags, [*argv, "--names", "v_proj"]).names == ["v_proj"]
 
 
+def test_a_config_class_may_have_a_recipe_of_its_own(tmp_path):
+    """It lies below --recipe and typed flags, and sees both to decide whether it is wanted."""
+    (tmp_path / "own.yaml").write_text("lora_r: 32\nlearning_rate: 4e-3\nnames: [k_proj]\n")
+
+    @dataclass(kw_only=True)
+    class WithRecipe(Flags):
+        @staticmethod
+        def default_recipe(flags):
+            return None if flags.packing else tmp_path / "own.yaml"
+
+    def values(*argv):
+        config = parse_config(WithRecipe, [*argv])
+        return config.lora_r, config.learning_rate, config.names
+
+    assert values() == (32, 4e-3, ["k_proj"])
+    typed = recipe(tmp_path, "learning_rate: 2e-4\nnames: [o_proj]\n")
+    assert values(*typed) == (32, 2e-4, ["o_proj"])
+    assert values(*typed, "--names", "v_proj") == (32, 2e-4, ["v_proj"])
+    assert values("--packing") == (16, 1e-3, ["q_proj"])
+    assert values(*recipe(tmp_path, "packing: true\n")) == (16, 1e-3, ["q_proj"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,146 @@
+"""The worst case of a batch has the form of what the processor and the collators make of real conversations."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import run
+from PIL import Image
+from transformers import AutoConfig
+
+from configuration_mgm import PRESETS, hd
+from convert_mgm import build_processor
+from data.batching import TrainCollator
+from data.packing import PackedCollator
+from data.worst_case import worst_case_batch
+from memory_measure_cpu import measure_on_cpu
+from memory_predict import predict
+from memory_probe import ProbeConfig
+from memory_trace import trace_training
+from modeling_mgm import MGMForConditionalGeneration
+from processing_mgm import MGMProcessor
+from train import StepConfig
+from utils import load_processor
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["tiny", "tiny-hd"]
+SLOW = [pytest.mark.slow]
+
+
+def processor_of(preset: str, processor: MGMProcessor) -> MGMProcessor:
+    """The processor of a preset's sizes, with the tiny model's tokenizer."""
+    return build_processor(PRESETS[preset](), processor.tokenizer)
+
+
+def sample(num_images: int) -> dict:
+    """A question, and a reply, about images that are no squares."""
+    turns = [{"from": "human", "value": "<image>" * num_images + "What?"}, {"from": "gpt", "value": "No."}]
+    return {"id": "0", "conversations": turns, "images": [Image.new("RGB", (320, 240))] * num_images}
+
+
+def forms(batch: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """Dtype and shape of each tensor. How many positions have a label is the data's: there it is the rank."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    shapes["label_positions"] = len(shapes["label_positions"])
+    return {name: (tensor.dtype, shapes[name]) for name, tensor in batch.items()}
+
+
+def assert_same_form(real: dict[str, torch.Tensor], preset: str, packing: bool = False, num_images: int = 1) -> None:
+    """`real` against the worst case of as many rows of its length."""
+    rows, length = real["input_ids"].shape
+    flags = {"per_device_train_batch_size": rows, "max_seq_len": length, "packing": packing}
+    worst = worst_case_batch(PRESETS[preset](), StepConfig(model="tiny", **flags), num_images)
+    assert forms(worst) == forms(real)
+    assert len(worst["label_positions"]) >= len(real["label_positions"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_image_of_every_preset(preset, processor):
+    """A real image at the preset's own sizes: as many positions, and every tensor's shape and dtype."""
+    ours = processor_of(preset, processor)
+    assert ours.num_image_tokens == PRESETS[preset]().num_image_tokens
+    assert_same_form(TrainCollator(ours, 4096, "pad")([sample(1)]), preset)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("preset", SMALL)
+def test_rows_of_several_images_and_of_none(preset, rows, num_images, processor):
+    """Batches of equal rows; without an image there are no views."""
+    batch = TrainCollator(processor_of(preset, processor), 1000, "pad")([sample(num_images)] * rows)
+    assert ("pixel_values" in batch) == (num_images > 0)
+    assert_same_form(batch, preset, num_images=num_images)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("preset", ["tiny-hd", "mgm-2b"])
+def test_packed_rows(preset, rows, processor):
+    """Samples of one and of two images share a row: the worst case of two has room for all five."""
+    collate = PackedCollator(processor_of(preset, processor), 4096, "pad")
+    batch = collate([[sample(2), sample(1), sample(2)]] * rows)
+    assert batch["input_ids"].shape[1] // PRESETS[preset]().num_image_tokens == 5, "text takes less than an image"
+    assert_same_form(batch, preset, packing=True, num_images=2)
+    assert_same_form(collate([[sample(0)] * 4] * rows), preset, packing=True, num_images=0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_hd_images_are_predicted_and_run(num_images, packing):
+    """The prediction for a CPU is within 0.02 % of the profiler's memory events."""
+    flags = {"model": "tiny-hd", "mixed_precision": "no", "max_seq_len": 250, "lora_r": 4}
+    config = StepConfig(**flags, per_device_train_batch_size=1, packing=packing)
+    measured_bytes = measure_on_cpu(config, num_images).peak_bytes
+    assert trace_training(config, "cpu", num_images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_hd_images_under_zero3():
+    """There the batch is made of fake tensors that are moved. By hand: 4 bytes a number for both views of an image, 8
+    bytes a position for ids, labels and mask, and once more for where images and labels are, in blocks of 512."""
+    config = ProbeConfig(model="tiny-hd", mode="predict", strategy="zero3", max_seq_len=200)
+    batch_bytes = predict(config)["breakdown"]["batch"]
+    assert 0 <= batch_bytes - 4 * 3 * (128**2 + 5 * 56**2) - 4 * 8 * 200 < 7 * 512
+
+
+@pytest.mark.parametrize("preset", [pytest.param(name, marks=[] if name in SMALL else SLOW) for name in PRESETS])
+def test_every_preset_is_predicted(preset):
+    """On a GPU in bf16: at the peak there are at least its weights, two bytes each, and what is trained."""
+    with torch.device("meta"):
+        num_weights = MGMForConditionalGeneration(PRESETS[preset]()).num_parameters()
+    result = predict(ProbeConfig(model=preset, mode="predict", device="cuda", max_seq_len=4096))
+    assert result["peak_allocated_bytes"] > 2 * num_weights
+    assert result["breakdown"]["batch"] > 4 * PRESETS[preset]().vision_config_aux.image_size ** 2 * 3
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Two conversations about an image each."""
+    conversations = [sample(1) | {"id": str(i), "image": f"{i}.png"} for i in range(2)]
+    for record in conversations:
+        record.pop("images")[0].save(tmp_path / record["image"])
+    (tmp_path / "records.json").write_text(json.dumps(conversations))
+    return tmp_path / "records.json"
+
+
+@pytest.fixture
+def hd_model(tmp_path: Path, processor: MGMProcessor) -> Path:
+    """The demo's model, looking at images in four crops and as a whole."""
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "data/tiny_mgm", folder)
+    config = hd(AutoConfig.from_pretrained(folder))
+    config.save_pretrained(folder)
+    build_processor(config, load_processor(str(folder)).tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_hd_is_rehearsed_and_trained(hd_model, records, tmp_path):
+    """train.py for two steps, the largest batch before them."""
+    flags = "--max_steps 2 --save_steps 0 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
+    flags += f" --per_device_train_batch_size 2 --dataset {records} --model {hd_model}"
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path / "logs")
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.result["status"] == "done"
