@@ -61,6 +61,7 @@ from utils import (
     UserError,
     check_choice,
     check_minimum,
+    load_config,
     load_model,
     load_processor,
     run_script,
@@ -217,6 +218,7 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor:
         return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    check_positions(config)
     processor = build_processor(config)
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
@@ -347,6 +349,17 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
         config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
     processor.image_aspect_ratio = config.image_aspect_ratio
     return processor
+
+
+def check_positions(config: StepConfig) -> None:
+    """Raise UserError where rows may be longer than the language model has positions for."""
+    text_config = load_config(config.model).get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if config.max_seq_len > positions:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
+            f"(max_position_embeddings); choose --max_seq_len {positions} or less"
+        )
 
 
 def build_datasets(

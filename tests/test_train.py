@@ -365,6 +365,7 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--lora 8", ["--lora", "--help"]),
         ("--model no/such/folder", ["no/such/folder", "no such folder"]),
         ("--model data", ["--model data", "cannot be loaded"]),
+        ("--max_seq_len 2049", ["--max_seq_len 2049", "has 2048 positions", "choose --max_seq_len 2048 or less"]),
         ("--dataset missing.json", ["missing.json", "no such file"]),
         ("--image_folder missing", ["--image_folder missing", "no such folder"]),
         ("--lora_target_modules out_proj", ["--lora_target_modules out_proj", "q_proj"]),
