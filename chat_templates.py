@@ -12,6 +12,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Messages = list[dict]  # transformers' form: {"role": ..., "content": a string or a list of image and text parts}
 Span = tuple[int, int]  # [begin, end) characters of a rendered conversation
+RenderPlain = Callable[[list[Messages], bool], list[str]]  # conversations, and whether to ask for a reply
+
+MANY_REPLIES = 8  # rendering a conversation up to each of them takes time that grows with their square
 
 # Templates of text models know strings alone: images go to the front of their message, a line each.
 FLATTEN = (
@@ -138,11 +141,11 @@ def render(
     )
 
 
-def _reply_spans(
-    messages: Messages, text: str, render_plain: Callable[[list[Messages], bool], list[str]]
-) -> list[Span]:
+def _reply_spans(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span]:
     """What each reply adds to the prompt that asks for it. Space after its end of turn belongs to the next turn."""
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(replies) >= MANY_REPLIES and (spans := _spans_turn_by_turn(messages, text, render_plain)):
+        return spans
     prompts = render_plain([messages[:i] for i in replies], True)
     throughs = render_plain([messages[: i + 1] for i in replies], False)
     spans = []
@@ -154,3 +157,26 @@ def _reply_spans(
             )
         spans.append((len(prompt), len(through)))
     return spans
+
+
+def _spans_turn_by_turn(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span] | None:
+    """The same in linear time: each question and reply is rendered behind the first ones alone, not behind all.
+
+    None where these pieces put together are not `text`: the template makes a turn depend on more.
+    """
+    first = messages[:2]
+    starts = range(0, len(messages) - 1, 2)  # of a question and its reply
+    before = [first if i else [] for i in starts]
+    prompts = render_plain([head + messages[i : i + 1] for head, i in zip(before, starts, strict=True)], True)
+    throughs = render_plain([head + messages[i : i + 2] for head, i in zip(before, starts, strict=True)], False)
+    spans, pieces, position, known = [], [], 0, ""
+    for prompt, through in zip(prompts, throughs, strict=True):
+        end = through.rstrip()
+        if not (prompt.startswith(known) and end.startswith(prompt)):
+            return None
+        shift = position - len(known)
+        spans.append((shift + len(prompt), shift + len(end)))
+        pieces.append(through[len(known) :])
+        position += len(pieces[-1])
+        known = throughs[0]
+    return spans if text.startswith("".join(pieces).rstrip()) else None

@@ -41,7 +41,7 @@ FREE_FLAGS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("logging_steps", "save_steps", "save_total_limit"),
     *("dataset", "image_folder", "follow_links", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
-    *("per_device_eval_batch_size", "max_new_tokens"),
+    *("per_device_eval_batch_size", "max_new_tokens", "allow_missing_end_of_turn"),
     *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast", "rehearse"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles"),

@@ -189,7 +189,7 @@ def tiny() -> MGMConfig:
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
     )
     vision_config = CLIPVisionConfig(
         hidden_size=64,

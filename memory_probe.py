@@ -29,7 +29,7 @@ from memory_report import report
 from memory_strategies import Strategy
 from memory_sweep import run_sweep
 from memory_zero import PlacedTrace
-from train import StepConfig
+from train import StepConfig, check_positions
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
 
 
@@ -132,6 +132,7 @@ def probe(config: ProbeConfig) -> dict:
 def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedTrace | None]:
     """What probe returns, and the traced step that a prediction comes from."""
     start = time.monotonic()
+    check_positions(config)
     result, trace = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
     if config.mode != "measure":
         trace = trace_step(config)

@@ -44,7 +44,7 @@ def build_model_card(run: dict) -> ModelCard:
         USE[config["lora_r"] > 0].format(model=config["model"], folder=folder),
         "## Data",
         f"`{config['dataset'] or 'the embedded demo'}`, {run['global_step']:,} updates, "
-        f"training loss {run['train_loss']:.3f}.",
+        f"training loss {run['train_loss']:.3f}.{describe_cut(run)}",
         "## Scores",
         describe_scores(run["eval"]),
         "## Memory",
@@ -90,6 +90,14 @@ def hub_id(name: str | None) -> str | None:
     """The name, if it is one of the hub's and not a folder's or a file's."""
     is_hub_id = name is not None and HUB_ID.fullmatch(name) and not Path(name).exists()
     return name if is_hub_id else None
+
+
+def describe_cut(run: dict) -> str:
+    """A sentence about the samples that lost their end, where there are any."""
+    if not (num_cut := run.get("cut_replies", 0)):
+        return ""
+    length = run["config"]["max_seq_len"]
+    return f" Samples cut off at {length} tokens, so that the end of their replies was not learned: {num_cut:,}."
 
 
 def describe_scores(scores: dict[str, float]) -> str:

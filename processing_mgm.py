@@ -152,7 +152,11 @@ class MGMProcessor(ProcessorMixin):
     def _encode(
         self, prompt: str, spans: list[tuple[int, int]], max_length: int | None
     ) -> tuple[list[int], list[int]]:
-        """Tokens of `prompt`, with labels on those that start inside one of the character `spans`."""
+        """Tokens of `prompt`, with labels on those that start inside one of the character `spans`.
+
+        So a reply's leading newline carries none where the tokenizer joins it with the newline before it. The
+        original masks that token too, and generation never has to produce it: the prompt ends with a newline.
+        """
         encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         input_ids, labels = [], []
         for token_id, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):

@@ -62,6 +62,7 @@ class RunLog:
         self.num_steps = num_steps
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
+        self.num_cut_replies = 0  # samples whose end --max_seq_len cuts off
         self.num_left_out = 0  # samples, when the data set was read
         self.bad_samples: list[int] = []  # indices in the data set that were found bad since then
         self.memory: RunMemory | None = None  # the main process's
@@ -253,6 +254,7 @@ class RunLog:
             "tokens_per_second": totals["tokens"] / totals["seconds"],
             "skipped_updates": self.num_skipped_updates,
             "bad_samples": self.num_bad_samples,
+            "cut_replies": self.num_cut_replies,
             "peak": self.peak,
             "eval": self.eval,
             "config": asdict(self.config),

@@ -38,11 +38,12 @@ from checkpoints import (
     read_position,
     run_settings,
 )
-from data.batching import column_values, measure_lengths
+from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
 from data.loader import build_loader
 from data.make_demo import ensure_demo
+from data.turn_ends import missing_turn_end
 from doctor import run_doctor
 from eval import HeldOut, evaluate
 from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
@@ -60,6 +61,7 @@ from utils import (
     UserError,
     check_choice,
     check_minimum,
+    load_config,
     load_model,
     load_processor,
     run_script,
@@ -164,6 +166,9 @@ class TrainConfig(StepConfig):
         default=None, metadata={"help": "pad | square; default: as the model's processor"}
     )
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
+    allow_missing_end_of_turn: bool = field(
+        default=False, metadata={"help": "train although the chat template ends replies with no token to stop at"}
+    )
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
@@ -213,6 +218,7 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor:
         return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
+    check_positions(config)
     processor = build_processor(config)
     if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
         accelerator.print(f"{output_dir} is finished already")
@@ -254,6 +260,7 @@ def main(config: TrainConfig) -> dict | None:
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
+        log.num_cut_replies = count_cut(train_dataset.records, config.max_seq_len)
         model.train()
         if config.rehearse:
             rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
@@ -344,6 +351,17 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
     return processor
 
 
+def check_positions(config: StepConfig) -> None:
+    """Raise UserError where rows may be longer than the language model has positions for."""
+    text_config = load_config(config.model).get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if config.max_seq_len > positions:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
+            f"(max_position_embeddings); choose --max_seq_len {positions} or less"
+        )
+
+
 def build_datasets(
     config: TrainConfig, processor: ProcessorMixin
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
@@ -358,6 +376,7 @@ def build_datasets(
     report_left_out(train_dataset, config.max_bad_fraction)
     if train_dataset.num_moved:
         PartialState().print(f"{train_dataset.num_moved:,} {MOVED}")
+    check_turn_ends(config, processor, train_dataset)
     records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
@@ -365,6 +384,9 @@ def build_datasets(
     if len(fitting) < len(records):
         num_dropped = len(records) - len(fitting)
         PartialState().print(f"Left out {num_dropped} of {len(records)} samples: longer than {config.max_seq_len}")
+    if num_cut := count_cut(records, config.max_seq_len):
+        cut = f"Cut {num_cut} of {len(records)} samples at --max_seq_len {config.max_seq_len}"
+        PartialState().print(f"{cut}: the end of their replies, with the end of turn, is not learned")
     train_dataset.records = records.select(fitting)
 
     if eval_path is None or config.eval_samples == 0:
@@ -374,6 +396,15 @@ def build_datasets(
         range(min(config.eval_samples, len(eval_dataset)))
     )
     return train_dataset, eval_dataset
+
+
+def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: ConversationDataset) -> None:
+    """Raise UserError, or warn where the flag allows it, if the model would not learn to end its turn."""
+    problem = missing_turn_end(config.model, processor, dataset.records[0])
+    if problem and not config.allow_missing_end_of_turn:
+        raise UserError(f"{problem}. Mend the template, or give --allow_missing_end_of_turn")
+    if problem:
+        PartialState().print(f"warning: {problem}", file=sys.stderr)
 
 
 def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:

@@ -12,17 +12,20 @@ import datasets
 import numpy as np
 import torch
 from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
 from tokenizers import Encoding
 
 import chat_templates
 import processing_mgm
 from chunked_loss import IGNORE_INDEX
+from data.cache import naming_the_cache
 from processing_mgm import MGMProcessor
-from utils import UserError
+from utils import UserError, brief_error
 
 
 RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
 MAX_PROCESSES = 16
+TEMPLATE_ERRORS = (ValueError, TemplateError)  # of rendering a conversation
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
 
 
@@ -35,16 +38,30 @@ def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_leng
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     rules = [inspect.getsource(part) for part in (chat_templates, processing_mgm, count_tokens, _count)]
     dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
-    lengths = dataset.map(
-        lambda batch: count_tokens(batch["conversations"], processor, max_length),
-        batched=True,
-        batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
-        num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
-        remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-        new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
-        desc="Measuring lengths",
-    )
+    with naming_the_cache():
+        lengths = dataset.map(
+            lambda batch: count_batch(batch, processor, max_length),
+            batched=True,
+            batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
+            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
+            remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
+            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
+            desc="Measuring lengths",
+        )
     return datasets.concatenate_datasets([dataset, lengths], axis=1)
+
+
+def count_batch(batch: dict[str, list], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
+    """`count_tokens` of some records. Raises UserError for the first that the model's chat template cannot render."""
+    try:
+        return count_tokens(batch["conversations"], processor, max_length)
+    except TEMPLATE_ERRORS:
+        for record_id, conversation in zip(batch["id"], batch["conversations"], strict=True):
+            try:
+                processor.render([conversation])
+            except TEMPLATE_ERRORS as error:
+                raise UserError(f"record {record_id}: the model's chat template fails: {brief_error(error)}") from None
+        raise
 
 
 def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
@@ -230,6 +247,12 @@ def return_freed_memory() -> None:
 def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers as an array, without a Python object for each."""
     return dataset.select_columns(name).with_format("numpy")[:][name]
+
+
+def count_cut(records: datasets.Dataset, max_length: int) -> int:
+    """How many measured records lose the end of their replies at `max_length` tokens, the end of turn with it."""
+    num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
+    return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
 
 
 class TrainCollator:

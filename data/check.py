@@ -25,9 +25,10 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from child_processes import end_with_parent
-from data.batching import column_values, measure_lengths
+from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
+from data.turn_ends import missing_turn_end
 from processing_mgm import ROLES
 from utils import UserError, check_minimum, load_processor, run_script
 
@@ -109,13 +110,16 @@ def find_notes(records: datasets.Dataset) -> dict[str, int]:
 
 
 def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
-    """How many records --max_seq_len cuts off, and how many it leaves out."""
-    measured = measure_lengths(records, load_processor(config.model), config.max_seq_len)
-    num_tokens, num_labels = (column_values(measured, name) for name in ("num_tokens", "num_label_tokens"))
-    is_long = num_tokens > config.max_seq_len
+    """How many records --max_seq_len cuts off, and how many it leaves out; whether replies have an end of turn."""
+    processor = load_processor(config.model)
+    lacks_turn_end = missing_turn_end(config.model, processor, records[0]) is not None
+    measured = measure_lengths(records, processor, config.max_seq_len)
+    num_tokens = column_values(measured, "num_tokens")
+    num_long, num_cut = int(np.sum(num_tokens > config.max_seq_len)), count_cut(measured, config.max_seq_len)
     return {
-        f"records cut off at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels > 0))),
-        f"records left out at {config.max_seq_len} tokens": int(np.sum(is_long & (num_labels == 0))),
+        "chat template without an end of turn, which train.py refuses": int(lacks_turn_end),
+        f"records cut off at {config.max_seq_len} tokens": num_cut,
+        f"records left out at {config.max_seq_len} tokens": num_long - num_cut,
         "tokens of the longest record": int(num_tokens.max()),
     }
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 import data.records
 import data.sources
+from data.cache import naming_the_cache
 from data.images import ImageLookup, naming, open_embedded, open_image
 from data.records import check_record
 from data.sources import Source, find_source
@@ -158,12 +159,13 @@ def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
     rules = [inspect.getsource(part) for part in (data.sources, data.records, read_records, to_messages)]
     try:
         features = EMBEDDED_FEATURES if source.image_column else FEATURES
-        return datasets.Dataset.from_generator(
-            read_records,
-            features=datasets.Features({**features, PROBLEM: datasets.Value("string")}) if skips_bad else features,
-            gen_kwargs={"source": source, "skips_bad": skips_bad},
-            fingerprint=Hasher.hash((source.state, rules, skips_bad)),
-        )
+        with naming_the_cache():
+            return datasets.Dataset.from_generator(
+                read_records,
+                features=datasets.Features({**features, PROBLEM: datasets.Value("string")}) if skips_bad else features,
+                gen_kwargs={"source": source, "skips_bad": skips_bad},
+                fingerprint=Hasher.hash((source.state, rules, skips_bad)),
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

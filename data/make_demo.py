@@ -260,7 +260,7 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         padding_side="right",
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=2048,
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
+from data.cache import naming_the_cache
 from data.records import EMBEDDED, IMAGE_COLUMNS, TURN_COLUMNS, Malformed
 from utils import UserError, brief_error
 
@@ -157,7 +158,8 @@ def open_hub(name: str) -> ArrowTable:
     if match is None or Path(name).suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"data set {name}: no such file, give a LLaVA .json or .jsonl, .parquet, a folder or a hub id")
     try:
-        dataset = datasets.load_dataset(match[1], split=match[2] or "train")
+        with naming_the_cache():
+            dataset = datasets.load_dataset(match[1], split=match[2] or "train")
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = brief_error(error)
         raise UserError(f"data set {name}: no such path, and not to be had from the hub ({reason})") from None

@@ -321,6 +321,20 @@ def test_lengths_depend_on_max_length_and_template(dataset_path, processor, monk
     assert measure_lengths(records, processor, 1000)["num_tokens"] != long["num_tokens"]
 
 
+@pytest.mark.parametrize("error", ["rewrites", "raises"])
+def test_a_template_that_fails_is_named_in_one_line(dataset_path, processor, monkeypatch, error):
+    """One that changes earlier turns, and one that refuses: the record, and what the template says."""
+    if error == "rewrites":
+        template = "{% for m in messages %}{{ m.role if loop.last }}{{ m.content[-1].text }};{% endfor %}"
+    else:
+        template = "{{ raise_exception('no such turns') }}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    records = load_conversations(dataset_path)
+    reason = "rewrites earlier turns, .* mark them in it" if error == "rewrites" else "no such turns"
+    with pytest.raises(UserError, match=f"record .*: the model's chat template fails: .*{reason}"):
+        measure_lengths(records, processor, 1000)
+
+
 def test_collator(dataset_path, processor, reference_model):
     """A collated batch with the processor's own, the image positions, and what a loader's worker sends."""
     dataset = open_dataset(dataset_path)

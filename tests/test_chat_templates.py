@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+import chat_templates
 from chat_templates import VICUNA_SYSTEM, chat_template_for
 from processing_mgm import IGNORE_INDEX, MGMProcessor
 
@@ -199,3 +200,57 @@ def test_the_template_survives_saving(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = MGMProcessor.from_pretrained(tmp_path)
     assert loaded.tokenize(CONVERSATION) == processor.tokenize(CONVERSATION)
+
+
+NUMBERED = (  # a turn depends on how many came before it
+    "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ messages | length + 1 }} assistant: {% endif %}"
+)
+
+
+def long_conversation(num_replies: int) -> list[dict[str, str]]:
+    turns = [
+        ({"from": "human", "value": f" What is {i}?\n"}, {"from": "gpt", "value": f" {i}. "})
+        for i in range(num_replies)
+    ]
+    return [turn for pair in turns for turn in pair] + [{"from": "human", "value": "Thanks."}]
+
+
+@pytest.mark.parametrize("template", [*OWN_TEMPLATES.values(), NUMBERED], ids=[*OWN_TEMPLATES, "numbered"])
+def test_many_replies_are_told_apart_as_few_are(template, monkeypatch):
+    """The quick way for long conversations gives the spans of the plain one, or leaves the template to it."""
+    processor = make_processor(make_tokenizer("chatml", template))
+    conversation = long_conversation(12)
+    spans = processor.render([conversation])
+    monkeypatch.setattr(chat_templates, "MANY_REPLIES", 1000)
+    assert spans == processor.render([conversation])
+    assert len(spans[1][0]) == 12
+
+
+def test_many_replies_are_rendered_in_linear_time(monkeypatch):
+    """At most nine messages are rendered for each reply of a conversation, however long it is."""
+    processor = make_processor(make_tokenizer("chatml", OWN_TEMPLATES["chatml"]))
+    num_rendered, render = 0, chat_templates.render_jinja_template
+
+    def counted(conversations, **kwargs):
+        nonlocal num_rendered
+        num_rendered += sum(map(len, conversations))
+        return render(conversations, **kwargs)
+
+    monkeypatch.setattr(chat_templates, "render_jinja_template", counted)
+    (_, (spans,)) = processor.render([long_conversation(500)])
+    assert len(spans) == 500 and num_rendered <= 9 * 500 + 1
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama_3", "chatml"])
+def test_a_leading_newline_that_merges_with_the_headers(family):
+    """That token is the prompt's, as in the original, which masks as many tokens as the header alone has."""
+    tokenizer = make_tokenizer(family)
+    tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    processor = make_processor(tokenizer)
+    conversation = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "\nA cat."}]
+    row, labels = processor.tokenize(conversation)
+    header = len(processor.tokenize(conversation[:1], add_generation_prompt=True)[0])
+    assert tokenizer.decode(row[header - 1]) in ("\n\n", "\n\n\n")
+    assert set(labels[:header]) == {IGNORE_INDEX} and labels[header:-1] == row[header:-1]
+    assert IGNORE_INDEX not in labels[header:-1]

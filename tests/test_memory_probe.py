@@ -190,6 +190,7 @@ def test_output_has_the_result_and_a_picture(tmp_path, capsys):
         ({"budget_gib": 0.0}, ["--budget_gib 0.0", "above 0"]),
         ({"strategy": "zero9"}, ["--strategy zero9"]),
         ({"strategy": "zero2", "offload": "param"}, ["--offload param", "zero3"]),
+        ({"max_seq_len": 2049}, ["--max_seq_len 2049", "has 2048 positions", "choose --max_seq_len 2048 or less"]),
         ({"images_per_sample": 40}, ["--images_per_sample 40", "max_seq_len is 48"]),
         ({"config_file": "missing.yaml"}, ["--config_file missing.yaml"]),
         ({"model": "mgm-3b"}, ["--model mgm-3b"]),

@@ -123,3 +123,13 @@ def test_an_adapter_can_be_pushed(tiny_model, pushed):
     model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
     model.push_to_hub("me/mine")
     assert {"adapter_model.safetensors", "adapter_config.json"} <= pushed.keys()
+
+
+def test_samples_that_lost_their_end_are_told(tmp_path):
+    """As many as run.json has; nothing is said of none."""
+    run = RUN | {"cut_replies": 1234, "config": RUN["config"] | {"max_seq_len": 1024}}
+    assert (
+        "Samples cut off at 1024 tokens, so that the end of their replies was not learned: 1,234."
+        in load(run, tmp_path).text
+    )
+    assert "cut off" not in load(RUN, tmp_path).text

@@ -1,5 +1,6 @@
 """Nothing from outside is executed or unpickled, nothing written outside --output_dir; a full disk costs nothing."""
 
+import errno
 import json
 import os
 import pickle
@@ -8,10 +9,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from forked_runs import Fault, run
 
+from data.batching import measure_lengths
 from data.dataset import open_dataset
 from utils import UserError, load_model, load_processor
 
@@ -72,6 +75,37 @@ def test_disk_full_at_the_end(small_disk: Path, tmp_path: Path) -> None:
     flags = FLAGS.replace("save_steps 1", "save_steps 0")
     ended = run(f"{flags} --output_dir {small_disk / 'out'}", tmp_path)
     assert ended.code == 2 and "No space left on device" in ended.error, ended.err[-2000:]
+
+
+def test_disk_full_of_the_datasets_cache(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of 8 MB does not fit on 4 MiB, and the cache is named."""
+    text = "word " * 20_000
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": text}]
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps({"conversations": turns})] * 80))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small_disk)
+    with pytest.raises(UserError, match=f"cache {small_disk} cannot be written .No space left.*HF_DATASETS_CACHE"):
+        open_dataset(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("stage", ["read", "measured"])
+def test_cache_that_cannot_be_written(stage: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injected, while records are read and while their tokens are counted: one line, exit code 2."""
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}]))
+    dataset = open_dataset(tmp_path / "data.json") if stage == "measured" else None
+
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", fail)
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "finalize", fail)
+    with pytest.raises(UserError, match="the datasets cache .* cannot be written"):
+        if dataset is None:
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+            open_dataset(tmp_path / "data.json")
+        else:
+            measure_lengths(dataset.records, load_processor("data/tiny_mgm"), 77)
 
 
 @pytest.mark.slow

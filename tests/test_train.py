@@ -368,6 +368,7 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--lora 8", ["--lora", "--help"]),
         ("--model no/such/folder", ["no/such/folder", "no such folder"]),
         ("--model data", ["--model data", "cannot be loaded"]),
+        ("--max_seq_len 2049", ["--max_seq_len 2049", "has 2048 positions", "choose --max_seq_len 2048 or less"]),
         ("--dataset missing.json", ["missing.json", "no such file"]),
         ("--image_folder missing", ["--image_folder missing", "no such folder"]),
         ("--lora_target_modules out_proj", ["--lora_target_modules out_proj", "q_proj"]),
@@ -483,3 +484,21 @@ def test_the_aspect_ratio_is_saved_with_the_adapter(square_model, tmp_path, monk
     words = ["--adapter", str(output_dir), "--dataset", str(data), "--output", str(tmp_path / "eval.json")]
     evaluation.main(parse_config(evaluation.EvalConfig, words))
     assert used[0].image_aspect_ratio == "pad"
+
+
+@pytest.mark.slow
+def test_replies_that_are_cut_are_counted(tmp_path):
+    """Of four samples one ends behind --max_seq_len, and one has no room for any reply: said before step 1."""
+    turns = [[{"from": "human", "value": question}, {"from": "gpt", "value": "word " * n}] for question, n in LENGTHS]
+    data, output_dir = tmp_path / "data.json", tmp_path / "out"
+    data.write_text(json.dumps([{"conversations": conversation} for conversation in turns]))
+    flags = f"--dataset {data} --output_dir {output_dir} --max_seq_len 64 --max_steps 1 --eval_samples 0"
+    ended = forked_runs.run(f"{flags} --dataloader_num_workers 0 --no_rehearse", tmp_path / "logs")
+    assert ended.code == 0, ended.err[-3000:]
+    assert "Cut 1 of 4 samples at --max_seq_len 64: " in ended.out
+    assert ended.out.index("Cut 1 of 4") < ended.out.index("Training ")
+    assert ended.result["cut_replies"] == json.loads((output_dir / "run.json").read_text())["cut_replies"] == 1
+    assert "Samples cut off at 64 tokens" in (output_dir / "README.md").read_text()
+
+
+LENGTHS = [("Hi", 2), ("Hi", 500), ("Hi " * 200, 2), ("Hello", 3)]

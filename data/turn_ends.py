@@ -1,0 +1,45 @@
+"""Whether what a model learns to write ends where generation stops: else it would never learn to end its turn."""
+
+from itertools import groupby
+from typing import Any
+
+from transformers import GenerationConfig
+
+from chunked_loss import IGNORE_INDEX
+from processing_mgm import MGMProcessor
+from utils import load_config
+
+
+MAX_SHOWN = 80  # characters of a reply in a message
+
+
+def missing_turn_end(model: str, processor: MGMProcessor, record: dict[str, Any]) -> str | None:
+    """What is wrong, in a line that shows the supervised text of `record`, or None: each reply has an end of turn."""
+    stops = stop_token_ids(model, processor)
+    replies = supervised_replies(processor, record["conversations"])
+    if replies and all(stops.intersection(reply) for reply in replies):
+        return None
+    lacking = next((reply for reply in replies if not stops.intersection(reply)), [])
+    text = processor.tokenizer.decode(lacking)
+    shown = text if len(text) <= MAX_SHOWN else "... " + text[-MAX_SHOWN:]
+    names = ", ".join(map(str, processor.tokenizer.convert_ids_to_tokens(sorted(stops)))) or "none"
+    return (
+        f"--model {model}: its chat template writes no end of turn into the replies (generation stops at {names}), so "
+        f"the model would not learn to stop; of record {record['id']} it would learn {shown!r}"
+    )
+
+
+def stop_token_ids(model: str, processor: MGMProcessor) -> set[int]:
+    """The tokens that generation stops at: those of generation_config.json, else of config.json, else <eos>."""
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:  # there is none
+        config = GenerationConfig.from_model_config(load_config(model))
+    stops = config.eos_token_id if config.eos_token_id is not None else processor.tokenizer.eos_token_id
+    return {stops} if isinstance(stops, int) else set(stops or [])
+
+
+def supervised_replies(processor: MGMProcessor, conversation: list[dict[str, str]]) -> list[list[int]]:
+    """The tokens that carry labels, a list for each run of them."""
+    _, labels = processor.tokenize(conversation)
+    return [list(run) for is_reply, run in groupby(labels, lambda label: label != IGNORE_INDEX) if is_reply]
