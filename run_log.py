@@ -236,8 +236,11 @@ class RunLog:
         header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
         self.writer.add_text("eval/predictions", header + table, global_step)
 
-    def finish(self, global_step: int) -> dict | None:
-        """Write run.json, the model card and hparams. Returns run.json's content on the main process."""
+    def finish(self, global_step: int, data: dict[str, Any]) -> dict | None:
+        """Write run.json, the model card and hparams. Returns run.json's content on the main process.
+
+        `data`: the training data's digest.
+        """
         self.peak["eval"] = peak_bytes()
         totals = self.totals
         result = {
@@ -253,6 +256,7 @@ class RunLog:
             "bad_samples": self.num_bad_samples,
             "peak": self.peak,
             "eval": self.eval,
+            "data": data,
             "config": asdict(self.config),
             "environment": environment(self.accelerator),
         }

@@ -35,7 +35,7 @@ from checkpoints import (
     run_settings,
 )
 from data.batching import column_values, measure_lengths
-from data.dataset import ConversationDataset, open_dataset
+from data.dataset import ConversationDataset, digest_records, open_dataset
 from data.loader import build_loader
 from data.make_demo import ensure_demo
 from doctor import run_doctor
@@ -189,15 +189,16 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor:
         return run_doctor(config.model, output_dir)
     accelerator = build_accelerator(config, config.output_dir)
-    if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
-        accelerator.print(f"{output_dir} is finished already")
-        return finished if accelerator.is_main_process else None
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
     processor = load_processor(config.model)
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
+    run_json, data = output_dir / RUN_JSON, train_dataset.digest
+    if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
+        accelerator.print(f"{output_dir} is finished already")
+        return finished if accelerator.is_main_process else None
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
     loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
@@ -213,7 +214,8 @@ def main(config: TrainConfig) -> dict | None:
     state = TrainingState(accelerator, model, optimizer, scheduler)
     settings = run_settings(
         asdict(config),
-        data=sampler.digest(),
+        data=data,
+        lengths=sampler.digest(),
         samples_per_update=sampler.update_size,
         updates=num_steps,
         trained=state.shapes(),
@@ -268,7 +270,7 @@ def main(config: TrainConfig) -> dict | None:
 
         log.evaluation(global_step, evaluate(accelerator, model, processor, eval_dataset), eval_dataset)
         save_trained(accelerator, model, processor, output_dir)
-        return log.finish(global_step)
+        return log.finish(global_step, data)
 
 
 def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Accelerator:
@@ -313,6 +315,7 @@ def build_datasets(
     if len(fitting) < len(records):
         num_dropped = len(records) - len(fitting)
         PartialState().print(f"Left out {num_dropped} of {len(records)} samples: longer than {config.max_seq_len}")
+    train_dataset.digest = digest_records(records)
     train_dataset.records = records.select(fitting)
 
     if eval_path is None or config.eval_samples == 0:
