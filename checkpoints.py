@@ -35,6 +35,7 @@ from utils import BadSample, Interrupted, UserError, brief_error
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
 LATEST = "latest"
+RUN_JSON = "run.json"  # what a finished run has come to
 # Flags whose change leaves the run what it is. All others have to stay; the records, the samples an update and the
 # number of updates are compared themselves.
 FREE_FLAGS = {
@@ -113,6 +114,8 @@ class Checkpoints:
 
     def update(self, position: Position, is_skipped: bool = False) -> None:
         """An update is done. While updates are skipped nothing is saved: good checkpoints must not go for them."""
+        if is_skipped and self.noted is None:
+            return  # nothing has been trained yet
         self.noted = position, rng_state(), self.log.state()
         is_due = position.global_step % (self.save_steps or math.inf) == 0 or position.global_step == self.num_steps
         if self.save_steps and is_due and not is_skipped:
@@ -287,7 +290,9 @@ def find_damage(path: Path) -> str | None:
 
 def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> None:
     """Raise UserError where output would mix with what another run has left."""
-    is_resumed_here = resume_from is not None and (resume_from == LATEST or Path(resume_from).parent == path)
+    is_resumed_here = resume_from == LATEST or (
+        resume_from is not None and Path(resume_from).resolve().parent == path.resolve()
+    )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file, choose a folder")
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
@@ -330,7 +335,8 @@ def finished_run(
     Raises:
         UserError: it was trained on other `data`.
     """
-    if resume_from != LATEST or not run_json.is_file():
+    is_saved = any((run_json.parent / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if resume_from != LATEST or not run_json.is_file() or not is_saved:
         return None
     result = json.loads(run_json.read_text())
     names = flags.keys() - FREE_FLAGS | {"num_train_epochs", "max_steps"}

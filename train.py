@@ -26,6 +26,7 @@ from torch import nn
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
 from checkpoints import (
+    RUN_JSON,
     Checkpoints,
     Position,
     check_output_dir,
@@ -45,7 +46,7 @@ from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
 from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
 from rehearsal import rehearse
-from run_log import RUN_JSON, RunLog
+from run_log import RunLog
 from saving import save_trained
 from tiled_mlp import tile_frozen_mlps
 from training_state import TrainingState
@@ -181,6 +182,8 @@ class TrainConfig(StepConfig):
         check_minimum(self, logging_steps=1, eval_samples=0, dataloader_num_workers=0)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
+            if Path(self.model).resolve() == Path(self.output_dir).resolve():
+                raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
 
