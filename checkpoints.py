@@ -35,8 +35,9 @@ from utils import BadSample, Interrupted, UserError, brief_error
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
 LATEST = "latest"
-# Flags whose change leaves the run what it is. All others have to stay; the data, the samples an update and the number
-# of updates are compared themselves.
+RUN_JSON = "run.json"  # what a finished run has come to
+# Flags whose change leaves the run what it is. All others have to stay; the records, the samples an update and the
+# number of updates are compared themselves.
 FREE_FLAGS = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("logging_steps", "save_steps", "save_total_limit"),
@@ -114,6 +115,8 @@ class Checkpoints:
 
     def update(self, position: Position, is_skipped: bool = False) -> None:
         """An update is done. While updates are skipped nothing is saved: good checkpoints must not go for them."""
+        if is_skipped and self.noted is None:
+            return  # nothing has been trained yet
         self.noted = position, rng_state(), self.log.state()
         is_due = position.global_step % (self.save_steps or math.inf) == 0 or position.global_step == self.num_steps
         if self.save_steps and is_due and not is_skipped:
@@ -288,7 +291,9 @@ def find_damage(path: Path) -> str | None:
 
 def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> None:
     """Raise UserError where output would mix with what another run has left."""
-    is_resumed_here = resume_from is not None and (resume_from == LATEST or Path(resume_from).parent == path)
+    is_resumed_here = resume_from == LATEST or (
+        resume_from is not None and Path(resume_from).resolve().parent == path.resolve()
+    )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file, choose a folder")
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
@@ -323,14 +328,29 @@ def read_tensors(path: Path) -> Tensors:
                 yield name, tensors.get_tensor(name)
 
 
-def finished_run(resume_from: str | None, run_json: Path, flags: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run with these flags has already come to, where `latest` is the end of it."""
-    if resume_from != LATEST or not run_json.is_file():
+def finished_run(
+    resume_from: str | None, run_json: Path, flags: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What a run with these flags has already come to, where `latest` is the end of it.
+
+    Raises:
+        UserError: it was trained on other `data`.
+    """
+    is_saved = any((run_json.parent / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if resume_from != LATEST or not run_json.is_file() or not is_saved:
         return None
     result = json.loads(run_json.read_text())
     names = flags.keys() - FREE_FLAGS | {"num_train_epochs", "max_steps"}
     is_same = all(result["config"].get(name) == flags[name] for name in names)
-    return result if result["status"] == "done" and is_same else None
+    if result["status"] != "done" or not is_same:
+        return None
+    if (trained_on := result.get("data", data)) != data:
+        difference = _data_difference(trained_on, data)
+        raise UserError(
+            f"--resume_from_checkpoint latest: {run_json.parent} is finished, and {difference}. "
+            "Use the same data, or choose another --output_dir to start a new run"
+        )
+    return result
 
 
 def run_settings(flags: dict[str, Any], **derived: Any) -> dict[str, Any]:
@@ -348,6 +368,11 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
             continue
         if name == "trained":
             differences += _shape_differences(before or {}, after or {})
+        elif name == "data" and isinstance(before, dict):  # once it was one hash
+            differences.append(_data_difference(before, after))
+        elif name == "lengths":
+            if saved["data"] == now["data"]:  # other records have other lengths
+                differences.append("the samples have other lengths in tokens: another tokenizer or chat template?")
         else:
             differences.append(f"{name} was {before}, now {after}")
     if differences:
@@ -355,6 +380,12 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
             f"--resume_from_checkpoint {path}: it was made with other settings: {'; '.join(differences)}. "
             "Use the same, or start a new run"
         )
+
+
+def _data_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if (num_before := before["num_records"]) != (num_after := after["num_records"]):
+        return f"the data set had {num_before} records, now {num_after}"
+    return f"the data set has {num_after} records as before, but their texts, image names or order differ"
 
 
 def _shape_differences(before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import platform
 import resource
-import shutil
 import time
 from copy import copy
 from dataclasses import asdict
@@ -20,20 +19,19 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from checkpoints import remove_checkpoints, remove_temporaries
+from checkpoints import RUN_JSON, remove_temporaries
 from data.dataset import ConversationDataset
 from data.worst_case import Row
 from eval import Prediction, exact_match
 from eval_pictures import caption, captioned
 from memory_run import RunMemory
 from model_card import GIB, as_table, build_model_card, escape_cell
+from previous_run import CARD, TENSORBOARD, PreviousRun
 from quantization import num_values
 from utils import ModelConfig
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
-TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
-RUN_JSON = "run.json"
 LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_samples")
 NUM_PICTURES = 4
 
@@ -41,7 +39,8 @@ NUM_PICTURES = 4
 class RunLog:
     """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
 
-    A context: when something ends the run before its first update is done, what the run has written is taken back.
+    A context: when something ends the run before it has trained, what the run has written is taken back. What an
+    overwritten run has left is removed as soon as it has.
     A run that is resumed behind `start_step` updates goes on where its log was.
     """
 
@@ -76,11 +75,10 @@ class RunLog:
         self.window_start = self.elapsed = 0.0
 
         self.progress = None
-        self.output_dir_is_new = not self.output_dir.exists()
+        self.has_trained = False
+        self.previous = PreviousRun(self.output_dir)
         if accelerator.is_main_process:
             remove_temporaries(self.output_dir)
-            if not start_step:
-                remove_run(self.output_dir)
         # What a killed run has drawn behind its last checkpoint is drawn again.
         purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
@@ -100,9 +98,9 @@ class RunLog:
             self.progress.close()  # else an error's line would go on where the bar ends
         if self.memory is not None:
             self.memory.stop()
-        if exception_type is not None and self.global_step == 0 and self.accelerator.is_main_process:
+        if exception_type is not None and not self.has_trained and self.accelerator.is_main_process:
             self.writer.close()
-            shutil.rmtree(self.output_dir if self.output_dir_is_new else self.output_dir / TENSORBOARD)
+            self.previous.restore()
 
     @property
     def writer(self) -> SummaryWriter:
@@ -116,6 +114,8 @@ class RunLog:
     def start(self) -> None:
         """The clock of throughput runs from here."""
         reset_peak()
+        if self.start_step == self.num_steps:  # the training was done before
+            self._take_over()
         bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
         self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
         self.window_start = time.perf_counter() - self.elapsed
@@ -147,6 +147,8 @@ class RunLog:
         `loss_scale`: that of fp16. The loss of a skipped update may be NaN and counts nowhere.
         """
         self.global_step = global_step
+        if not (is_skipped or self.has_trained):
+            self._take_over()
         self.loss_scale = loss_scale
         if is_skipped:
             self.num_skipped_updates += 1
@@ -161,6 +163,12 @@ class RunLog:
         if global_step == self.num_steps:
             self.progress.close()
             self.peak["train"] = peak_bytes()
+
+    def _take_over(self) -> None:
+        """From here on the output folder is this run's."""
+        self.has_trained = True
+        if self.config.overwrite_output_dir and self.accelerator.is_main_process:
+            self.previous.remove()
 
     def _close_window(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: float) -> None:
         sums = torch.cat([self.window, self.update_loss[None]])
@@ -239,8 +247,11 @@ class RunLog:
         header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
         self.writer.add_text("eval/predictions", header + table, global_step)
 
-    def finish(self, global_step: int) -> dict | None:
-        """Write run.json, the model card and hparams. Returns run.json's content on the main process."""
+    def finish(self, global_step: int, data: dict[str, Any]) -> dict | None:
+        """Write run.json, the model card and hparams. Returns run.json's content on the main process.
+
+        `data`: the training data's digest.
+        """
         self.peak["eval"] = peak_bytes()
         totals = self.totals
         result = {
@@ -257,6 +268,7 @@ class RunLog:
             "cut_replies": self.num_cut_replies,
             "peak": self.peak,
             "eval": self.eval,
+            "data": data,
             "config": asdict(self.config),
             "environment": environment(self.accelerator),
         }
@@ -269,17 +281,10 @@ class RunLog:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
-            build_model_card(result).save(self.output_dir / "README.md")  # in place of PEFT's empty form
+            build_model_card(result).save(self.output_dir / CARD)  # in place of PEFT's empty form
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
-
-
-def remove_run(output_dir: Path) -> None:
-    """What an overwritten run has left: its curves and checkpoints do not belong to the new one."""
-    shutil.rmtree(output_dir / TENSORBOARD, ignore_errors=True)
-    (output_dir / RUN_JSON).unlink(missing_ok=True)
-    remove_checkpoints(output_dir, num_kept=0)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

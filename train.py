@@ -30,6 +30,7 @@ from torch import nn
 from transformers import ProcessorMixin, SchedulerType, get_scheduler
 
 from checkpoints import (
+    RUN_JSON,
     Checkpoints,
     Position,
     check_output_dir,
@@ -39,7 +40,7 @@ from checkpoints import (
     run_settings,
 )
 from data.batching import column_values, count_cut, measure_lengths
-from data.dataset import ConversationDataset, open_dataset
+from data.dataset import ConversationDataset, digest_records, open_dataset
 from data.images import MOVED
 from data.loader import build_loader
 from data.make_demo import ensure_demo
@@ -51,7 +52,7 @@ from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
 from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
 from rehearsal import rehearse
-from run_log import RUN_JSON, RunLog
+from run_log import RunLog
 from saving import save_trained
 from tiled_mlp import tile_frozen_mlps
 from training_state import TrainingState
@@ -205,6 +206,8 @@ class TrainConfig(StepConfig):
         check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
+            if Path(self.model).resolve() == Path(self.output_dir).resolve():
+                raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
             check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
 
     @staticmethod
@@ -220,9 +223,6 @@ def main(config: TrainConfig) -> dict | None:
     accelerator = build_accelerator(config, config.output_dir)
     check_positions(config)
     processor = build_processor(config)
-    if finished := finished_run(config.resume_from_checkpoint, output_dir / RUN_JSON, asdict(config)):
-        accelerator.print(f"{output_dir} is finished already")
-        return finished if accelerator.is_main_process else None
     if config.dataset is None:
         accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     set_seed(config.seed)
@@ -230,6 +230,10 @@ def main(config: TrainConfig) -> dict | None:
     # Whatever is wrong with the input is found here, before the first byte is written.
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
+    run_json, data = output_dir / RUN_JSON, train_dataset.digest
+    if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
+        accelerator.print(f"{output_dir} is finished already")
+        return finished if accelerator.is_main_process else None
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
     held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
@@ -246,7 +250,8 @@ def main(config: TrainConfig) -> dict | None:
     state = TrainingState(accelerator, model, optimizer, scheduler)
     settings = run_settings(
         asdict(config),
-        data=sampler.digest(),
+        data=data,
+        lengths=sampler.digest(),
         samples_per_update=sampler.update_size,
         updates=num_steps,
         trained=state.shapes(),
@@ -305,7 +310,7 @@ def main(config: TrainConfig) -> dict | None:
         with is_saved(output_dir):
             out_of_memory.at(f"while {held_out}", held_out.longest)
             log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
-        return log.finish(global_step)
+        return log.finish(global_step, data)
 
 
 @contextmanager
@@ -387,6 +392,7 @@ def build_datasets(
     if num_cut := count_cut(records, config.max_seq_len):
         cut = f"Cut {num_cut} of {len(records)} samples at --max_seq_len {config.max_seq_len}"
         PartialState().print(f"{cut}: the end of their replies, with the end of turn, is not learned")
+    train_dataset.digest = digest_records(records)
     train_dataset.records = records.select(fitting)
 
     if eval_path is None or config.eval_samples == 0:

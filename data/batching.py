@@ -165,7 +165,7 @@ class UpdateBatchSampler:
         self.epoch, self.first_update = epoch, update
 
     def digest(self) -> str:
-        """A hash of how long all samples are: another data set, or other samples of it, has another."""
+        """A hash of how long all samples are: another tokenizer or chat template has another."""
         columns = [self.num_label_tokens] if self.num_tokens is None else [self.num_label_tokens, self.num_tokens]
         return hashlib.sha256(b"".join(np.asarray(column, np.int64).tobytes() for column in columns)).hexdigest()[:16]
 

@@ -4,6 +4,7 @@ The formats are described in data/README.md. Text is read once. Images are opene
 those that lie inside parquet or Arrow files stay there.
 """
 
+import hashlib
 import inspect
 import os
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.skips_bad = problems is not None
         self.follow_links = follow_links
         self.num_moved = num_moved
+        self.digest: dict[str, Any] = {}  # `digest_records` of training data, by which a resumed run knows it again
 
     def __len__(self) -> int:
         return len(self.records)
@@ -138,6 +140,19 @@ def open_dataset(
         raise UserError(f"data set {path}: no record can be used; the first: {problems[0]}")
     kept = [index for index in range(len(records)) if index not in problems]
     return ConversationDataset(records.select(kept).remove_columns(PROBLEM), folder, source, problems, **found)
+
+
+def digest_records(records: datasets.Dataset) -> dict[str, Any]:
+    """How many records there are, and a hash of them in their order: texts and images' names, no image's content.
+
+    It reads Arrow's own bytes: 1.2 million records take three seconds, ten times that behind a `select`.
+    """
+    names = [name for name in ("conversations", "images", "row") if name in records.column_names]
+    content = hashlib.sha256()
+    for table in records.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+        for batch in table.combine_chunks().to_batches():  # chunks are as some cache was written
+            content.update(batch.serialize())
+    return {"num_records": len(records), "sha256": content.hexdigest()[:16]}
 
 
 def load_conversations(path: str | Path) -> datasets.Dataset:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import data.dataset
 import data.sources
-from data.dataset import FEATURES, load_conversations, open_dataset, open_image
+from data.dataset import FEATURES, digest_records, load_conversations, open_dataset, open_image
 from utils import UserError
 
 
@@ -813,3 +813,23 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch, error):
     assert f"no such path, and not to be had from the hub ({reason})" in refusal(Path("owner/name"))
     for name in ("data/missing.json", "data/missing.jsonl", "data/missing.parquet", "a/b/c", "missing"):
         assert "no such file" in refusal(Path(name))
+
+
+def test_the_digest_covers_what_is_trained_on():
+    """Texts, image names and their order; neither ids nor how the records lie in memory."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "7"}]
+    records = [{"id": str(i), "images": [f"{i}.png"], "conversations": turns} for i in range(5)]
+
+    def digest(rows: list[dict]) -> str:
+        return digest_records(datasets.Dataset.from_list(rows, features=FEATURES))["sha256"]
+
+    in_pieces = [datasets.Dataset.from_list(records[part], features=FEATURES) for part in (slice(3), slice(3, 5))]
+    same = digest(records)
+    assert digest_records(datasets.concatenate_datasets(in_pieces)) == {"num_records": 5, "sha256": same}
+    longer = datasets.Dataset.from_list([*records[::-1], *records], features=FEATURES)
+    assert digest_records(longer.select(range(5, 10)))["sha256"] == same
+    assert digest([record | {"id": "other"} for record in records]) == same
+    relabelled = [turns[0], turns[1] | {"value": "8"}]
+    assert digest([*records[:4], records[4] | {"conversations": relabelled}]) != same
+    assert digest([*records[:4], records[4] | {"images": ["5.png"]}]) != same
+    assert digest(records[::-1]) != same

@@ -177,7 +177,40 @@ def test_settings_that_cannot_work(killed: Path, data_flags: str, tmp_path: Path
 def test_other_data(killed: Path, data_flags: str, tmp_path: Path) -> None:
     """Another data set has no place to go on in."""
     ended = resume(killed, "", tmp_path, "--dataset data/demo/validation.json")
-    assert ended.code == 2 and "data was" in ended.error
+    assert ended.code == 2 and "the data set had 40 records, now " in ended.error
+
+
+def changed(data_flags: str, path: Path, how: str) -> str:
+    """The records with another label, another image or in another order, all as long as before; the flags for them."""
+    words = data_flags.split()
+    records = json.loads(Path(words[1]).read_text())
+    images = [record for record in records if "image" in record]
+    if how == "relabelled":
+        replies = {len(record["conversations"][1]["value"]): record["conversations"][1] for record in records}
+        one, other = next(
+            (a, b)
+            for a in (record["conversations"][1] for record in records)
+            for b in replies.values()
+            if len(a["value"]) == len(b["value"]) == 1 and a["value"] != b["value"]
+        )
+        one["value"] = other["value"]
+    elif how == "other image":
+        images[0]["image"] = next(record["image"] for record in images if record["image"] != images[0]["image"])
+    else:
+        records = [*images[::-1], *(record for record in records if "image" not in record)]
+    path.write_text(json.dumps(records))
+    return f" --dataset {path} {' '.join(words[2:])}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["relabelled", "other image", "reordered"])
+def test_changed_data(how: str, killed: Path, references: dict[str, Path], data_flags: str, tmp_path: Path) -> None:
+    """As many records, which cannot be told apart by their lengths; nor does a finished run count as theirs."""
+    flags = changed(data_flags, tmp_path / "changed.json", how)
+    ended = resume(killed, flags, tmp_path / "killed")
+    assert ended.code == 2 and "as before, but their texts, image names or order differ" in ended.error
+    ended = resume(references["single"], flags, tmp_path / "finished")
+    assert ended.code == 2 and "is finished, and the data set has 40 records as before, but" in ended.error
 
 
 @pytest.mark.slow

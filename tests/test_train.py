@@ -387,6 +387,7 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
         ("--recipe missing.yaml", ["--recipe missing.yaml"]),
         ("--output_dir tests", ["--output_dir tests", "--overwrite_output_dir"]),
+        ("--output_dir data/tiny_mgm --overwrite_output_dir", ["--output_dir data/tiny_mgm", "the model is there"]),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the precisions a machine can do are its own")
