@@ -10,6 +10,7 @@ The last line on stdout is a JSON object. Exit code 3: it does not fit.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -76,8 +77,8 @@ class ProbeConfig(StepConfig):
         check_minimum(self, images_per_sample=0)
         if self.explain and self.mode == "measure":
             raise UserError("--explain: it explains a prediction; choose --mode predict or both")
-        if self.budget_gib is not None and self.budget_gib <= 0:
-            raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0")
+        if self.budget_gib is not None and not 0 < self.budget_gib < math.inf:  # NaN is neither
+            raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0, and finite")
 
     def resolve_launch(self) -> None:
         """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""

@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import ProcessorMixin, SchedulerType, get_scheduler
+from transformers import ProcessorMixin, get_scheduler
 
 from checkpoints import (
     RUN_JSON,
@@ -73,6 +73,12 @@ VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
 LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
 DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
+# transformers' schedulers but those that need more settings than these flags have, such as a smallest learning rate.
+SCHEDULERS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
+POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin above it
 ALL_LINEAR = "all-linear"  # PEFT's word
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
@@ -124,7 +130,9 @@ class StepConfig(ModelConfig):
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
-        check_minimum(self, dataloader_num_workers=0)
+        check_minimum(self, dataloader_num_workers=0, seed=0)
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
@@ -174,8 +182,8 @@ class TrainConfig(StepConfig):
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
     learning_rate: float = 2e-4
-    warmup_ratio: float = 0.03
-    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the updates"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": " | ".join(SCHEDULERS)})
     weight_decay: float = 0.0
     num_train_epochs: int = 1
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
@@ -201,8 +209,14 @@ class TrainConfig(StepConfig):
             check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
         check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
         check_minimum(self, max_bad_fraction=0)
-        check_choice("lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
+        if self.warmup_ratio > 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio}: it is a share of the updates, at most 1")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise UserError(
+                f"--learning_rate {self.learning_rate}: polynomial falls to {POLYNOMIAL_END}, start above it"
+            )
         check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
         if not self.doctor:
@@ -242,8 +256,7 @@ def main(config: TrainConfig) -> dict | None:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
-    num_warmup_steps = round(config.warmup_ratio * num_steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
+    scheduler = build_scheduler(config, optimizer, num_steps)
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -508,6 +521,14 @@ def build_optimizer(
     model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     return OPTIMIZERS[optim](trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
+
+
+def build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    # Polynomial divides by the number of steps after the warm-up.
+    num_warmup_steps = min(round(config.warmup_ratio * num_steps), num_steps - 1)
+    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 
 
 def training_step(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -104,10 +105,14 @@ def check_device(device: str) -> None:
 
 
 def check_minimum(config: object, **minimums: float) -> None:
-    """Raise UserError where a numeric flag of `config` lies below its minimum."""
+    """Raise UserError where a numeric flag of `config` lies below its minimum, or is NaN or infinite."""
     for name, minimum in minimums.items():
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is None:  # a default that depends on other things
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"--{name} {value}: it must be a finite number")
+        if value < minimum:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
@@ -228,9 +233,14 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to find out
 
 
+def is_preset(name: str) -> bool:
+    """A folder comes first: the README's conversion writes one that is called `mgm-2b` like the preset."""
+    return name in PRESETS and not Path(name).is_dir()
+
+
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a preset, a folder or a hub id. Raises UserError where there is none."""
-    if name in PRESETS:
+    if is_preset(name):
         return PRESETS[name]()
     return _from_pretrained(AutoConfig, name)
 
@@ -246,7 +256,7 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
-    if name in PRESETS or torch.get_default_device().type == "meta":  # there no weights are read
+    if is_preset(name) or torch.get_default_device().type == "meta":  # there no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 is to split what is quantized
             model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
         return quantize_language_model(model, dtype) if is_quantized else model
@@ -280,7 +290,7 @@ def require_quantization(quantize: str) -> None:
 
 def load_processor(name: str) -> ProcessorMixin:
     """The processor of a folder or a hub id. Raises UserError where there is none."""
-    if name in PRESETS:
+    if is_preset(name):
         raise UserError(f"--model {name}: a preset has no tokenizer; give a folder made by convert_mgm.py")
     return _from_pretrained(AutoProcessor, name)
 
@@ -291,4 +301,17 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
+        check_no_adapter(name)
         raise UserError(f"--model {name}: cannot be loaded ({error})") from None
+
+
+def check_no_adapter(name: str) -> None:
+    """Raise UserError for a folder that holds an adapter alone: it names the adapter's base."""
+    try:
+        base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError):
+        return
+    raise UserError(
+        f"--model {name}: it holds an adapter, not a model. Give its base, --model {base}; eval.py takes both with "
+        f"--adapter {name}"
+    )

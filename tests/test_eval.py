@@ -18,8 +18,8 @@ from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 import eval as evaluation
 import generation
 from data.make_demo import ensure_demo
-from eval import EvalConfig, main
-from generation import answer_batches, generate_answers, prompt_inputs
+from eval import EvalConfig, HeldOut, main
+from generation import Answer, answer_batches, generate_answers, prompt_inputs
 from tasks import conversations
 from utils import load_model, load_processor, parse_config, run_script
 
@@ -98,8 +98,9 @@ def test_tensorboard(adapter, tmp_path):
     assert min(grid.width for grid in grids) == 4 * 328
 
 
-def greedy(model, processor, question, max_new_tokens: int) -> str:
+def greedy(model, processor, question, max_new_tokens: int) -> Answer:
     """One token after another, without cache, padding or generate."""
+    is_cut = True
     images = question.images()
     inputs = prompt_inputs(processor, [question.conversation], [images])
     end, tokens = model.generation_config.eos_token_id, []
@@ -108,10 +109,11 @@ def greedy(model, processor, question, max_new_tokens: int) -> str:
             token = model(**inputs).logits[0, -1].argmax()
         tokens.append(token)
         if int(token) in end:
+            is_cut = False
             break
         inputs["input_ids"] = torch.cat([inputs["input_ids"], token[None, None]], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    return processor.decode(tokens, skip_special_tokens=True)
+    return Answer(processor.decode(tokens, skip_special_tokens=True), is_cut)
 
 
 def test_batches_answer_as_one_by_one(mixed_dataset, accelerator):
@@ -119,7 +121,7 @@ def test_batches_answer_as_one_by_one(mixed_dataset, accelerator):
     model, processor = load_model(MODEL, torch.float32, "sdpa").eval(), load_processor(MODEL)
     questions = conversations.load(str(mixed_dataset), "data/demo").questions
     expected = {i: greedy(model, processor, question, 12) for i, question in enumerate(questions)}
-    assert len(set(expected.values())) > 3
+    assert len({answer.text for answer in expected.values()}) > 3
     indices = list(range(len(questions)))
     for batch_size in (1, 5, 24):
         found = {}
@@ -152,7 +154,7 @@ def test_generation_stops_at_both_ends(end, tiny_model):
 
     model.lm_head.register_forward_hook(only_the_end)
     inputs = prompt_inputs(processor, [[{"from": "human", "value": "What?"}]] * 2, [[], []])
-    assert generate_answers(model, processor, inputs, 8) == ["", ""]
+    assert generate_answers(model, processor, inputs, 8) == [Answer("", is_cut=False)] * 2
     assert len(calls) == 1
 
 
@@ -325,8 +327,53 @@ def test_evaluate_for_training(accelerator):
     dataset = open_dataset(ensure_demo() / "validation.json")
     dataset.records = dataset.records.select(range(6))
     model = load_model(MODEL, torch.float32, "sdpa").train()
-    predictions = evaluation.evaluate(accelerator, model, load_processor(MODEL), dataset, batch_size=4)
+    processor = load_processor(MODEL)
+    held_out = HeldOut.of(dataset, processor, batch_size=4)
+    predictions = evaluation.evaluate(accelerator, model, processor, held_out)
     assert model.training
     assert [prediction.index for prediction in predictions] == list(range(6))
     assert [prediction.id for prediction in predictions] == dataset.records["id"][:6]
     assert evaluation.exact_match(predictions) == sum(p.is_exact for p in predictions) / 6
+
+
+def test_held_out_sizes(mixed_dataset):
+    """The longest row is the longest prompt and as many tokens as the longest reply has; a flag may say fewer."""
+    from data.dataset import open_dataset
+
+    dataset, processor = open_dataset(mixed_dataset, "data/demo"), load_processor(MODEL)
+    held_out = HeldOut.of(dataset, processor, batch_size=3)
+    prompts, replies = [], []
+    for question in held_out.questions:
+        images = question.images()
+        assert len(images) == question.num_images
+        inputs = prompt_inputs(processor, [question.conversation], [images])
+        prompts.append(inputs["input_ids"].shape[1])
+        replies.append(len(processor.tokenizer(question.references[0], add_special_tokens=False)["input_ids"]))
+    assert held_out.max_new_tokens >= max(replies) + 1, "a perfect answer and what ends it"
+    assert held_out.longest.num_tokens == max(prompts) + held_out.max_new_tokens
+    assert held_out.longest.num_images == max(question.num_images for question in held_out.questions)
+    assert HeldOut.of(dataset, processor, 3, max_new_tokens=2).longest.num_tokens == max(prompts) + 2
+    assert HeldOut.of(None, processor, 3).questions == []
+
+
+def test_long_answers_are_not_cut(accelerator, tiny_model):
+    """As many tokens as the longest reply has: 50 digits. Where a flag allows fewer, answers are said to be cut."""
+    from data.dataset import open_dataset
+
+    dataset, processor = open_dataset(ensure_demo() / "validation.json"), load_processor(MODEL)
+    reply = "7" * 50
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": reply}]
+    dataset.records = dataset.records.select(range(2)).map(lambda record: {"conversations": turns, "images": []})
+    model = load_model(MODEL, torch.float32, "sdpa").eval()
+    tokens = iter(2 * [*processor.tokenizer(reply, add_special_tokens=False)["input_ids"], 1])
+
+    def dictated(module, args, output):
+        output = torch.full_like(output, -100.0)
+        output[..., next(tokens)] = 100.0
+        return output
+
+    model.lm_head.register_forward_hook(dictated)
+    (first, second) = evaluation.evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, batch_size=2))
+    assert first.prediction == second.prediction == reply and first.is_exact and not first.is_cut
+    (cut, _) = evaluation.evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, 2, max_new_tokens=32))
+    assert cut.is_cut and not cut.is_exact

@@ -2,11 +2,14 @@
 
 import json
 import re
+import textwrap
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from peft import PeftModel
 
 from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
@@ -14,7 +17,7 @@ from eval import EvalConfig
 from memory_probe import ProbeConfig
 from memory_run import RunMemory
 from run_log import RunLog
-from train import TrainConfig
+from train import StepConfig, TrainConfig, build_model
 from utils import parse_config
 
 
@@ -88,6 +91,20 @@ def test_tags_are_logged():
     assert rows
     for tag in rows:
         assert tag in source or tag.partition("/")[2] in source, tag
+
+
+def test_python_snippets_run(monkeypatch, tmp_path):
+    """Each by itself, on the tiny model and an adapter of it in place of MGM-2B's."""
+    snippets = [textwrap.dedent(code) for code in re.findall(r"^ *```python\n(.*?)```", README, re.M | re.S)]
+    assert snippets
+    config = StepConfig(model=str(ROOT / "data/tiny_mgm"), mixed_precision="no")
+    build_model(config, is_deepspeed=False).save_pretrained(tmp_path / "outputs/mgm-2b-stage2")
+    (tmp_path / "mgm-2b").symlink_to(config.model)
+    monkeypatch.chdir(tmp_path)
+    for code in snippets:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert isinstance(names["model"], PeftModel) and names["processor"].tokenizer
 
 
 def test_tables_are_generated():

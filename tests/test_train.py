@@ -1,10 +1,12 @@
 """train.py as users start it: every strategy gives the same run, and bad input ends in one line."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import forked_runs
@@ -25,7 +27,8 @@ from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
 from data.loader import build_loader
 from data.make_demo import ensure_demo
-from utils import load_model, load_processor, parse_config, run_script
+from memory_probe import ProbeConfig
+from utils import UserError, load_model, load_processor, parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -385,6 +388,11 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--max_seq_len 4", ["--max_seq_len 4", "choose a larger one"]),
         ("--optim lion", ["--optim lion", "adamw_torch, sgd"]),
         ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
+        ("--lr_scheduler_type cosine_with_min_lr", ["--lr_scheduler_type cosine_with_min_lr", "cosine, "]),
+        ("--lr_scheduler_type polynomial --learning_rate 1e-8", ["--learning_rate 1e-08", "start above"]),
+        ("--warmup_ratio 2", ["--warmup_ratio 2.0", "at most 1"]),
+        ("--seed -1", ["--seed -1", "at least 0"]),
+        ("--seed 4294967296", ["--seed 4294967296", "below 2**32"]),
         ("--recipe missing.yaml", ["--recipe missing.yaml"]),
         ("--output_dir tests", ["--output_dir tests", "--overwrite_output_dir"]),
         ("--output_dir data/tiny_mgm --overwrite_output_dir", ["--output_dir data/tiny_mgm", "the model is there"]),
@@ -399,6 +407,31 @@ def test_bad_flags(flags, words, capsys, monkeypatch, tmp_path):
     line = fail(capsys, monkeypatch, *arguments)
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("name", train.SCHEDULERS)
+def test_schedulers_that_are_offered_work(name, warmup_ratio, tmp_path):
+    """Through runs of one update and of several, to the last one, whatever the warm-up; and `--help` names them."""
+    config = train.TrainConfig(lr_scheduler_type=name, warmup_ratio=warmup_ratio, output_dir=str(tmp_path / "out"))
+    for num_steps in (1, 2, 7):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+        scheduler = train.build_scheduler(config, optimizer, num_steps)
+        for _ in range(num_steps):
+            optimizer.step()
+            scheduler.step()
+    assert name in train.TrainConfig.__dataclass_fields__["lr_scheduler_type"].metadata["help"].split(" | ")
+
+
+def test_every_float_has_to_be_finite():
+    """NaN and infinity, of each flag of train.py and memory_probe.py that takes a fraction."""
+    for config_class in (train.TrainConfig, ProbeConfig):
+        names = [f.name for f in fields(config_class) if f.type in (float, float | None)]
+        assert names
+        for name in names:
+            for value in (math.nan, math.inf):
+                with pytest.raises(UserError, match=f"--{name} {value}: .*finite"):
+                    config_class(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import ModelConfig, UserError, load_model, load_processor, parse_config, resolve_mixed_precision
+from utils import (
+    ModelConfig,
+    UserError,
+    load_config,
+    load_model,
+    load_processor,
+    parse_config,
+    resolve_mixed_precision,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +198,29 @@ def test_a_model_that_is_not_there():
         load_processor("tiny")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_model(str(ROOT / "tests"), torch.float32, "sdpa")
+
+
+def test_a_folder_comes_before_a_preset_of_its_name(monkeypatch, tmp_path):
+    """The README's conversion writes a folder `mgm-2b`, and trains it: its weights and its processor are loaded."""
+    (tmp_path / "mgm-2b").symlink_to(ROOT / "data/tiny_mgm")
+    monkeypatch.chdir(tmp_path)
+    hidden_size = load_config("tiny").text_config.hidden_size
+    assert load_config("mgm-2b").text_config.hidden_size == hidden_size
+    weight = load_model("mgm-2b", torch.float32, "sdpa").lm_head.weight
+    assert torch.equal(weight, load_model(str(ROOT / "data/tiny_mgm"), torch.float32, "sdpa").lm_head.weight)
+    assert load_processor("mgm-2b").tokenizer
+    monkeypatch.chdir(ROOT)
+    assert load_config("mgm-2b").text_config.hidden_size == 2048
+
+
+def test_an_adapters_folder_is_no_model(tmp_path):
+    """As a run leaves it: the line names the base, and where an adapter is taken."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "my/base"}')
+    for load in (load_config, lambda name: load_model(name, torch.float32, "sdpa"), load_processor):
+        with pytest.raises(UserError) as refused:
+            load(str(tmp_path))
+        for words in ("it holds an adapter, not a model. Give its base, --model my/base", f"--adapter {tmp_path}"):
+            assert words in str(refused.value)
 
 
 def test_weights_that_do_not_fit_are_listed(reference_model, tmp_path):
