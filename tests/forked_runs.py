@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import torch
 
+from utils import BadSample
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,4 +184,5 @@ SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": sig
 ERRORS = {
     "disk full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "out of memory": torch.OutOfMemoryError("Tried to allocate 500.00 MiB"),
+    "bad sample": BadSample("image 7.png cannot be decoded, replace it"),
 }

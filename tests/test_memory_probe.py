@@ -250,3 +250,21 @@ def test_values_have_their_flags_types():
     assert row_name({"lora_target_modules": ["q_proj", "v_proj"], "strategy": "zero3"}) == (
         "lora_target_modules=q_proj+v_proj_strategy=zero3"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"lora_r": 0, "lora_target_modules": ["q_proj"]}, {"eval_samples": 0}])
+def test_the_evaluation_is_measured(flags):
+    """With many questions at once answering takes more than a step, in a real run on the CPU as predicted."""
+    result = probe(tiny_config(mode="both", device="cpu", per_device_eval_batch_size=32, **flags))
+    phases = result["phases"]
+    training = max(phases[name] for name in ("load", "forward", "backward", "step", "save"))
+    assert abs(result["error"]) < 2e-4
+    if flags.get("eval_samples") == 0:
+        assert phases["evaluate"] == 0 and result["peak_allocated_bytes"] == training
+    else:
+        assert result["peak_allocated_bytes"] == phases["evaluate"] > 1.2 * training
+
+
+def test_answering_one_question_takes_less_than_a_step(predicted):
+    assert 0 < predicted["phases"]["evaluate"] < predicted["peak_allocated_bytes"]

@@ -58,6 +58,33 @@ def test_out_of_memory_later(tmp_path: Path) -> None:
     assert run(f"{flags} --output_dir {tmp_path / 'out'} --resume_from_checkpoint latest", tmp_path).code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "words"), [("out of memory", "Tried to allocate"), ("bad sample", "7.png cannot")])
+def test_the_last_evaluation_fails(action: str, words: str, tmp_path: Path) -> None:
+    """What was trained is saved before it, and the error says where. The run can be ended later."""
+    faults = Fault("eval.answer_batches", 2, action), Fault("out_of_memory.Forecast", 1, "disk full")
+    flags = FLAGS.replace("eval_samples 0", "eval_samples 8 --per_device_eval_batch_size 4 --eval_dataset ")
+    flags += f"data/demo/validation.json --output_dir {tmp_path / 'out'}"
+    ended = run(flags, tmp_path, faults=faults)
+    assert ended.code == 2 and words in ended.error
+    assert f"What was trained is saved in {tmp_path / 'out'}" in ended.error
+    if action == "out of memory":
+        assert "while answering held-out questions, 4 at a time (--per_device_eval_batch_size)" in ended.error
+    assert load_file(tmp_path / "out/adapter_model.safetensors")
+    ended = run(f"{flags} --resume_from_checkpoint latest", tmp_path)
+    assert ended.code == 0 and ended.result["eval"]["n"] == 8 and ended.result["status"] == "done"
+
+
+@pytest.mark.slow
+def test_answering_is_rehearsed(tmp_path: Path) -> None:
+    """Before step 1, in the largest batch of questions: memory that they lack is missed then."""
+    fault = Fault("generation.generate_tokens", 1, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")
+    flags = FLAGS.replace("eval_samples 0", "eval_samples 8 --eval_dataset data/demo/validation.json")
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=fault)
+    assert ended.code == 2 and "before step 1, in the largest batch of held-out questions" in ended.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_messages() -> None:
     """What PyTorch's allocators say, and each end of the remedy."""
     gpu = torch.OutOfMemoryError(
