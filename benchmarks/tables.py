@@ -17,6 +17,7 @@ DOCUMENTS = (
     "README.md",
     *(f"docs/{name}.md" for name in ("memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
+GPU_TESTS = ROOT / "results/gpu/tests.json"
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
@@ -163,7 +164,19 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
     return None
 
 
+def gpu_tests_line() -> str:
+    """Which tests a GPU has run, and of which commit."""
+    record = json.loads(GPU_TESTS.read_text())
+    gpus = f"{record['num_gpus']} x " if record["num_gpus"] > 1 else "one "
+    failed = f", {record['failed']} failed" if record["failed"] else ""
+    return (
+        f"`pytest -m gpu`: {record['passed']} tests passed{failed}, {record['skipped']} skipped, on {gpus}"
+        f"{record['gpu']} with PyTorch {record['torch']}, commit {record['commit'][:8]}."
+    )
+
+
 TABLES = {
+    "gpu-tests": gpu_tests_line,
     "headline": headline_table,
     "gpu": gpu_table,
     "cpu": cpu_table,

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,28 +34,37 @@ SMALL = f"{DEMO} --max_steps 12 --save_steps 4 --eval_samples 16"
 RESUME = " --resume_from_checkpoint latest"
 
 
-def launch(folder: Path, config: str, num_processes: int, flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    command += ["--config_file", f"accelerate_configs/{config}.yaml", "train.py", *flags.split()]
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Runs side by side: a GPU has room for many tiny models."""
+    with ThreadPoolExecutor(max_workers=max(2, len(os.sched_getaffinity(0)) // 3)) as executor:
+        yield executor
+
+
+def command(words: str, output_dir: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=400
+        [sys.executable, *words.split(), "--output_dir", str(output_dir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 
 @pytest.fixture(scope="module")
-def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Future]:
-    """All runs of the demo, a few at a time: the GPU has room for many tiny models."""
-    pool = ThreadPoolExecutor(max_workers=max(2, len(os.sched_getaffinity(0)) // 4))
+def demo_runs(
+    pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int, str] | str, Future]:
+    """Short runs of the demo under every strategy that there are GPUs for, and the README's command."""
     folder = tmp_path_factory.mktemp("demo")
-    flags = f"{DEMO} --max_steps 120 --eval_samples 64 --save_steps 0"
-    futures = {}
+    futures = {"python train.py": pool.submit(command, "train.py", folder / "main")}
     for config, num_processes, precision in [key for key in RUNS if key[1] <= NUM_GPUS]:
+        launch = f"-m accelerate.commands.launch --config_file accelerate_configs/{config}.yaml"
+        words = f"{launch} --num_processes {num_processes} train.py {DEMO} --max_steps 120 --eval_samples 64"
+        words += f" --save_steps 0 --mixed_precision {precision}"
         output_dir = folder / f"{config}-{num_processes}-{precision}"
-        futures[config, num_processes, precision] = pool.submit(
-            launch, output_dir, config, num_processes, f"{flags} --mixed_precision {precision}"
-        )
-    yield futures
-    pool.shutdown()
+        futures[config, num_processes, precision] = pool.submit(command, words, output_dir)
+    return futures
 
 
 @pytest.mark.parametrize(
@@ -78,10 +88,9 @@ def first_loss(progress: str) -> float:
     return float(re.search(r"loss ([\d.]+)", progress)[1])
 
 
-def test_the_main_command(tmp_path: Path) -> None:
+def test_the_main_command(demo_runs: dict) -> None:
     """`python train.py` as it stands, all of it: 7 % of the answers before, 80 % and more after."""
-    command = [sys.executable, "train.py", "--output_dir", str(tmp_path / "demo")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = demo_runs["python train.py"].result()
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     print(result["eval"], result["memory"], result["tokens_per_second"])
@@ -145,9 +154,8 @@ def test_nf4_trains_and_reloads(tmp_path: Path) -> None:
 
 def evaluate(adapter: Path, output: Path, batch_size: int) -> dict:
     flags = f"--adapter {adapter} --limit 32 --batch_size {batch_size} --mixed_precision no --output {output}"
-    done = subprocess.run(
-        [sys.executable, "eval.py", *flags.split()], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    words = [sys.executable, "eval.py", *flags.split()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -186,37 +194,44 @@ def test_merged(adapter: Path) -> None:
     torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("function", ["rehearsal.worst_case_batch", "train.training_step"])
-def test_out_of_memory_in_training(function: str, tmp_path: Path) -> None:
-    """The allocator may have 64 MiB more from here on, and the step needs more: explained in a line, the prediction
-    above it, a snapshot beside it."""
-    flags = SMALL.replace("train_batch_size 16", "train_batch_size 2048") + " --mixed_precision bf16 --eval_samples 0"
-    flags += " --no_rehearse" if function.startswith("train") else ""
-    fault = Fault(function, 1, "little memory")
-    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path / "logs", faults=(fault,))
+@pytest.fixture(scope="module")
+def starved_runs(pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Future]]:
+    """From a function on, the allocator may have 64 MiB more, and what comes then needs more."""
+    folder = tmp_path_factory.mktemp("starved")
+    large = SMALL.replace("train_batch_size 16", "train_batch_size 2048") + " --mixed_precision bf16 --eval_samples 0"
+    asked = SMALL.replace("eval_batch_size 16", "eval_batch_size 1024").replace("eval_samples 16", "eval_samples 1024")
+    futures = {}
+    for when, function, flags in (
+        ("before step 1", "rehearsal.worst_case_batch", large),
+        ("in step 1", "train.training_step", f"{large} --no_rehearse"),
+        ("while answering held-out questions", "train.save_trained", f"{asked} --save_steps 0"),
+    ):
+        path = folder / when.replace(" ", "_")
+        fault = Fault(function, 1, "little memory")
+        future = pool.submit(run, f"{flags} --output_dir {path}", folder / f"{path.name}-logs", faults=(fault,))
+        futures[when] = path, future
+    return futures
+
+
+@pytest.mark.parametrize("when", ["before step 1", "in step 1", "while answering held-out questions"])
+def test_out_of_memory(when: str, starved_runs: dict, tmp_path: Path) -> None:
+    """Explained in a line, the prediction above it, a snapshot beside it. What was trained is not lost."""
+    path, future = starved_runs[when]
+    ended = future.result()
     assert ended.code == 2, ended.err[-3000:]
-    where = "before step 1" if function.startswith("rehearsal") else "in step 1"
-    assert f"out of memory {where}" in ended.error and "Tried to allocate" in ended.error
+    assert f"out of memory {when}" in ended.error and "Tried to allocate" in ended.error
     for words in ("Predicted: ", "At the peak:", "What to change:", "Allocator snapshot: "):
         assert words in ended.err, words
-    assert (tmp_path / "out/oom_snapshot.pickle").stat().st_size > 1000
-
-
-def test_out_of_memory_in_the_last_evaluation(tmp_path: Path) -> None:
-    """What was trained is there, and answers questions."""
-    flags = SMALL.replace("eval_batch_size 16", "eval_batch_size 1024").replace("eval_samples 16", "eval_samples 1024")
-    fault = Fault("train.save_trained", 1, "little memory")
-    ended = run(f"{flags} --save_steps 0 --output_dir {tmp_path / 'out'}", tmp_path / "logs", faults=(fault,))
-    assert ended.code == 2, ended.err[-3000:]
-    assert "while answering held-out questions, 1024 at a time (--per_device_eval_batch_size)" in ended.error
-    assert f"What was trained is saved in {tmp_path / 'out'}" in ended.error
-    assert evaluate(tmp_path / "out", tmp_path / "answers.json", 8)["n"] == 32
+    assert (path / "oom_snapshot.pickle").stat().st_size > 1000
+    if when.startswith("while answering"):
+        assert "1024 at a time (--per_device_eval_batch_size)" in ended.error
+        assert f"What was trained is saved in {path}" in ended.error
+        assert evaluate(path, tmp_path / "answers.json", 8)["n"] == 32
 
 
 def test_doctor(tmp_path: Path) -> None:
     """It sees the GPU and finds nothing with which training would fail."""
-    command = [sys.executable, "train.py", "--doctor", "--model", "mgm-2b", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = command("train.py --doctor --model mgm-2b", tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])["findings"]
     assert torch.cuda.get_device_name() in done.stdout
     problems = [finding["what"] for finding in found if finding["mark"] == "problem"]

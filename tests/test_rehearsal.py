@@ -63,8 +63,8 @@ def test_out_of_memory_later(tmp_path: Path) -> None:
 def test_the_last_evaluation_fails(action: str, words: str, tmp_path: Path) -> None:
     """What was trained is saved before it, and the error says where. The run can be ended later."""
     faults = Fault("eval.answer_batches", 2, action), Fault("out_of_memory.Forecast", 1, "disk full")
-    flags = FLAGS.replace("eval_samples 0", "eval_samples 8 --per_device_eval_batch_size 4 --eval_dataset ")
-    flags += f"data/demo/validation.json --output_dir {tmp_path / 'out'}"
+    held_out = "eval_samples 8 --per_device_eval_batch_size 4 --eval_dataset data/demo/validation.json"
+    flags = f"{FLAGS.replace('eval_samples 0', held_out)} --output_dir {tmp_path / 'out'}"
     ended = run(flags, tmp_path, faults=faults)
     assert ended.code == 2 and words in ended.error
     assert f"What was trained is saved in {tmp_path / 'out'}" in ended.error

@@ -1,0 +1,80 @@
+"""Run the tests that need a GPU, where there is one, and note for which commit they passed:
+
+    python -m benchmarks.gpu_tests
+
+Writes results/gpu/tests.json, from which the README's sentence comes. On any machine a test warns when the code has
+changed since (tests/test_gpu_record.py). The last line on stdout is the same as JSON.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables import GPU_TESTS, ROOT, write_tables
+from utils import UserError, run_script
+
+
+@dataclass(kw_only=True)
+class GpuTestsConfig:
+    commit: str | None = field(default=None, metadata={"help": "that is tested; default: git's HEAD"})
+    output: str = str(GPU_TESTS)
+
+
+def main(config: GpuTestsConfig) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        raise UserError("python -m benchmarks.gpu_tests: this machine has no GPU")
+    commit = config.commit or head()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"], cwd=ROOT)
+        if not report.exists():
+            raise UserError("pytest -m gpu ended without a report: what it printed says why")
+        counted = counts(report)
+    record = {
+        "gpu": torch.cuda.get_device_name(),
+        "num_gpus": torch.cuda.device_count(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit,
+    } | counted
+    Path(config.output).write_text(json.dumps(record, indent=1) + "\n")
+    write_tables()
+    return record
+
+
+def head() -> str:
+    """The commit that is checked out. Raises UserError where there is none, or where files differ from it."""
+    asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
+    done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for command in asked]
+    if any(each.returncode for each in done):
+        raise UserError("this folder is no git checkout: name what is tested with --commit")
+    commit, changes = (each.stdout.strip() for each in done)
+    if changes:
+        raise UserError("there are changes that no commit has: commit them first, then test the commit")
+    return commit
+
+
+def counts(report: Path) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, by JUnit's XML; the names of those that failed; seconds."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    return {
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failed": len(failed),
+        "skipped": len(skipped),
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
+        "seconds": round(sum(float(case.get("time", 0)) for case in cases)),
+    }
+
+
+if __name__ == "__main__":
+    result = run_script(main, GpuTestsConfig)
+    sys.exit(1 if result["failed"] else 0)
