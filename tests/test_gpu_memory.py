@@ -31,7 +31,7 @@ ALLOCATED_ERROR = 0.001
     ids=str,
 )
 def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> None:
-    """Allocated, on the device, and in the evaluation, which has the peak where eight questions are answered at once."""
+    """Allocated, on the device, and in the evaluation, which has the peak where it answers eight questions at once."""
     gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     found = probe(ProbeConfig(model="mgm-2b", mode="both", gpu=gpu, **flags))
     measured = found["measured"]
