@@ -204,7 +204,7 @@ def main(config: TrainConfig) -> dict | None:
         return finished if accelerator.is_main_process else None
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
-    loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
+    loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
