@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from out_of_memory import SNAPSHOT
 from training_state import Tensors, TrainingState, load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
-from utils import BadSample, Interrupted, UserError, brief_error
+from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
 
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
@@ -94,10 +94,13 @@ class Checkpoints:
 
     def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Keep the last update where all processes have stopped together."""
-        if isinstance(error, (Interrupted, BadSample)):
+        if isinstance(error, (Interrupted, BadSample, LostWorker)):
             self.save()
-            if self.saved_step:
-                self.accelerator.print(f"Kept step {self.saved_step}: go on with --resume_from_checkpoint latest")
+            kept = f"Kept step {self.saved_step}: go on with --resume_from_checkpoint latest"
+            if self.saved_step and isinstance(error, LostWorker):
+                error.add_note(kept)
+            elif self.saved_step:
+                self.accelerator.print(kept)
 
     def resume(self, path: Path) -> None:
         """Put everything back to where the checkpoint was made."""

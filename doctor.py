@@ -20,6 +20,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from data.loader import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from memory_gpus import GIB
 from memory_report import size
 from utils import load_config
@@ -28,6 +29,7 @@ from utils import load_config
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 MARKS = {"ok": " ", "warning": "!", "problem": "X"}
 MIN_FREE_DISK_BYTES, MIN_FREE_HOST_BYTES = 5 * GIB, 8 * GIB  # checkpoints and caches; MGM-2B's weights and more
+MIN_FREE_SHARED_BYTES = GIB // 2  # six batches of ten of MGM-2B's images, 8 MiB each
 FLASH_HEAD_SIZE = 256  # the limit of PyTorch's flash kernel and of flash-attn 2
 # Consumer cards: there PyTorch's flash kernel trains heads up to 192 and above 224, the latter without dropout, as
 # MGM does (sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120). flash-attn trains
@@ -62,6 +64,7 @@ class Facts:
     head_sizes: dict[str, int]
     free_host_bytes: int
     free_disk_bytes: int
+    free_shared_bytes: int | None  # None: no file system shows it
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def look(config: PreTrainedConfig, output_dir: Path) -> Facts:
         head_sizes=head_sizes(config),
         free_host_bytes=psutil.virtual_memory().available,
         free_disk_bytes=shutil.disk_usage(parent).free,
+        free_shared_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
     )
 
 
@@ -280,7 +284,15 @@ def judge_room(facts: Facts) -> list[Finding]:
             MIN_FREE_DISK_BYTES,
             "make room, or choose another --output_dir",
         ),
+        (
+            f"shared memory ({SHARED_MEMORY}), through which data workers hand over their batches",
+            facts.free_shared_bytes,
+            MIN_FREE_SHARED_BYTES,
+            SHARED_MEMORY_REMEDY,
+        ),
     ):
+        if free_bytes is None:
+            continue
         is_short = free_bytes < least_bytes
         text = f"{size(free_bytes)} free {what}"
         found.append(Finding("warning", text, remedy) if is_short else Finding("ok", text))

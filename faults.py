@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,8 @@ from torch.distributed import ReduceOp
 from tqdm.auto import tqdm
 
 from data.dataset import PROBLEM, ConversationDataset
-from utils import BadSample, Interrupted, UserError
+from data.loader import SHARED_MEMORY_REMEDY
+from utils import BadSample, Interrupted, LostWorker, UserError
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -38,6 +41,7 @@ class Watch:
         self.accelerator = accelerator
         self.signum = 0
         self.is_noting = False
+        self.child_handler = signal.getsignal(signal.SIGCHLD)
         self.launcher = find_launcher()
         self.group = None
         if accelerator.num_processes > 1:
@@ -60,27 +64,56 @@ class Watch:
         """The loader's batches.
 
         Raises:
-            Interrupted: a process got a signal. BadSample: one of some process cannot be had.
+            Interrupted: a process got a signal. BadSample: one of some process cannot be had. LostWorker: a process of
+                some loader has died.
         """
         self.is_noting = True
         iterator = iter(loader)
         while True:
             batch, error = None, None
             try:
-                batch = next(iterator, None)  # every process has as many
+                batch = self._fetch(iterator)  # every process has as many
             except UserError as user_error:
                 error = user_error
             if self.launcher not in (None, os.getppid()):
                 self.signum = signal.SIGTERM
-            signum, num_errors = self.reduce([self.signum, int(error is not None)], ReduceOp.MAX)
-            if num_errors:
-                raise BadSample(str(error or "another process cannot go on: its line says why")) from None
+            kind = 0 if error is None else 2 if isinstance(error, LostWorker) else 1
+            signum, worst = self.reduce([self.signum, kind], ReduceOp.MAX)
+            if worst:
+                message = str(error or "another process cannot go on: its line says why")
+                raise (LostWorker if worst == 2 else BadSample)(message) from None
             if signum:
                 raise Interrupted(signum)
             if batch is None:
                 break
             yield batch
         self.is_noting = False
+
+    def _fetch(self, iterator: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next batch; None at the end. Raises LostWorker.
+
+        torch's handler of SIGCHLD, put in place with the first workers, raises wherever the main thread is: in the
+        middle of an optimizer step too, and then nothing could be saved. So it is in place here alone.
+        """
+        signal.signal(signal.SIGCHLD, self.child_handler)
+        try:
+            self._look_for_dead_workers()  # one may have died since the last batch
+            try:
+                return next(iterator, None)
+            except (OSError, EOFError):  # a batch that its worker did not live to hand over
+                time.sleep(2)  # its death may not be known yet; the handler raises as soon as it is
+                self._look_for_dead_workers()
+                raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LostWorker(explain_death(str(error))) from None
+        finally:
+            self.child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _look_for_dead_workers(self) -> None:
+        if callable(self.child_handler):
+            self.child_handler(signal.SIGCHLD, None)
 
     def reduce(self, values: list[int], op: ReduceOp.RedOpType) -> list[int]:
         """All processes' values put together, one by one."""
@@ -134,6 +167,19 @@ class BadSamples:
                 warn(f"left out: {bad[PROBLEM]}")
         self.log.bad_samples = sorted(known.union(bad["index"] for bad in gather_object(bad_samples)))
         check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
+
+
+def explain_death(message: str) -> str:
+    """torch's message about a dead worker in words that help."""
+    pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
+    who = f"a data worker (process {pids[1]})" if pids else "a data worker"
+    if "Bus error" in message:
+        return f"{who} found no more shared memory: {SHARED_MEMORY_REMEDY}."
+    if "signal: Killed" in message or message.endswith("exited unexpectedly"):  # the latter: found out too late
+        cause = "was killed, most likely because the host ran out of memory ('dmesg' tells): take fewer"
+        return f"{who} {cause} --dataloader_num_workers."
+    how = re.search(r"(?:is killed by|exited) .*", message)
+    return f"{who} died ({how[0].strip(' .') if how else message})."
 
 
 def find_launcher() -> int | None:

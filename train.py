@@ -251,7 +251,7 @@ def main(config: TrainConfig) -> dict | None:
     model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
 
     held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
-    loader, sampler, longest = build_loader(config, train_dataset, processor, accelerator.num_processes)
+    loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)

@@ -49,7 +49,9 @@ MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bf
 
 
 class UserError(Exception):
-    """Bad input. The message is the one line a user reads: it names the thing and the remedy. Exit code 2."""
+    """Bad input. The message is the one line a user reads: it names the thing and the remedy."""
+
+    exit_code = 2
 
     def __init__(self, message: str) -> None:
         # A loader's worker hands its exception over as a new one whose message is the whole traceback.
@@ -58,6 +60,12 @@ class UserError(Exception):
 
 class BadSample(UserError):
     """A sample that cannot be had, found while training. All processes raise it together."""
+
+
+class LostWorker(UserError):
+    """A process of the data loader has died while training. All processes raise it together."""
+
+    exit_code = 1
 
 
 class Interrupted(BaseException):
@@ -184,8 +192,8 @@ def _raise_user_error(message: str) -> NoReturn:
 def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> dict | None:
     """Run a script and return main's result, which is the last line on stdout (None: another process prints it).
 
-    Bad input is one line on stderr and exit code 2, SIGTERM and SIGINT one and 143 and 130; any other exception keeps
-    its traceback and exit code 1.
+    Bad input is one line on stderr and exit code 2, a lost worker one and 1, SIGTERM and SIGINT one and 143 and 130;
+    any other exception keeps its traceback and exit code 1.
     """
     quiet_libraries()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -194,9 +202,9 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
-        words = " ".join([str(error), *getattr(error, "__notes__", [])]).split()
-        print(f"error: {' '.join(words)}", file=sys.stderr)
-        sys.exit(2)
+        words = [str(error), *getattr(error, "__notes__", [])]
+        print(f"error: {' '.join(' '.join(words).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise

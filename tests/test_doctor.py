@@ -30,6 +30,7 @@ READY = Facts(
     head_sizes={"language model": 256, "vision tower": 64},
     free_host_bytes=32 * GIB,
     free_disk_bytes=100 * GIB,
+    free_shared_bytes=16 * GIB,
 )
 
 
@@ -67,6 +68,7 @@ def test_a_machine_that_is_ready() -> None:
         ({"torch_architectures": ("sm_90",)}, "problem", "no kernels for sm_89", "torch build"),
         ({"free_host_bytes": GIB}, "warning", "1.00 GiB free host memory", "zero3.yaml"),
         ({"free_disk_bytes": GIB}, "warning", "1.00 GiB free disk", "--output_dir"),
+        ({"free_shared_bytes": GIB // 16}, "warning", "64.00 MiB free shared memory", "docker run --shm-size"),
     ],
 )
 def test_each_problem_has_its_remedy(changes: dict, mark: str, words: str, remedy: str) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs/reliability.md").read_text()
-FILES = ("test_resume.py", "test_previous_run.py", "test_faults.py", "test_rehearsal.py", "test_safety.py")
+FILES = (
+    "test_resume.py",
+    "test_previous_run.py",
+    "test_loader.py",
+    "test_faults.py",
+    "test_rehearsal.py",
+    "test_safety.py",
+)
 
 
 def test_the_tests_exist() -> None:
