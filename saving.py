@@ -26,12 +26,12 @@ def save_trained(accelerator: Accelerator, model: nn.Module, processor: Processo
 
 
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, on the main process's CPU. The frozen rest stays where it is."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with gathered(list(trained.values())):
+    """The parameters that PEFT saves by name, on the main process's CPU. The frozen rest stays where it is."""
+    saved = {name: p for name, p in model.named_parameters() if p.requires_grad or ".modules_to_save." in name}
+    with gathered(list(saved.values())):
         if not accelerator.is_main_process:
             return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved.items()}
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:

@@ -284,6 +284,9 @@ def test_unused_parameters_under_every_strategy(config, num_processes, flags, tm
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, config, num_processes)
     assert ended.code == 0, ended.err[-3000:]
     assert ended.out.count("Not trained, because the loss does not depend on it") == 1
+    trained = PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path / "out").merge_and_unload()
+    layers = [model.model.vision_tower.encoder.layers for model in (trained, load_model(MODEL, torch.float32, "sdpa"))]
+    assert [torch.equal(*(layer.mlp.fc1.bias for layer in pair)) for pair in zip(*layers, strict=True)] == [0, 0, 1]
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
