@@ -87,13 +87,22 @@ class MGMModel(MGMPreTrainedModel):
         """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in for the features to come."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
+    @property
+    def num_clip_layers(self) -> int:
+        """Those that lead to the features."""
+        return self.config.vision_feature_layer % (len(self.vision_tower.encoder.layers) + 1)
+
+    def unused_modules(self) -> list[nn.Module]:
+        """What lies behind CLIP's features: no loss depends on it, so it cannot be trained."""
+        tower = self.vision_tower
+        return [*tower.encoder.layers[self.num_clip_layers :], tower.post_layernorm]
+
     def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to patch features [N, P, C] of the last layer but one. No CLS, no final norm."""
         tower = self.vision_tower
         with _as_it_is_trained(tower):
             hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
-            num_layers = self.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
-            for layer in tower.encoder.layers[:num_layers]:
+            for layer in tower.encoder.layers[: self.num_clip_layers]:
                 hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states[:, 1:]
 

@@ -23,16 +23,16 @@ def save_trained(accelerator: Accelerator, model: nn.Module, processor: Processo
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
     """What is to be saved, by name, on the main process's CPU. None: the model as it is.
 
-    Of a model with an adapter these are the trained parameters. The frozen rest stays where it is.
+    Of a model with an adapter these are the parameters that PEFT saves. The frozen rest stays where it is.
     """
     unwrapped = accelerator.unwrap_model(model)
     if not isinstance(unwrapped, PeftModel):
         return accelerator.get_state_dict(model) if is_partitioned(unwrapped.parameters()) else None
-    trained = {name: parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
-    with gathered(list(trained.values())):
+    saved = {name: p for name, p in unwrapped.named_parameters() if p.requires_grad or ".modules_to_save." in name}
+    with gathered(list(saved.values())):
         if not accelerator.is_main_process:
             return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved.items()}
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:

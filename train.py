@@ -12,7 +12,8 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import ProcessorMixin, get_scheduler
 
@@ -47,7 +49,7 @@ from data.make_demo import ensure_demo
 from data.turn_ends import missing_turn_end
 from doctor import run_doctor
 from eval import HeldOut, evaluate
-from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
+from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction, name_some
 from gated_mlp import recompute_activations
 from out_of_memory import OutOfMemory
 from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
@@ -248,7 +250,7 @@ def main(config: TrainConfig) -> dict | None:
     if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
-    model = build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
+    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
 
     held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
     loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
@@ -436,10 +438,13 @@ def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> No
     check_bad_fraction(len(problems), len(dataset) + len(problems), max_bad_fraction)
 
 
-def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
+def build_model(
+    config: StepConfig, is_deepspeed: bool, report: Callable[[str], None] = lambda line: None
+) -> nn.Module:
     """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
 
     What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
+    `report` is told what is trained in full, and what is not although it was asked for.
     """
     if is_deepspeed and config.use_dora and config.quantize != "none":
         raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
@@ -450,15 +455,23 @@ def build_model(config: StepConfig, is_deepspeed: bool) -> nn.Module:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
         )
-    check_trainable_modules(model, config.modules_trained_in_full)
+    modules = select_modules(model, config.modules_trained_in_full)
     targets = lora_targets(config, getattr(model.model, "language_model", model.model))
     model.requires_grad_(False)
     if config.lora_r:
+        check_beside_lora(model, modules, targets, config.modules_trained_in_full)
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(model, lora_config(config, targets))
+        model = get_peft_model(model, lora_config(config, targets, list(modules)))
     else:
-        for module in select_modules(model, config.modules_trained_in_full):
+        for module in modules.values():
             module.requires_grad_(True)
+    unused = freeze_unused(model)
+    if trained := [path for path in modules if path not in unused]:
+        report(f"Trained in full: {name_some(trained)}")
+    if unused:
+        report(f"Not trained, because the loss does not depend on it: {name_some(unused)}")
+    if not trained_parameters(model):
+        raise UserError(f"--trainable_modules {' '.join(config.modules_trained_in_full)}: nothing is left to train")
     tile_frozen_mlps(model, config.mlp_tiles)
     recompute_activations(model)
     if not is_deepspeed:
@@ -482,35 +495,82 @@ def lora_targets(config: StepConfig, language_model: nn.Module) -> list[str]:
     return config.lora_target_modules
 
 
-def lora_config(config: StepConfig, targets: list[str]) -> LoraConfig:
-    """LoRA on the language model alone: PEFT matches names by their end, and CLIP has a q_proj too."""
+def lora_config(config: StepConfig, targets: list[str], modules: list[str]) -> LoraConfig:
+    """LoRA on the language model alone, and `modules`, by whole paths, in full: PEFT matches names by their end, and
+    CLIP has a q_proj too."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        target_modules=rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})",
+        target_modules=lora_pattern(targets),
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        modules_to_save=config.modules_trained_in_full,
+        modules_to_save=modules,
         task_type="CAUSAL_LM",
     )
 
 
-def check_trainable_modules(model: nn.Module, names: list[str]) -> None:
-    """Raise UserError for a name that ends no module's path, or a module that cannot be trained."""
+def lora_pattern(targets: list[str]) -> str:
+    return rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})"
+
+
+def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The modules to train in full, by path: those whose path ends with one of the names.
+
+    A module inside another one belongs to it, and a list of modules is its members: it runs nothing itself, and PEFT
+    does not take it. Raises UserError for a name that ends no path, or a module that cannot be trained.
+    """
+    having_weights = {p: module for p, module in model.named_modules() if p and list(module.parameters())}
+    found = {}
     for name in names:
-        modules = select_modules(model, [name])
-        if not modules:
-            known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path})
+        matching = {p: module for p, module in having_weights.items() if f".{p}".endswith(f".{name}")}
+        if not matching:
+            known = sorted({path.rpartition(".")[2] for path in having_weights})
             choices = ", ".join(path for path in known if not path.isdecimal())
             raise UserError(f"--trainable_modules {name}: {type(model).__name__} has no such module, only {choices}")
-        if any(is_quantized(module) for module in modules):
+        if any(is_quantized(module) for module in matching.values()):
             raise UserError(f"--trainable_modules {name}: 4-bit weights stay as they are, leave out --quantize")
+        for path, module in matching.items():
+            members = module.named_children() if isinstance(module, nn.ModuleList) else []
+            found |= {f"{path}.{key}": member for key, member in members} or {path: module}
+    return {path: module for path, module in found.items() if not any(path.startswith(f"{p}.") for p in found)}
 
 
-def select_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
-    return [module for path, module in model.named_modules() if path.rpartition(".")[2] in names]
+def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: list[str], names: list[str]) -> None:
+    """Raise UserError for one of the `modules`, chosen by `names`, that LoRA trains too, or whose copy has no place.
+
+    PEFT trains a copy of each module. The copy of a head that shares its weight with the embedding would be a second
+    weight, and a checkpoint of such a model has room for one.
+    """
+    pattern = re.compile(lora_pattern(targets))
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for path, module in modules.items():
+        inside = next((p for p, _ in module.named_modules(prefix=path) if pattern.fullmatch(p)), None)
+        own = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+        problem = None
+        if inside is not None:
+            problem = f"{path} has LoRA in it, {inside}"
+        elif any(uses[key] > count for key, count in own.items()):
+            problem = f"{path} shares its weight with another module, and a copy of it would not"
+        if problem is not None:
+            raise UserError(f"--trainable_modules {' '.join(names)}: {problem}: leave it out or choose --lora_r 0")
+
+
+def freeze_unused(model: nn.Module) -> list[str]:
+    """Train nothing that cannot get a gradient: DDP would wait for it. Returns the paths of what is not trained."""
+    base = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):  # the copy runs; --lora_bias all has reached the original too
+                module.original_module.requires_grad_(False)
+    unused = getattr(base.model, "unused_modules", list)()
+    paths = {id(module): path for path, module in base.named_modules()}
+    found = [module for module in unused if trained_parameters(module)]
+    for module in found:
+        module.requires_grad_(False)
+    return [paths[id(module)].replace(".modules_to_save.default", "") for module in found]
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -37,6 +37,12 @@ class AdapterMerger:
             if not parameter.is_meta and plain not in self.layers and not is_lora(name):
                 self.replacements[plain] = parameter.data
 
+        if config.tie_word_embeddings and (untied := sorted(self.replacements.keys() & tied_names(model))):
+            # PEFT trains a copy of what it saves whole, and the other name keeps the base's weight.
+            raise UserError(
+                f"--adapter {folder}: it holds a {untied[0]} of its own, where model and original have one "
+                "weight for embedding and head: use the adapter with PEFT, or train without that module"
+            )
         self.changed = self.layers.keys() | self.replacements.keys()
 
     @torch.no_grad()
@@ -51,6 +57,11 @@ class AdapterMerger:
         merged, base_layer.weight = base_layer.weight.data, stand_in
         layer.merged_adapters.clear()
         return merged
+
+
+def tied_names(model: PeftModel) -> set[str]:
+    tied = model.get_base_model()._tied_weights_keys
+    return {*tied, *tied.values()}
 
 
 def is_lora(name: str) -> bool:

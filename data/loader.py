@@ -18,7 +18,6 @@ from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
 from data.worst_case import Row, worst_case_batch
-from memory_forecast import Row
 from memory_report import size
 from memory_run import longest_row
 from utils import UserError

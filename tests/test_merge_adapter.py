@@ -98,6 +98,19 @@ def test_like_peft(tmp_path, dtype, adapter_dtype, make_config, lora):
     assert changed and changed <= merger.changed
 
 
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_tied_weights_copy_has_no_place(tmp_path, module):
+    """PEFT's copy of a tied head or embedding is refused, not lost; that of a head of its own is merged."""
+    save_adapter(tiny(), tmp_path / "tied", modules_to_save=[module])
+    with pytest.raises(UserError, match=f"it holds a .*{module}.weight of its own, .*use the adapter with PEFT"):
+        AdapterMerger(tiny(), tmp_path / "tied")
+    config = qwen2()
+    save_adapter(config, tmp_path / "untied", modules_to_save=[module])
+    merged = merge_all(AdapterMerger(config, tmp_path / "untied"), dict(base_model(config).state_dict()))
+    expected = PeftModel.from_pretrained(base_model(config), tmp_path / "untied").merge_and_unload().state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_tensor_can_be_merged_again(tmp_path):
     """The second merge of the same layer with the first: nothing of the first stays behind."""
     save_adapter(tiny(), tmp_path)

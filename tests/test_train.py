@@ -27,6 +27,7 @@ from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
 from data.loader import build_loader
 from data.make_demo import ensure_demo
+from data.worst_case import worst_case_batch
 from memory_probe import ProbeConfig
 from utils import UserError, load_model, load_processor, parse_config, run_script
 
@@ -224,6 +225,78 @@ def test_all_linear_is_the_language_models(tmp_path):
     assert_comes_back(model, tmp_path)
 
 
+def trained_in_full(**flags) -> tuple[set[str], list[str]]:
+    """The names of what is trained without LoRA's own, as the base model has them, and what build_model says."""
+    lines: list[str] = []
+    config = train.StepConfig(model=MODEL, mixed_precision="no", **flags)
+    model = train.build_model(config, is_deepspeed=False, report=lines.append)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    return {name.replace("modules_to_save.default.", "").removeprefix("base_model.model.") for name in names}, lines
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["norm"], "model.language_model.norm"),
+        (["language_model.norm"], "model.language_model.norm"),
+        (["vision_tower"], "model.vision_tower"),
+        (["encoder.layers"], "model.vision_tower.encoder.layers.0, model.vision_tower.encoder.layers.1"),
+        (["patch_info_mining", "query_proj"], "model.patch_info_mining"),
+        (["layernorm", "mlp.fc1", "linear_1"], "and "),
+    ],
+    ids=["norm", "a longer end", "a tower", "a list", "one inside another", "many"],
+)
+def test_the_same_modules_with_lora_and_without(names, expected):
+    """Those whose path ends with the name, and no other whose name merely ends so; what they are is said."""
+    alone, said_alone = trained_in_full(lora_r=0, trainable_modules=names)
+    beside, said_beside = trained_in_full(lora_r=4, trainable_modules=names)
+    assert alone == beside and said_alone == said_beside
+    assert said_alone[0].startswith("Trained in full: ") and expected in said_alone[0] and len(said_alone[0]) < 500
+    if expected.startswith("model."):
+        assert all(name.startswith(tuple(expected.split(", "))) for name in alone)
+
+
+ALL_PARTS = ["vision_tower", "vision_tower_aux", "patch_info_mining", "multi_modal_projector", "language_model.norm"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"lora_r": 0}, {"lora_r": 0, "trainable_modules": ["model", "lm_head"]}, {"trainable_modules": ALL_PARTS}]
+    + [{"lora_bias": "all"}, {"lora_bias": "all", "trainable_modules": ALL_PARTS}, {"lora_bias": "lora_only"}],
+    ids=str,
+)
+@pytest.mark.parametrize("images_per_sample", [0, 1])
+def test_what_is_trained_gets_a_gradient(flags, images_per_sample):
+    """All of it, with an image and without, as DDP needs it. What cannot have one is not trained, and that is said."""
+    config = train.StepConfig(model=MODEL, mixed_precision="no", max_seq_len=64, **flags)
+    lines: list[str] = []
+    model = train.build_model(config, is_deepspeed=False, report=lines.append).train()
+    model(**worst_case_batch(model.config, config, images_per_sample)).loss.backward()
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert lacking == []
+    asked_for_the_tower = flags.get("lora_bias") == "all" or {"model", "vision_tower"} & {
+        *flags.get("trainable_modules", [])
+    }
+    unused = "Not trained, because the loss does not depend on it: model.vision_tower.encoder.layers.2, "
+    assert [line for line in lines if "Not trained" in line] == (
+        [unused + "model.vision_tower.post_layernorm"] if asked_for_the_tower else []
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--trainable_modules vision_tower multi_modal_projector", "--lora_bias all"])
+@pytest.mark.parametrize(("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 2), ("zero3", 1)])
+def test_unused_parameters_under_every_strategy(config, num_processes, flags, tmp_path):
+    """Two processes train what one does: DDP does not wait for what has no gradient."""
+    flags = f"{flags} --max_steps 2 --eval_samples 0 --per_device_train_batch_size 2 --dataloader_num_workers 0"
+    ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, config, num_processes)
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.out.count("Not trained, because the loss does not depend on it") == 1
+    trained = PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path / "out").merge_and_unload()
+    layers = [model.model.vision_tower.encoder.layers for model in (trained, load_model(MODEL, torch.float32, "sdpa"))]
+    assert [torch.equal(*(layer.mlp.fc1.bias for layer in pair)) for pair in zip(*layers, strict=True)] == [0, 0, 1]
+
+
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     """alpha / sqrt(r) instead of alpha / r: 32 / 4 instead of 32 / 16."""
     scalings = {}
@@ -383,6 +456,13 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--quantize int8", ["--quantize int8", "none, nf4"]),
         ("--quantize nf4 --trainable_modules mlp", ["--trainable_modules mlp", "leave out --quantize"]),
         ("--trainable_modules nothing", ["--trainable_modules nothing"]),
+        ("--trainable_modules act_fn", ["--trainable_modules act_fn", "no such module"]),
+        ("--trainable_modules language_model", ["--trainable_modules language_model", "has LoRA in it", "--lora_r 0"]),
+        ("--trainable_modules self_attn", ["--trainable_modules self_attn", "layers.0.self_attn has LoRA in it"]),
+        ("--trainable_modules q_proj", ["--trainable_modules q_proj", "has LoRA in it", "--lora_r 0"]),
+        ("--trainable_modules lm_head", ["--trainable_modules lm_head", "shares its weight", "--lora_r 0"]),
+        ("--trainable_modules embed_tokens", ["--trainable_modules embed_tokens", "shares its weight", "--lora_r 0"]),
+        ("--lora_r 0 --trainable_modules post_layernorm", ["post_layernorm", "nothing is left to train"]),
         ("--mixed_precision fp16", ["--mixed_precision fp16", "no GPU"]),
         ("--mixed_precision fp8", ["--mixed_precision fp8", "choose one of"]),
         ("--max_seq_len 4", ["--max_seq_len 4", "choose a larger one"]),
