@@ -126,7 +126,15 @@ def trace_training(
                 with nullcontext() if config.packing else known_mask():  # a packed row needs a mask
                     run_updates(accelerator, wrapped, optimizer, batch, config)
                 with known_mask(), known_length():
-                    end_run(accelerator, wrapped, config, images_per_sample, "cpu", recorder.enter_phase)
+                    end_run(
+                        accelerator,
+                        wrapped,
+                        config,
+                        images_per_sample,
+                        device="cpu",
+                        enter_phase=recorder.enter_phase,
+                        has_host=device_type == "cpu",
+                    )
     categorize(recorder.record, model)
     return Trace(recorder.record)
 

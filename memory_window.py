@@ -61,10 +61,14 @@ def end_run(
     images_per_sample: int,
     device: str | torch.device,
     enter_phase: Callable[[str], None],
+    has_host: bool = True,
 ) -> None:
-    """What train.py does after the last update: what was trained is gathered, and held-out questions are answered."""
+    """What train.py does after the last update: what was trained is copied to the host, and held-out questions are
+    answered. `has_host` False: the copies are left out, since the one device that is traced would have to hold them.
+    """
     enter_phase("save")
-    gather_trained(accelerator, model)
+    if has_host:
+        gather_trained(accelerator, model)
     clear_device_cache()
     if config.eval_samples:
         enter_phase("evaluate")

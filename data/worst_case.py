@@ -77,7 +77,8 @@ def worst_case_questions(
     the prompt, which is where generation takes most. `config` is a StepConfig."""
     prompts = copy(config)
     prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
-    prompts.max_seq_len = config.max_seq_len - 1
+    image_length = images_per_sample * getattr(model_config, "num_image_tokens", 0)
+    prompts.max_seq_len = max(config.max_seq_len - 1, image_length)  # images may fill the row
     batch = worst_case_batch(model_config, prompts, images_per_sample)
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_positions")}
 
