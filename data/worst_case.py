@@ -80,6 +80,9 @@ def worst_case_questions(
     image_length = images_per_sample * getattr(model_config, "num_image_tokens", 0)
     prompts.max_seq_len = max(config.max_seq_len - 1, image_length)  # images may fill the row
     batch = worst_case_batch(model_config, prompts, images_per_sample)
+    # generate warns of a prompt that ends with padding, and token 0 is often what pads.
+    batch["input_ids"][:, image_length:] = 1
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_positions")}
 
 
