@@ -19,6 +19,7 @@ import chat_templates
 import processing_mgm
 from chunked_loss import IGNORE_INDEX
 from data.cache import naming_the_cache
+from data.dataset import FILLER
 from processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 
@@ -118,15 +119,13 @@ class UpdateBatchSampler:
 
     An update has the same samples whatever way they are shared out among micro-batches and processes, so that
     1 x 8, 4 x 2 and 2 processes x 4 train alike. Accelerate deals the micro-batches out, one to each process in turn.
+    Where an epoch's last samples are too few for all processes, some get a FILLER, so that all take part.
 
     Args:
         num_tokens: where given, an update's samples are sorted by it, longest first, before they are cut into
             micro-batches. That cuts padding and leaves the update's loss, a mean over its label tokens, what it is.
         group_by_length: samples of similar length share an update, as in transformers' LengthGroupedSampler; the
             first update has the longest sample, so that memory runs out at once or never.
-
-    Raises:
-        UserError: there are fewer samples than processes.
     """
 
     batch_size = None  # the last update of an epoch may have smaller micro-batches; accelerate must not pad them
@@ -151,11 +150,6 @@ class UpdateBatchSampler:
         self.group_by_length = group_by_length
         self.epoch = 0
         self.first_update = 0  # of this epoch's; those before it are done
-        if (num_samples := len(num_label_tokens)) < num_processes:
-            raise UserError(
-                f"the data set has {num_samples} usable samples for {num_processes} processes: "
-                f"add samples or launch with --num_processes {max(num_samples, 1)}"
-            )
 
     def start_at(self, epoch: int, update: int = 0) -> None:
         """Go on behind an epoch's first `update` updates, whose samples are not opened.
@@ -172,12 +166,12 @@ class UpdateBatchSampler:
     def update_sizes(self) -> list[int]:
         """How many samples each update of an epoch has; only the last may have fewer than the others."""
         num_full, num_left = divmod(len(self.num_label_tokens), self.update_size)
-        return [self.update_size] * num_full + [size for size in [self._num_even(num_left)] if size]
+        return [self.update_size] * num_full + [num_left] * bool(num_left)
 
     def order(self) -> np.ndarray:
         """The epoch's samples, shuffled by seed and epoch, update after update, as one array of indices."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.num_label_tokens))[: sum(self.update_sizes())]  # the rest is left out
+        order = generator.permutation(len(self.num_label_tokens))
         if self.group_by_length:
             order = self._grouped(order, generator)
         return order if self.num_tokens is None else self._sorted_in_blocks(order, self.update_size)
@@ -188,7 +182,7 @@ class UpdateBatchSampler:
 
     def label_tokens_per_update(self) -> list[int]:
         """How many label tokens each update's loss is the mean over, all processes together."""
-        starts = np.arange(0, sum(self.update_sizes()), self.update_size)
+        starts = np.arange(0, len(self.num_label_tokens), self.update_size)
         return np.add.reduceat(self.num_label_tokens[self.order()], starts).astype(int).tolist()
 
     def num_updates(self) -> int:
@@ -199,9 +193,8 @@ class UpdateBatchSampler:
             parts = [part.tolist() for part in np.array_split(update, self._num_micro_batches(len(update)))]
             for i, part in enumerate(parts):
                 is_first = i < self.num_processes
-                yield MicroBatch(
-                    part, sum(parts[i + self.num_processes :: self.num_processes], []) if is_first else None
-                )
+                others = sum(parts[i + self.num_processes :: self.num_processes], []) if is_first else None
+                yield MicroBatch(part or [FILLER], others)
 
     def __len__(self) -> int:
         return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
@@ -225,12 +218,6 @@ class UpdateBatchSampler:
     def _num_micro_batches(self, num_samples: int) -> int:
         steps = -(-num_samples // (self.micro_batch_size * self.num_processes))
         return steps * self.num_processes
-
-    def _num_even(self, num_samples: int) -> int:
-        """How many of an epoch's last samples can be shared out so that no process is left without one."""
-        if self._num_micro_batches(num_samples) > num_samples:
-            return num_samples // self.num_processes * self.num_processes
-        return num_samples
 
 
 def return_freed_memory() -> None:
@@ -295,7 +282,7 @@ class NamingCollator:
         self.collator = collator
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples)]}
+        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples) if "id" in sample]}
 
 
 def flat(samples: list[Any]) -> Iterator[dict]:

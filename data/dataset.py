@@ -40,6 +40,7 @@ EMBEDDED_FEATURES = datasets.Features({**FEATURES, "row": datasets.Value("int64"
 PROBLEM = "problem"  # a column and a key: why a record or a sample cannot be used
 NO_RECORD = {"id": "", "images": [], "conversations": []}
 NO_CONVERSATION = [{"from": "human", "value": ""}]  # without a reply there is nothing to learn from it
+FILLER = None  # the index of no sample: such a conversation, for a process that would be left without one
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -72,12 +73,14 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`id`, `conversations` (LLaVA turns) and `images` (RGB).
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        """`id`, `conversations` (LLaVA turns) and `images` (RGB). A FILLER is nobody's: it has no id and no reply.
 
         An image that cannot be had is a UserError; where bad samples are skipped, the sample has no image and no reply
         but a `problem`, its `index`, and the `num_label_tokens` that are missed.
         """
+        if index is FILLER:
+            return {"conversations": NO_CONVERSATION, "images": []}
         record = self.records[index]
         try:
             return {"id": record["id"], "conversations": record["conversations"], "images": self._images(record)}

@@ -46,7 +46,7 @@ def build_loader(
     records = dataset.records
     collator_class = TrainCollator
     if config.packing:  # from here on a row of samples stands where a sample stood
-        packing = pack(num_tokens, config.max_seq_len, config.seed, num_processes)
+        packing = pack(num_tokens, config.max_seq_len, config.seed)
         dataset, collator_class = PackedDataset(dataset, packing), PackedCollator
         num_tokens, num_label_tokens = packing.sums(num_tokens), packing.sums(num_label_tokens)
     sampler = UpdateBatchSampler(

@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batching import TrainCollator, positions
+from data.dataset import FILLER
 from processing_mgm import IGNORE_INDEX
 
 
@@ -36,7 +37,7 @@ class Packing:
         return np.add.reduceat(values[self.order], self.starts)
 
 
-def pack(num_tokens: np.ndarray, row_length: int, seed: int, num_processes: int = 1) -> Packing:
+def pack(num_tokens: np.ndarray, row_length: int, seed: int) -> Packing:
     """Share samples out among rows of `row_length` tokens: each goes to the row that it fills up most, or a new one.
 
     Those above a quarter of a row come first, longest first (best-fit decreasing), the others as shuffled by `seed`:
@@ -44,7 +45,6 @@ def pack(num_tokens: np.ndarray, row_length: int, seed: int, num_processes: int 
 
     Args:
         num_tokens: of each sample, none above `row_length`.
-        num_processes: there will be a multiple of it in rows, if there are samples enough, so that none is left out.
     """
     order = np.random.default_rng(seed).permutation(len(num_tokens))
     is_long = num_tokens[order] > row_length // 4
@@ -71,8 +71,6 @@ def pack(num_tokens: np.ndarray, row_length: int, seed: int, num_processes: int 
             rows_with[room].append(row)
     by_row = np.argsort(row_of, kind="stable")
     starts = np.flatnonzero(np.diff(row_of[by_row], prepend=-1))
-    inside_rows = np.setdiff1d(np.arange(len(num_tokens)), starts)
-    starts = np.union1d(starts, inside_rows[: -len(starts) % num_processes])  # a row is cut by one more start
     return Packing(order[by_row], starts)
 
 
@@ -86,7 +84,9 @@ class PackedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.packing)
 
-    def __getitem__(self, row: int) -> list[dict]:
+    def __getitem__(self, row: int | None) -> list[dict]:
+        if row is FILLER:
+            return [self.dataset[FILLER]]
         return [self.dataset[index] for index in self.packing[row].tolist()]
 
 
