@@ -25,7 +25,7 @@ from data.batching import TrainCollator, UpdateBatchSampler, column_values, coun
 from data.dataset import FILLER, load_conversations, open_dataset
 from data.make_demo import ensure_demo
 from processing_mgm import IGNORE_INDEX, MGMProcessor
-from utils import load_processor
+from utils import UserError, load_processor
 
 
 # num_samples, micro_batch_size, gradient_accumulation_steps, num_processes
