@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -126,10 +127,24 @@ def _trace_in_this_process(
             num_events_before_steps = len(recorder.record.events)
             with nullcontext() if config.packing else known_mask():
                 run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
-            with known_mask(), known_length():
+            with known_mask(), known_length(), made_on_their_device():
                 end_run(accelerator, engine, config, images_per_sample, device, recorder.enter_phase)
     categorize(recorder.record, model)
     return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
+
+
+@contextmanager
+def made_on_their_device() -> Iterator[None]:
+    """torch.tensor forgets a fake device's index: what is asked for on `cpu:0` comes on `cpu`, the host. transformers'
+    key-value cache begins with such a tensor."""
+    make = torch.tensor
+
+    def tensor(*args: Any, device: torch.device | str | None = None, **kwargs: Any) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
+
+    with patch.object(torch, "tensor", tensor):
+        yield
 
 
 class PlacedRecorder(Recorder):

@@ -98,7 +98,8 @@ def diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
 def remedy(diagnosis: dict[str, Any] | None, problem: str | None) -> str:
     """One sentence: the nearest settings that fit."""
     if diagnosis is None:
-        return f"There is no prediction ({problem}); try --per_device_train_batch_size 1 or a smaller --max_seq_len"
+        smaller = "--per_device_train_batch_size 1, --per_device_eval_batch_size 1 or a smaller --max_seq_len"
+        return f"There is no prediction ({problem}); try {smaller}"
     if diagnosis["nearest"] is not None:
         nearest = diagnosis["nearest"]
         return f"Nearest that fits: {as_flags(nearest['flags'])} ({size(nearest['device_bytes'])})"

@@ -202,8 +202,8 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
-        words = [str(error), *getattr(error, "__notes__", [])]
-        print(f"error: {' '.join(' '.join(words).split())}", file=sys.stderr)
+        sentences = [str(error), *getattr(error, "__notes__", [])]
+        print(f"error: {' '.join('. '.join(sentences).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
