@@ -19,12 +19,14 @@ from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory_profile import bytes_in_use, memory_events, profile_memory, rise
 from memory_stand_in import launched
 from memory_strategies import Strategy
+from memory_window import end_run
 from memory_zero import NUM_UPDATES
 from utils import quiet_libraries
 
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
-    """Bytes at the peak of rank 0's steady state, device and host together: a CPU has one memory for both."""
+    """Bytes at the peak of rank 0's steady state and of what follows it, device and host together: a CPU has one memory
+    for both."""
     with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
         with process_pool(strategy.world_size) as pool:
             ranks = range(strategy.world_size)
@@ -52,6 +54,10 @@ def _measure(config: train.StepConfig, rank: int, world_size: int, images_per_sa
                         accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
                     )
             peaks.append(before_bytes + rise(memory_events(profiler)))
+        before_bytes = bytes_in_use(model)
+        with profile_memory() as profiler:
+            end_run(accelerator, model, config, images_per_sample, "cpu", enter_phase=lambda phase: None)
+        end_bytes = before_bytes + rise(memory_events(profiler))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        return peaks[-1]
+        return max(peaks[-1], end_bytes)

@@ -253,10 +253,18 @@ def test_values_have_their_flags_types():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"lora_r": 0, "lora_target_modules": ["q_proj"]}, {"eval_samples": 0}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"lora_r": 0, "lora_target_modules": ["q_proj"]},
+        {"eval_samples": 0},
+        {"strategy": "zero3", "offload": "param"},
+    ],
+)
 def test_the_evaluation_is_measured(flags):
     """With many questions at once answering takes more than a step, in a real run on the CPU as predicted."""
-    result = probe(tiny_config(mode="both", device="cpu", per_device_eval_batch_size=32, **flags))
+    result = probe(tiny_config(mode="both", device="cpu", per_device_eval_batch_size=64, **flags))
     phases = result["phases"]
     training = max(phases[name] for name in ("load", "forward", "backward", "step", "save"))
     assert abs(result["error"]) < 2e-4
