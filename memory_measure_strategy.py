@@ -25,8 +25,10 @@ from utils import quiet_libraries
 
 
 def measure_strategy(config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
-    """Bytes at the peak of rank 0's steady state and of what follows it, device and host together: a CPU has one memory
-    for both."""
+    """Bytes at the peak of rank 0's steady state and of what follows it.
+
+    Device and host together: a CPU has one memory for both.
+    """
     with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
         with process_pool(strategy.world_size) as pool:
             ranks = range(strategy.world_size)
