@@ -285,7 +285,7 @@ def main(config: TrainConfig) -> dict | None:
         if config.rehearse:
             rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
         if checkpoint is None:
-            out_of_memory.at(f"while {held_out}", held_out.longest)
+            out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
@@ -322,14 +322,14 @@ def main(config: TrainConfig) -> dict | None:
         out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
         clear_device_cache()  # what training has left behind
-        with is_saved(output_dir):
-            out_of_memory.at(f"while {held_out}", held_out.longest)
+        with noting_what_is_saved(output_dir):
+            out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
         return log.finish(global_step, data)
 
 
 @contextmanager
-def is_saved(output_dir: Path) -> Iterator[None]:
+def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
     """Whatever fails inside, what was trained is not lost, and the error says so."""
     try:
         yield
