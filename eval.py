@@ -59,7 +59,7 @@ class EvalConfig(ModelConfig):
     task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
     dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
+    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
     batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
     max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
     limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})

@@ -39,7 +39,7 @@ NUM_SHOWN = 20
 class CheckConfig:
     dataset: str = field(metadata={"help": "as train.py's"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
+    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
     model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
