@@ -371,7 +371,7 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
             continue
         if name == "trained":
             differences += _shape_differences(before or {}, after or {})
-        elif name == "data" and isinstance(before, dict):  # once it was one hash
+        elif name == "data":
             differences.append(_data_difference(before, after))
         elif name == "lengths":
             if saved["data"] == now["data"]:  # other records have other lengths
@@ -385,7 +385,9 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def _data_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _data_difference(before: dict[str, Any] | str, after: dict[str, Any]) -> str:
+    if isinstance(before, str):
+        return "an earlier version of train.py made it, which did not note the records"
     if (num_before := before["num_records"]) != (num_after := after["num_records"]):
         return f"the data set had {num_before} records, now {num_after}"
     return f"the data set has {num_after} records as before, but their texts, image names or order differ"

@@ -20,17 +20,25 @@ from pathlib import Path
 from typing import Any
 
 
-def process_pool(max_workers: int = 1, method: str = "spawn", preload: str | None = None) -> ProcessPoolExecutor:
-    """Processes that nothing of this one is in the way of. `preload`: what `forkserver` imports once for all."""
+def process_pool(
+    max_workers: int = 1,
+    method: str = "spawn",
+    preload: str | None = None,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple = (),
+) -> ProcessPoolExecutor:
+    """A pool of fresh processes, as concurrent.futures has it. `preload`: what `forkserver` imports once for all."""
     context = multiprocessing.get_context(method)
     if preload is not None:
         context.set_forkserver_preload([preload])
-    return ProcessPoolExecutor(max_workers, mp_context=context, initializer=end_with_parent)
+    return ProcessPoolExecutor(max_workers, context, initializer=_begin, initargs=(initializer, initargs))
 
 
-def end_with_parent() -> None:
-    """In a process of multiprocessing: end when the process that asked for it is gone."""
+def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:
+    """In a process of the pool."""
     _end_after(multiprocessing.parent_process().join)
+    if initializer is not None:
+        initializer(*initargs)
 
 
 def run_child(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:

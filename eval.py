@@ -59,7 +59,7 @@ class EvalConfig(ModelConfig):
     task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
     dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
+    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
     batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
     max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
     limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})
@@ -194,7 +194,7 @@ def answer_all(
     if num_cut:
         accelerator.print(
             f"{num_cut} of {len(missing)} answers had not ended after {config.max_new_tokens} tokens: "
-            "a larger --max_new_tokens lets them"
+            "choose a larger --max_new_tokens"
         )
     return [answers[index] for index in range(len(questions))]
 
@@ -228,8 +228,10 @@ class HeldOut:
         num_images = max(question.num_images for question in questions)
         return cls(questions, batch_size, longest_answer, Row(max(prompts) + longest_answer, num_images))
 
-    def __str__(self) -> str:
-        return f"answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
+    @property
+    def when(self) -> str:
+        """They are answered, for a message."""
+        return f"while answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
 
 
 def num_tokens(processor: ProcessorMixin, question: Question) -> tuple[int, int]:
@@ -261,6 +263,8 @@ def evaluate(
     held_out: HeldOut,
 ) -> list[Prediction]:
     """Answer the questions, shared out among the processes. All of them get all predictions."""
+    if not held_out.questions:
+        return []
     was_training = model.training
     model.eval()
     answers: dict[int, Answer] = {}

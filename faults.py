@@ -77,8 +77,8 @@ class Watch:
                 error = user_error
             if self.launcher not in (None, os.getppid()):
                 self.signum = signal.SIGTERM
-            kind = 0 if error is None else 2 if isinstance(error, LostWorker) else 1
-            signum, worst = self.reduce([self.signum, kind], ReduceOp.MAX)
+            severity = 0 if error is None else 1 + isinstance(error, LostWorker)
+            signum, worst = self.reduce([self.signum, severity], ReduceOp.MAX)
             if worst:
                 message = str(error or "another process cannot go on: its line says why")
                 raise (LostWorker if worst == 2 else BadSample)(message) from None
@@ -86,7 +86,11 @@ class Watch:
                 raise Interrupted(signum)
             if batch is None:
                 break
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:  # the run has all its steps
+                self.is_noting = False
+                raise
         self.is_noting = False
 
     def _fetch(self, iterator: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
@@ -176,8 +180,8 @@ def explain_death(message: str) -> str:
     if "Bus error" in message:
         return f"{who} found no more shared memory: {SHARED_MEMORY_REMEDY}."
     if "signal: Killed" in message or message.endswith("exited unexpectedly"):  # the latter: found out too late
-        cause = "was killed, most likely because the host ran out of memory ('dmesg' tells): take fewer"
-        return f"{who} {cause} --dataloader_num_workers."
+        why = "most likely because the host ran out of memory ('dmesg' tells)"
+        return f"{who} was killed, {why}: choose fewer --dataloader_num_workers."
     how = re.search(r"(?:is killed by|exited) .*", message)
     return f"{who} died ({how[0].strip(' .') if how else message})."
 

@@ -9,6 +9,7 @@ checkpoint's file, which the system can drop.
 
 from collections import Counter
 
+from data.loader import PREFETCH_FACTOR
 from memory_record import Record
 from memory_trace import Trace
 from memory_zero import PlacedTrace
@@ -21,7 +22,6 @@ PROCESS_BYTES = {"cpu": 531 * 2**20, "cuda": 1_990_000_000}
 # A data worker is forked and shares its parent's pages until it writes to them: 9 MiB of its own at its first batch,
 # more as reference counts change. An allowance, not a measurement.
 WORKER_BYTES = 64 * 2**20
-PREFETCH_FACTOR = 2  # torch.utils.data.DataLoader: batches that each worker has ready
 
 
 def host_breakdown(

@@ -49,7 +49,8 @@ class RunMemory:
         self.accelerator, self.model, self.writer = accelerator, model, writer
         self.longest_row, self.rows = longest_row, step_flags["per_device_train_batch_size"]
         self.predicted: dict[str, int] = {}
-        self.forecast, self.problem = None, None if forecast else "--forecast false"
+        self.forecast: Forecast | None = None
+        self.problem = None if forecast else "--forecast false"
         try:
             if forecast:  # its lines are drawn beside those of training: evaluation stays out
                 self.forecast = Forecast(step_flags | {"eval_samples": 0}, accelerator, longest_row)

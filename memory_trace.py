@@ -203,8 +203,7 @@ def known_length() -> Iterator[None]:
     """generate asks after each token whether all answers have ended, which fake tensors cannot tell: they have after
     the two of answer_worst_case."""
     num_tokens = itertools.count()
-    has_unfinished = lambda *_, **__: next(num_tokens) < 2  # noqa: E731 (as short as those of known_mask)
-    with patch.object(GenerationMixin, "_has_unfinished_sequences", has_unfinished):
+    with patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(num_tokens) < 2):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What is predicted and measured alike: a few of train.py's steps."""
+"""What is predicted and measured alike: a few of train.py's updates, and what comes after its last one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import get_scheduler
@@ -73,8 +74,7 @@ def end_run(
     if config.eval_samples:
         enter_phase("evaluate")
         questions = worst_case_questions(accelerator.unwrap_model(model).config, config, images_per_sample)
-        questions = {name: tensor.to(device) for name, tensor in questions.items()}
-        answer_worst_case(accelerator, model, questions)
+        answer_worst_case(accelerator, model, send_to_device(questions, device))
 
 
 def watch_phases(accelerator: Accelerator, model: nn.Module, enter_phase: Callable[[str], None]) -> None:

@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -118,7 +119,7 @@ def _trace_in_this_process(
     accelerator = train.build_accelerator(config)
     with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
         batch = worst_case_batch(model.config, config, images_per_sample)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = send_to_device(batch, device)
         adopt(recorder, model, batch, cublas_workspace_bytes)
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
         with recorder, known_quantization():

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 
-from data.worst_case import Row, with_few_micro_batches, worst_case_batch, worst_case_questions
+from data.worst_case import Row, with_few_micro_batches, with_rows_of, worst_case_batch, worst_case_questions
 from generation import answer_worst_case
 from training_state import TrainingState, load_rng_state, rng_state
 
@@ -56,10 +55,9 @@ def worst_batch(
     accelerator: Accelerator, model: nn.Module, config: Any, row: Row, make_batch: Callable
 ) -> dict[str, torch.Tensor]:
     """`make_batch` is one of data.worst_case; its batch of such rows, on the device."""
-    worst = copy(config)
-    worst.max_seq_len = row.num_tokens
-    batch = make_batch(accelerator.unwrap_model(model).config, worst, row.num_images)
-    return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+    model_config = accelerator.unwrap_model(model).config
+    batch = make_batch(model_config, with_rows_of(config, row.num_tokens), row.num_images)
+    return send_to_device(batch, accelerator.device)
 
 
 def run_step(accelerator: Accelerator, model: nn.Module, config: Any, batch: dict[str, torch.Tensor]) -> None:

@@ -40,7 +40,7 @@ class RunLog:
     """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
 
     A context: when something ends the run before it has trained, what the run has written is taken back. What an
-    overwritten run has left is removed as soon as it has.
+    overwritten run has left is removed as soon as one update is done.
     A run that is resumed behind `start_step` updates goes on where its log was.
     """
 

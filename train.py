@@ -168,7 +168,7 @@ class TrainConfig(StepConfig):
         metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
     )
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
+    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
@@ -178,7 +178,7 @@ class TrainConfig(StepConfig):
     )
     group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
     allow_missing_end_of_turn: bool = field(
-        default=False, metadata={"help": "train although the chat template ends replies with no token to stop at"}
+        default=False, metadata={"help": "train even if no token that stops generation ends the replies"}
     )
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
@@ -280,12 +280,12 @@ def main(config: TrainConfig) -> dict | None:
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
-        log.num_cut_replies = count_cut(train_dataset.records, config.max_seq_len)
+        log.num_cut_replies = train_dataset.num_cut
         model.train()
         if config.rehearse:
             rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
         if checkpoint is None:
-            out_of_memory.at(f"while {held_out}", held_out.longest)
+            out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
@@ -322,14 +322,14 @@ def main(config: TrainConfig) -> dict | None:
         out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
         clear_device_cache()  # what training has left behind
-        with is_saved(output_dir):
-            out_of_memory.at(f"while {held_out}", held_out.longest)
+        with noting_what_is_saved(output_dir):
+            out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
         return log.finish(global_step, data)
 
 
 @contextmanager
-def is_saved(output_dir: Path) -> Iterator[None]:
+def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
     """Whatever fails inside, what was trained is not lost, and the error says so."""
     try:
         yield
@@ -404,8 +404,9 @@ def build_datasets(
     if len(fitting) < len(records):
         num_dropped = len(records) - len(fitting)
         PartialState().print(f"Left out {num_dropped} of {len(records)} samples: longer than {config.max_seq_len}")
-    if num_cut := count_cut(records, config.max_seq_len):
-        cut = f"Cut {num_cut} of {len(records)} samples at --max_seq_len {config.max_seq_len}"
+    train_dataset.num_cut = count_cut(records, config.max_seq_len)
+    if train_dataset.num_cut:
+        cut = f"Cut {train_dataset.num_cut} of {len(records)} samples at --max_seq_len {config.max_seq_len}"
         PartialState().print(f"{cut}: the end of their replies, with the end of turn, is not learned")
     train_dataset.digest = digest_records(records)
     train_dataset.records = records.select(fitting)

@@ -166,7 +166,7 @@ class UpdateBatchSampler:
     def update_sizes(self) -> list[int]:
         """How many samples each update of an epoch has; only the last may have fewer than the others."""
         num_full, num_left = divmod(len(self.num_label_tokens), self.update_size)
-        return [self.update_size] * num_full + [num_left] * bool(num_left)
+        return [self.update_size] * num_full + ([num_left] if num_left else [])
 
     def order(self) -> np.ndarray:
         """The epoch's samples, shuffled by seed and epoch, update after update, as one array of indices."""

@@ -7,12 +7,10 @@ One report on stdout: what train.py would refuse or skip, and what it would take
 is JSON. Exit code 0: every record can be used; 2: some cannot.
 """
 
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +22,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from child_processes import end_with_parent
+from child_processes import process_pool
 from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
@@ -41,7 +39,7 @@ NUM_SHOWN = 20
 class CheckConfig:
     dataset: str = field(metadata={"help": "as train.py's"})
     image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "links out of the image folder are meant"})
+    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
     model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
     num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
@@ -70,10 +68,10 @@ def main(config: CheckConfig) -> dict[str, Any]:
 def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterator[str]:
     """What is wrong with each sample whose images cannot be had."""
     starts = range(0, len(dataset), SAMPLES_AT_ONCE)
-    context = multiprocessing.get_context("forkserver")  # imports once, for all
-    context.set_forkserver_preload(["data.check"])
     with (
-        ProcessPoolExecutor(num_processes, mp_context=context, initializer=_take, initargs=(dataset,)) as pool,
+        process_pool(
+            num_processes, "forkserver", preload="data.check", initializer=_take, initargs=(dataset,)
+        ) as pool,
         tqdm(total=len(dataset), desc="Checking", unit="sample") as progress,
     ):
         try:
@@ -87,7 +85,6 @@ def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterat
 
 def _take(dataset: ConversationDataset) -> None:
     """In a process of the pool."""
-    end_with_parent()
     global _dataset
     _dataset = dataset
 

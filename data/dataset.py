@@ -58,7 +58,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """
         Args:
             problems: what was left out of the records, by its number, in a data set that skips what is bad.
-            follow_links: links out of the image folder are meant.
+            follow_links: allow links out of the image folder.
             num_moved: images that lie where MGM's own loader looks for them (`data.images.path_of`).
         """
         self.records = records
@@ -68,7 +68,9 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.skips_bad = problems is not None
         self.follow_links = follow_links
         self.num_moved = num_moved
-        self.digest: dict[str, Any] = {}  # `digest_records` of training data, by which a resumed run knows it again
+        # Of training data, set once its lengths are measured:
+        self.num_cut = 0  # samples that lose the end of their replies
+        self.digest: dict[str, Any] = {}  # `digest_records`, by which a resumed run knows the data again
 
     def __len__(self) -> int:
         return len(self.records)

@@ -18,7 +18,7 @@ from utils import UserError, brief_error
 
 
 WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
-LEAVES = "leaves the image folder by a link; if its links are meant, give --follow_links"
+LEAVES = "leaves the image folder by a link; to allow such links, give --follow_links"
 MOVED = "images found where MGM's own loader looks for them: ocr_vqa as .png, vg/VG_100K as vg/images"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
 
@@ -56,7 +56,7 @@ class ImageLookup:
     """Finds what is wrong with a folder's image files without opening them: millions of names take seconds.
 
     Args:
-        follow_links: links out of the folder are meant.
+        follow_links: allow links out of the folder.
     """
 
     num_moved = 0  # images that lie where MGM's own loader looks, not where their record says

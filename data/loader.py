@@ -3,7 +3,6 @@
 import shutil
 import sys
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, col
 from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
-from data.worst_case import Row, worst_case_batch
+from data.worst_case import Row, with_rows_of, worst_case_batch
 from memory_report import size
 from memory_run import longest_row
 from utils import UserError
@@ -79,10 +78,9 @@ def build_loader(
 
 def largest_batch_bytes(model_config: PreTrainedConfig, config: Any, longest: Row) -> int:
     """Bytes of the largest micro-batch that can come. `config` is train.py's."""
-    worst = copy(config)
-    worst.max_seq_len = longest.num_tokens
     with torch.device("meta"):
-        return sum(tensor.nbytes for tensor in worst_case_batch(model_config, worst, longest.num_images).values())
+        batch = worst_case_batch(model_config, with_rows_of(config, longest.num_tokens), longest.num_images)
+    return sum(tensor.nbytes for tensor in batch.values())
 
 
 def workers_that_fit(num_workers: int, batch_bytes: int, num_processes: int) -> int:

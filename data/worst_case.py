@@ -30,6 +30,13 @@ def with_few_micro_batches(config: Config) -> Config:
     return config
 
 
+def with_rows_of(config: Config, num_tokens: int) -> Config:
+    """A copy of a StepConfig with rows of `num_tokens`. (`replace` would look at the flags anew, at folders too.)"""
+    config = copy(config)
+    config.max_seq_len = num_tokens
+    return config
+
+
 def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:
     """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
 
@@ -75,10 +82,9 @@ def worst_case_questions(
 ) -> dict[str, torch.Tensor]:
     """A batch of prompts for generation: prompt and answer together fill `max_seq_len`, and all of it but a token is
     the prompt, which is where generation takes most. `config` is a StepConfig."""
-    prompts = copy(config)
-    prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
     image_length = images_per_sample * getattr(model_config, "num_image_tokens", 0)
-    prompts.max_seq_len = max(config.max_seq_len - 1, image_length)  # images may fill the row
+    prompts = with_rows_of(config, max(config.max_seq_len - 1, image_length))  # images may fill the row
+    prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
     batch = worst_case_batch(model_config, prompts, images_per_sample)
     # generate warns of a prompt that ends with padding, and token 0 is often what pads.
     batch["input_ids"][:, image_length:] = 1

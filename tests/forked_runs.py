@@ -11,7 +11,6 @@ import os
 import pkgutil
 import resource
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from memory_stand_in import free_port
 from utils import BadSample
 
 
@@ -117,10 +117,7 @@ def launch_environment(config: str, num_processes: int) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(config == "zero3").lower(),
         }
     if config != "single":
-        with socket.socket() as free_port:
-            free_port.bind(("127.0.0.1", 0))
-            port = str(free_port.getsockname()[1])
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num_processes)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
         environment["LOCAL_WORLD_SIZE"] = str(num_processes)
     return environment
 

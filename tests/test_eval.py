@@ -336,6 +336,13 @@ def test_evaluate_for_training(accelerator):
     assert evaluation.exact_match(predictions) == sum(p.is_exact for p in predictions) / 6
 
 
+def test_nothing_held_out(accelerator, capfd):
+    """No progress bar of nothing."""
+    held_out = HeldOut.of(None, load_processor(MODEL), batch_size=4)
+    assert evaluation.evaluate(accelerator, torch.nn.Linear(1, 1), load_processor(MODEL), held_out) == []
+    assert "Answering" not in capfd.readouterr().err
+
+
 def test_held_out_sizes(mixed_dataset):
     """The longest row is the longest prompt and as many tokens as the longest reply has; a flag may say fewer."""
     from data.dataset import open_dataset

@@ -76,6 +76,16 @@ def test_the_last_evaluation_fails(action: str, words: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_stopped_in_the_last_evaluation(tmp_path: Path) -> None:
+    """All steps are done, so a signal need not wait for them: it ends the answering at once."""
+    held_out = "eval_samples 8 --eval_dataset data/demo/validation.json"
+    flags = f"{FLAGS.replace('eval_samples 0', held_out)} --output_dir {tmp_path / 'out'}"
+    ended = run(flags, tmp_path, faults=(Fault("train.evaluate", 2, "terminate"),))
+    assert ended.code == 143 and "Kept step" in ended.out, ended.err[-2000:]
+    assert load_file(tmp_path / "out/adapter_model.safetensors") and not (tmp_path / "out/run.json").exists()
+
+
+@pytest.mark.slow
 def test_answering_is_rehearsed(tmp_path: Path) -> None:
     """Before step 1, in the largest batch of questions: memory that they lack is missed then."""
     fault = Fault("generation.generate_tokens", 1, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")

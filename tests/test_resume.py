@@ -14,7 +14,9 @@ from forked_runs import ROOT, Ended, Fault, Run, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checkpoints import check_settings
 from data.make_demo import ensure_demo
+from utils import UserError
 
 
 NUM_STEPS = 13  # 10 updates an epoch: the second epoch is entered
@@ -178,6 +180,14 @@ def test_other_data(killed: Path, data_flags: str, tmp_path: Path) -> None:
     """Another data set has no place to go on in."""
     ended = resume(killed, "", tmp_path, "--dataset data/demo/validation.json")
     assert ended.code == 2 and "the data set had 40 records, now " in ended.error
+
+
+def test_checkpoint_of_an_earlier_version() -> None:
+    """Such a one has a hash of the samples' lengths for its data, and no other digest of them."""
+    now = {"lora_r": 16, "data": {"num_records": 40, "sha256": "f5a84c196513c4f9"}, "lengths": "737ef7ee6be5fea5"}
+    with pytest.raises(UserError, match="other settings: an earlier version of train.py made it") as refused:
+        check_settings(Path("checkpoint-2"), {"lora_r": 16, "data": "737ef7ee6be5fea5"}, now)
+    assert "sha256" not in str(refused.value)
 
 
 def changed(data_flags: str, path: Path, how: str) -> str:

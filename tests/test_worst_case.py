@@ -62,7 +62,7 @@ def test_an_image_of_every_preset(preset, processor):
     """A real image at the preset's own sizes: as many positions, and every tensor's shape and dtype."""
     ours = processor_of(preset, processor)
     assert ours.num_image_tokens == PRESETS[preset]().num_image_tokens
-    assert_same_form(TrainCollator(ours, 4096, "pad")([sample(1)]), preset)
+    assert_same_form(TrainCollator(ours, 4096)([sample(1)]), preset)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3])
@@ -70,7 +70,7 @@ def test_an_image_of_every_preset(preset, processor):
 @pytest.mark.parametrize("preset", SMALL)
 def test_rows_of_several_images_and_of_none(preset, rows, num_images, processor):
     """Batches of equal rows; without an image there are no views."""
-    batch = TrainCollator(processor_of(preset, processor), 1000, "pad")([sample(num_images)] * rows)
+    batch = TrainCollator(processor_of(preset, processor), 1000)([sample(num_images)] * rows)
     assert ("pixel_values" in batch) == (num_images > 0)
     assert_same_form(batch, preset, num_images=num_images)
 
@@ -79,7 +79,7 @@ def test_rows_of_several_images_and_of_none(preset, rows, num_images, processor)
 @pytest.mark.parametrize("preset", ["tiny-hd", "mgm-2b"])
 def test_packed_rows(preset, rows, processor):
     """Samples of one and of two images share a row: the worst case of two has room for all five."""
-    collate = PackedCollator(processor_of(preset, processor), 4096, "pad")
+    collate = PackedCollator(processor_of(preset, processor), 4096)
     batch = collate([[sample(2), sample(1), sample(2)]] * rows)
     assert batch["input_ids"].shape[1] // PRESETS[preset]().num_image_tokens == 5, "text takes less than an image"
     assert_same_form(batch, preset, packing=True, num_images=2)
