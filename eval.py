@@ -10,6 +10,7 @@ last line on stdout is a JSON object. `tensorboard --logdir outputs/eval` lays r
 """
 
 import json
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -218,13 +219,29 @@ class HeldOut:
         processor: ProcessorMixin,
         batch_size: int,
         max_new_tokens: int | None = None,
+        positions: float = math.inf,
     ) -> "HeldOut":
-        """The samples of a data set, or none. `max_new_tokens` None: as many as the longest reply has."""
+        """The samples of a data set, or none.
+
+        Args:
+            max_new_tokens: None: as many as the longest reply has, and as there is room for.
+            positions: of the language model, for prompt and answer.
+
+        Raises:
+            UserError: the longest prompt leaves no room for an answer, or not for so many tokens.
+        """
         questions = conversations.to_questions(dataset) if dataset is not None else []
         if not questions:
             return cls([], batch_size)
         prompts, replies = zip(*[num_tokens(processor, question) for question in questions], strict=True)
-        longest_answer = max_new_tokens or max(replies)
+        room = positions - max(prompts)
+        if room < (max_new_tokens or 1):
+            asked = f"--max_new_tokens {max_new_tokens}" if max_new_tokens else "the held-out data"
+            raise UserError(
+                f"{asked}: the longest held-out prompt has {max(prompts)} tokens, and the language model {positions} "
+                "positions for prompt and answer; choose less, or leave long prompts out"
+            )
+        longest_answer = max_new_tokens or min(max(replies), room)
         num_images = max(question.num_images for question in questions)
         return cls(questions, batch_size, longest_answer, Row(max(prompts) + longest_answer, num_images))
 

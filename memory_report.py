@@ -25,7 +25,7 @@ def report(result: dict) -> str:
     lines = [title(result), ""]
     if result.get("breakdown"):
         lines += [*breakdown_lines(result), ""]
-    lines += [*total_lines(result), "", verdict(result)]
+    lines += [*total_lines(result), *phase_lines(result), "", verdict(result)]
     if result.get("oom"):
         lines.append(result["oom"])
     if "error" in result:
@@ -72,6 +72,12 @@ def total_lines(result: dict) -> list[str]:
     rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
     rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
     return [f"  {what:<28}{size(result[key]):>12}" for what, key in rows if key in result]
+
+
+def phase_lines(result: dict) -> list[str]:
+    """The most that tensors take in each phase of a run."""
+    peaks = [f"{phase} {size(nbytes)}" for phase, nbytes in result.get("phases", {}).items() if nbytes]
+    return [f"  peaks: {', '.join(peaks)}"] if peaks else []
 
 
 def verdict(result: dict) -> str:

@@ -157,7 +157,8 @@ class MGMProcessor(ProcessorMixin):
         So a reply's leading newline carries none where the tokenizer joins it with the newline before it. The
         original masks that token too, and generation never has to produce it: the prompt ends with a newline.
         """
-        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        # verbose=False: a text beyond the tokenizer's maximum is cut or left out later, and said once.
+        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         input_ids, labels = [], []
         for token_id, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             if token_id == self.image_token_id:
@@ -203,7 +204,8 @@ def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
     for turn in conversation:
         role, value = ROLES.get(turn["from"]), turn["value"]
         if role is None:
-            raise ValueError(f"a turn is from {turn['from']!r}: expected one of {', '.join(ROLES)}")
+            remedy = "; move a system turn's text into the first human turn" if turn["from"] == "system" else ""
+            raise ValueError(f"a turn is from {turn['from']!r}: expected one of {', '.join(ROLES)}{remedy}")
         if not messages and role == "assistant":
             continue
         if messages and messages[-1]["role"] == role:

@@ -1,6 +1,10 @@
-"""Imported first by the scripts: PEFT imports bitsandbytes, which on some CPUs warns of a kernel that nobody wants."""
+"""Imported first by the scripts, before torch and PEFT: keeps warnings from users that they can do nothing about."""
 
 import logging
+import os
 
 
+# On some CPUs bitsandbytes, which PEFT imports, warns of a kernel that nobody wants.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# torch's profiler warns of memory that was allocated before it began.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

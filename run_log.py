@@ -1,5 +1,6 @@
 """What a run tells while it goes and at its end: progress bar, TensorBoard, run.json."""
 
+import hashlib
 import json
 import platform
 import resource
@@ -225,9 +226,13 @@ class RunLog:
         score = exact_match(predictions)
         name = "exact_match" if global_step else "exact_match_before"
         num_cut = sum(prediction.is_cut for prediction in predictions)
-        if global_step and self.eval.get("n", len(predictions)) != len(predictions):  # resumed with others
-            self.eval["n_before"] = self.eval["n"]
-        self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut}
+        questions = digest_questions(predictions)
+        if global_step and self.eval.get("questions", questions) != questions:  # resumed with others
+            if self.eval["n"] == len(predictions):
+                del self.eval["exact_match_before"]  # of other questions, and nothing would tell
+            else:
+                self.eval["n_before"] = self.eval["n"]
+        self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut, "questions": questions}
         self.accelerator.log({"eval/exact_match": score}, step=global_step)
         if self.accelerator.is_main_process:
             when = "after" if global_step else "before"
@@ -285,6 +290,12 @@ class RunLog:
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
+
+
+def digest_questions(predictions: list[Prediction]) -> str:
+    """The same for the same questions and references alone."""
+    asked = [(prediction.question, prediction.answer) for prediction in predictions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -91,7 +91,7 @@ class StepConfig(ModelConfig):
 
     lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
-    lora_dropout: float = 0.1
+    lora_dropout: float = field(default=0.1, metadata={"help": "of the adapter's inputs"})
     lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
@@ -114,13 +114,13 @@ class StepConfig(ModelConfig):
     per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
     eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches of an update"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
     checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
     mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
-    seed: int = 42
+    seed: int = field(default=42, metadata={"help": "of the adapter's start, the order of samples, and dropout"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
 
     def __post_init__(self) -> None:
@@ -138,6 +138,11 @@ class StepConfig(ModelConfig):
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
+        if self.checkpoint_every_n_layers > 1 and not self.gradient_checkpointing:
+            raise UserError(
+                f"--checkpoint_every_n_layers {self.checkpoint_every_n_layers}: nothing is checkpointed with "
+                "--no_gradient_checkpointing, leave one of them out"
+            )
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
         if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
@@ -183,17 +188,17 @@ class TrainConfig(StepConfig):
     on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
     # The course of training
-    learning_rate: float = 2e-4
+    learning_rate: float = field(default=2e-4, metadata={"help": "the highest, after the warm-up"})
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the updates"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": " | ".join(SCHEDULERS)})
-    weight_decay: float = 0.0
-    num_train_epochs: int = 1
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
+    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data set"})
     max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
     # Output
     doctor: bool = field(default=False, metadata={"help": "only look whether this machine is ready for --model"})
-    output_dir: str = "outputs/demo"
-    overwrite_output_dir: bool = False
-    logging_steps: int = 10
+    output_dir: str = field(default="outputs/demo", metadata={"help": "folder for adapter, checkpoints and logs"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the run that is in --output_dir"})
+    logging_steps: int = field(default=10, metadata={"help": "updates from one point in TensorBoard to the next"})
     save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
@@ -252,7 +257,13 @@ def main(config: TrainConfig) -> dict | None:
         return finished if accelerator.is_main_process else None
     model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
 
-    held_out = HeldOut.of(eval_dataset, processor, config.per_device_eval_batch_size, config.max_new_tokens)
+    held_out = HeldOut.of(
+        eval_dataset,
+        processor,
+        config.per_device_eval_batch_size,
+        config.max_new_tokens,
+        positions=num_positions(config.model),
+    )
     loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
@@ -371,10 +382,15 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
     return processor
 
 
+def num_positions(model: str) -> float:
+    """Tokens that a row of the language model may have; infinity where its config names no limit."""
+    text_config = load_config(model).get_text_config()
+    return getattr(text_config, "max_position_embeddings", None) or math.inf
+
+
 def check_positions(config: StepConfig) -> None:
     """Raise UserError where rows may be longer than the language model has positions for."""
-    text_config = load_config(config.model).get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    positions = num_positions(config.model)
     if config.max_seq_len > positions:
         raise UserError(
             f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "

@@ -172,6 +172,8 @@ def read_recipe(path: str | Path, names: set[str]) -> list[str]:
     """A YAML file of flags as command line words, so that one parser checks them all."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"--recipe {path}: there is no such file") from None
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--recipe {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(recipe, dict):
@@ -299,7 +301,10 @@ def require_quantization(quantize: str) -> None:
 def load_processor(name: str) -> ProcessorMixin:
     """The processor of a folder or a hub id. Raises UserError where there is none."""
     if is_preset(name):
-        raise UserError(f"--model {name}: a preset has no tokenizer; give a folder made by convert_mgm.py")
+        raise UserError(
+            f"--model {name}: there is no such folder here, and the preset of that name has no tokenizer; make the "
+            "folder with convert_mgm.py"
+        )
     return _from_pretrained(AutoProcessor, name)
 
 
@@ -310,6 +315,9 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         check_no_adapter(name)
+        if isinstance(error, ImportError) and (attention := kwargs.get("attn_implementation")):
+            remedy = "choose sdpa, or install requirements-gpu.txt"
+            raise UserError(f"--attn_implementation {attention}: {brief_error(error)}; {remedy}") from None
         raise UserError(f"--model {name}: cannot be loaded ({error})") from None
 
 

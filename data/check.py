@@ -70,7 +70,7 @@ def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterat
     starts = range(0, len(dataset), SAMPLES_AT_ONCE)
     with (
         process_pool(
-            num_processes, "forkserver", preload="data.check", initializer=_take, initargs=(dataset,)
+            num_processes, "forkserver", preload="data.dataset", initializer=_take, initargs=(dataset,)
         ) as pool,
         tqdm(total=len(dataset), desc="Checking", unit="sample") as progress,
     ):

@@ -53,9 +53,13 @@ class JsonFile:
     def records(self) -> Iterator[Any]:
         """Whatever the file holds, one by one."""
         with open(self.name, "rb") as file:
-            if file.read(len(UTF8_BOM)) != UTF8_BOM:
-                file.seek(0)
+            skip_bom(file)
             yield from (_read_jsonl if self.name.endswith(".jsonl") else _read_json)(file, self.name)
+
+
+def skip_bom(file: BinaryIO) -> None:
+    if file.read(len(UTF8_BOM)) != UTF8_BOM:
+        file.seek(0)
 
 
 class ArrowTable:
@@ -248,6 +252,7 @@ def _explain(error: ijson.JSONError, num_records: int) -> str:
 def _key_of_array(path: str) -> str | None:
     """The key of the first array inside an object, where the file holds an object."""
     with open(path, "rb") as file:
+        skip_bom(file)
         for prefix, event, _ in ijson.parse(file):
             if event == "start_array":
                 return prefix or None

@@ -21,7 +21,7 @@ from data.make_demo import ensure_demo
 from eval import EvalConfig, HeldOut, main
 from generation import Answer, answer_batches, generate_answers, prompt_inputs
 from tasks import conversations
-from utils import load_model, load_processor, parse_config, run_script
+from utils import UserError, load_model, load_processor, parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -361,6 +361,12 @@ def test_held_out_sizes(mixed_dataset):
     assert held_out.longest.num_images == max(question.num_images for question in held_out.questions)
     assert HeldOut.of(dataset, processor, 3, max_new_tokens=2).longest.num_tokens == max(prompts) + 2
     assert HeldOut.of(None, processor, 3).questions == []
+    room = max(prompts) + held_out.max_new_tokens - 1
+    assert HeldOut.of(dataset, processor, 3, positions=room).longest.num_tokens == room, "a reply that is cut"
+    with pytest.raises(UserError, match=f"--max_new_tokens 9: the longest held-out prompt has {max(prompts)} tokens"):
+        HeldOut.of(dataset, processor, 3, max_new_tokens=9, positions=max(prompts) + 8)
+    with pytest.raises(UserError, match="the held-out data: the longest held-out prompt"):
+        HeldOut.of(dataset, processor, 3, positions=max(prompts))
 
 
 def test_long_answers_are_not_cut(accelerator, tiny_model):

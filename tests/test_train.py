@@ -470,6 +470,11 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
         ("--lr_scheduler_type cosine_with_min_lr", ["--lr_scheduler_type cosine_with_min_lr", "cosine, "]),
         ("--lr_scheduler_type polynomial --learning_rate 1e-8", ["--learning_rate 1e-08", "start above"]),
+        (
+            "--checkpoint_every_n_layers 2 --no_gradient_checkpointing",
+            ["--checkpoint_every_n_layers 2", "leave one of them out"],
+        ),
+        ("--max_new_tokens 100000", ["--max_new_tokens 100000", "2048 positions for prompt and answer"]),
         ("--warmup_ratio 2", ["--warmup_ratio 2.0", "at most 1"]),
         ("--seed -1", ["--seed -1", "at least 0"]),
         ("--seed 4294967296", ["--seed 4294967296", "below 2**32"]),
