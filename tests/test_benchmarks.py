@@ -59,6 +59,7 @@ def test_photographs():
     assert first != second and 100_000 < len(first) < 600_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["json", "parquet"])
 def test_the_loader_is_measured(source: str):
     """Both kinds of source, without a worker and with one: rates and memory of each, at MGM-2B's sizes."""
@@ -107,6 +108,7 @@ def test_our_step_is_the_trainers(tiny_step, gradient_checkpointing):
         assert 0 < a.seconds and 0 < b.seconds
 
 
+@pytest.mark.slow
 def test_zero3_takes_the_same_steps():
     """Loss and gradient norm of two updates, under real DeepSpeed and without."""
     config = StepBenchmarkConfig(device="cpu", num_tokens=32)
@@ -157,6 +159,7 @@ def test_ratios_are_against_the_better_baseline():
     assert ratio["peak_against_without_checkpointing"] == 0.3
 
 
+@pytest.mark.slow
 def test_packing_is_measured(tmp_path):
     """All variants have every sample, within the budget; without padding rows would be full."""
     config = PackingConfig(num_samples=48, rounds=1, output=str(tmp_path / "packing.json"))

@@ -338,6 +338,7 @@ def test_flags_that_do_not_go_together(given, message):
         ConvertConfig(**given)
 
 
+@pytest.mark.slow
 def test_the_command_line(original, tmp_path):
     """The script itself: wrong flags are one line and exit code 2, the last line of a conversion is JSON."""
     command = [sys.executable, "convert_mgm.py", "--output", str(tmp_path / "out")]

@@ -77,6 +77,7 @@ def test_a_number_of_processes_that_is_given_wins(tmp_path, given, expected):
     assert tiny_config(**{"config_file": str(tmp_path / "launch.yaml")} | given).world_size == expected
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_each_launch_configs_processes(tmp_path):
     """What --config_file says in one row is not given to the next, and a number that was given holds for all."""
     paths = []
@@ -161,6 +162,7 @@ def test_a_launch_config_is_read(tmp_path):
     assert zero3["host_bytes"] > single["host_bytes"]
 
 
+@pytest.mark.slow
 def test_the_command_and_its_verdict():
     """What a user sees: the table, the verdict, one JSON line; exit code 0 where it fits and 3 where it does not."""
     fits = start("--model", "tiny", "--max-seq-len", "48", "--lora-r", "4", "--mode", "predict")
@@ -203,6 +205,7 @@ def test_what_cannot_be(flags, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(tmp_path):
     """Four rows, a file each; started again, none is probed again; a table, a chart and TensorBoard's hparams."""
     probed = []

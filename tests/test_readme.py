@@ -18,7 +18,7 @@ from memory_probe import ProbeConfig
 from memory_run import RunMemory
 from run_log import RunLog
 from train import StepConfig, TrainConfig, build_model
-from utils import parse_config
+from utils import load_processor, parse_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,8 @@ def test_python_snippets_run(monkeypatch, tmp_path):
     snippets = [textwrap.dedent(code) for code in re.findall(r"^ *```python\n(.*?)```", README, re.M | re.S)]
     assert snippets
     config = StepConfig(model=str(ROOT / "data/tiny_mgm"), mixed_precision="no")
-    build_model(config, is_deepspeed=False).save_pretrained(tmp_path / "outputs/mgm-2b-stage2")
+    for trained in (build_model(config, is_deepspeed=False), load_processor(config.model)):
+        trained.save_pretrained(tmp_path / "outputs/mgm-2b-stage2")
     (tmp_path / "mgm-2b").symlink_to(config.model)
     monkeypatch.chdir(tmp_path)
     for code in snippets:

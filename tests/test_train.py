@@ -29,7 +29,7 @@ from data.loader import build_loader
 from data.make_demo import ensure_demo
 from data.worst_case import worst_case_batch
 from memory_probe import ProbeConfig
-from utils import UserError, load_model, load_processor, parse_config, run_script
+from utils import UserError, load_config, load_model, load_processor, parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -582,7 +582,7 @@ def test_training_sees_what_the_processor_says(typed, square_model, tmp_path):
     expected = typed or "square"
     assert processor.image_aspect_ratio == config.image_aspect_ratio == expected
     dataset, _ = train.build_datasets(config, processor)
-    loader, *_ = build_loader(config, dataset, processor, num_processes=1)
+    loader, *_ = build_loader(config, dataset, processor, load_config(str(square_model)), num_processes=1)
     [picture] = dataset[0]["images"]
     views = load_processor(str(square_model)).image_views(picture, expected)
     assert torch.equal(next(iter(loader))["pixel_values"][0], views[0])
