@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
+from data.loader import SharingCollator
 from tasks.task import Question
 
 
@@ -80,6 +81,10 @@ class QuestionBatches(torch.utils.data.Dataset):
         return prompt_inputs(self.processor, [question.conversation for question in questions], images)
 
 
+def as_it_is(batch: BatchFeature) -> BatchFeature:
+    return batch
+
+
 def answer_batches(
     accelerator: Accelerator,
     model: nn.Module,
@@ -99,7 +104,8 @@ def answer_batches(
     step = batch_size * accelerator.num_processes
     shared = [order[start : start + step] for start in range(0, len(order), step)]
     own = [batch[accelerator.process_index :: accelerator.num_processes] or batch[:1] for batch in shared]
-    loader = DataLoader(QuestionBatches(processor, questions, own), batch_size=None, num_workers=num_workers)
+    batches = QuestionBatches(processor, questions, own)
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=SharingCollator(as_it_is))
     unwrapped = accelerator.unwrap_model(model)
     progress = tqdm(total=len(order), desc="Answering", unit="question", disable=not accelerator.is_main_process)
     with progress:

@@ -390,3 +390,16 @@ def test_long_answers_are_not_cut(accelerator, tiny_model):
     assert first.prediction == second.prediction == reply and first.is_exact and not first.is_cut
     (cut, _) = evaluation.evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, 2, max_new_tokens=32))
     assert cut.is_cut and not cut.is_exact
+
+
+def test_shared_memory_that_fills_up(mixed_dataset, accelerator, monkeypatch):
+    """A worker whose batch finds no room says so; the run does not wait for it forever."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    model, processor = load_model(MODEL, torch.float32, "sdpa").eval(), load_processor(MODEL)
+    questions = conversations.load(str(mixed_dataset), "data/demo").questions
+    with pytest.raises(UserError, match="shared memory is full .* or choose --dataloader_num_workers 0"):
+        next(answer_batches(accelerator, model, processor, questions, [0, 1], 2, 4, num_workers=1))
