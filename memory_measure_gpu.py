@@ -69,8 +69,9 @@ def measure_in_this_process(
             # Back to where from_pretrained puts it, so that it comes to the GPU in the usual order. 4-bit weights are
             # made where they stay.
             model = model.cpu()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if not is_deepspeed:  # ZeRO-3 splits weights on the GPU while it loads: that counts
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
         peaks = PhasePeaks()

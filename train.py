@@ -244,8 +244,6 @@ def main(config: TrainConfig) -> dict | None:
     accelerator = build_accelerator(config, config.output_dir)
     check_positions(config)
     processor = build_processor(config)
-    if config.dataset is None:
-        accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     set_seed(config.seed)
 
     # Whatever is wrong with the input is found here, before the first byte is written.
@@ -255,6 +253,8 @@ def main(config: TrainConfig) -> dict | None:
     if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
+    if config.dataset is None:
+        accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
     model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
 
     held_out = HeldOut.of(
