@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_tests
 
-Writes results/gpu/tests.json, from which the README's sentence comes. On any machine a test warns when the code has
-changed since (tests/test_gpu_record.py). The last line on stdout is the same as JSON.
+Writes results/gpu/tests.json, from which the README's table comes; what runs on two GPUs goes beside it, with
+`--output results/gpu/tests_two_gpus.json`. On any machine a test warns when the code has changed since
+(tests/test_gpu_record.py). The last line on stdout is the same as JSON.
 """
 
 import json

@@ -17,7 +17,7 @@ DOCUMENTS = (
     "README.md",
     *(f"docs/{name}.md" for name in ("memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
-GPU_TESTS = ROOT / "results/gpu/tests.json"
+GPU_TESTS, TWO_GPU_TESTS = (ROOT / f"results/gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
@@ -164,19 +164,19 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
     return None
 
 
-def gpu_tests_line() -> str:
-    """Which tests a GPU has run, and of which commit."""
-    record = json.loads(GPU_TESTS.read_text())
-    gpus = f"{record['num_gpus']} x " if record["num_gpus"] > 1 else "one "
-    failed = f", {record['failed']} failed" if record["failed"] else ""
-    return (
-        f"`pytest -m gpu`: {record['passed']} tests passed{failed}, {record['skipped']} skipped, on {gpus}"
-        f"{record['gpu']} with PyTorch {record['torch']}, commit {record['commit'][:8]}."
-    )
+def gpu_tests_table() -> str:
+    """Which tests GPUs have run, and of which commit."""
+    lines = ["| GPUs | PyTorch | commit | passed | failed | skipped | seconds |", "|---|---|---|---|---|---|---|"]
+    for path in (GPU_TESTS, TWO_GPU_TESTS):
+        record = json.loads(path.read_text())
+        cells = [f"{record['num_gpus']} x {record['gpu']}", record["torch"], record["commit"][:8]]
+        cells += [str(record[name]) for name in ("passed", "failed", "skipped", "seconds")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 TABLES = {
-    "gpu-tests": gpu_tests_line,
+    "gpu-tests": gpu_tests_table,
     "headline": headline_table,
     "gpu": gpu_table,
     "cpu": cpu_table,
