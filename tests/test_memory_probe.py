@@ -133,6 +133,7 @@ def test_equal_seeds_and_other_seeds_predict_the_same(predicted):
     assert again["breakdown"] == predicted["breakdown"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["max_seq_len", "per_device_train_batch_size", "lora_r"])
 def test_more_takes_more(flag):
     """Longer rows, larger batches and higher ranks never need less."""
@@ -141,6 +142,7 @@ def test_more_takes_more(flag):
     assert peaks == sorted(set(peaks))
 
 
+@pytest.mark.slow
 def test_both_on_a_cpu():
     """The same step predicted and run: the contract's keys, and less than 0.1 % between them."""
     result = probe(tiny_config(mode="both", device="cpu"))

@@ -69,6 +69,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_run, "Forecast", StandInForecast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, capsys, accumulation):
     """The second update's last micro-batch: within 0.1 % of what memory_probe.py measures of that batch. What can be
