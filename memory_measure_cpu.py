@@ -5,6 +5,7 @@
 Each measurement runs in a process of its own, so that nothing of an earlier one is in its way.
 """
 
+import gc
 from dataclasses import dataclass
 
 import train
@@ -34,6 +35,7 @@ def measure_training(config: train.StepConfig, images_per_sample: int = 1) -> Me
 
 def measure_on_cpu(config: train.StepConfig, images_per_sample: int) -> Measurement:
     quiet_libraries()
+    gc.collect()  # garbage of the caller's that is freed while the profiler watches would be taken off the peak
     with probe_accelerator(config) as accelerator:
         model = train.build_model(config, is_deepspeed=False).train()
         optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)

@@ -15,7 +15,7 @@ from convert_mgm import build_processor
 from data.batching import TrainCollator
 from data.packing import PackedCollator
 from data.worst_case import worst_case_batch
-from memory_measure_cpu import measure_on_cpu
+from memory_measure_cpu import measure_training
 from memory_predict import predict
 from memory_probe import ProbeConfig
 from memory_trace import trace_training
@@ -92,7 +92,7 @@ def test_hd_images_are_predicted_and_run(num_images, packing):
     """The prediction for a CPU is within 0.02 % of the profiler's memory events."""
     flags = {"model": "tiny-hd", "mixed_precision": "no", "max_seq_len": 250, "lora_r": 4}
     config = StepConfig(**flags, per_device_train_batch_size=1, packing=packing)
-    measured_bytes = measure_on_cpu(config, num_images).peak_bytes
+    measured_bytes = measure_training(config, num_images).peak_bytes
     assert trace_training(config, "cpu", num_images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
 
 
