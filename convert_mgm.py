@@ -24,9 +24,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from adapter import load_trained_processor
-from chat_templates import END_OF_TURN_TOKENS, chat_template_for
-from configuration_mgm import MGMConfig
 from conversion.checkpoint import (
     Shard,
     all_infos,
@@ -42,8 +39,11 @@ from conversion.names import rename_clip, rename_open_clip, rename_original, ren
 from conversion.original_config import MODEL_TYPES, clip_config, convnext_config, derive_original, text_config
 from conversion.original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
 from conversion.weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
-from modeling_mgm import MGMForConditionalGeneration
-from processing_mgm import MGMProcessor
+from mgm.chat_templates import END_OF_TURN_TOKENS, chat_template_for
+from mgm.configuration_mgm import MGMConfig
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from mgm.processing_mgm import MGMProcessor
+from models.adapter import load_trained_processor
 from utils import UserError, load_config, run_script
 
 

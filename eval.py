@@ -25,17 +25,17 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import ProcessorMixin
 
-from adapter import base_of, check_base, load_adapter, load_trained_processor
-from chunked_loss import IGNORE_INDEX
-from comparison import as_table, compare_files
 from data.dataset import ConversationDataset
 from data.worst_case import Row
-from eval_log import AnswersFile
-from eval_pictures import write_tensorboard
-from generation import Answer, answer_batches
-from tasks import captions, conversations, mmbench, textvqa
-from tasks.task import Question, Task, by_type, mean_score
-from tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
+from evaluation.answers_file import AnswersFile
+from evaluation.comparison import as_table, compare_files
+from evaluation.pictures import write_tensorboard
+from evaluation.tasks import captions, conversations, mmbench, textvqa
+from evaluation.tasks.task import Question, Task, by_type, mean_score
+from evaluation.tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
+from layers.chunked_loss import IGNORE_INDEX
+from models.adapter import base_of, check_base, load_adapter, load_trained_processor
+from models.generation import Answer, answer_batches
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,

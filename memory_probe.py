@@ -20,16 +20,16 @@ import quiet  # noqa: F401 (before PEFT)
 
 import torch
 
-from memory_calibrate import calibrate, entry
-from memory_charts import step_chart
-from memory_explain import explain, suggest
-from memory_gpus import GIB, GPUS
-from memory_measure import measure
-from memory_predict import summarize, trace_step
-from memory_report import report
-from memory_strategies import Strategy
-from memory_sweep import run_sweep
-from memory_zero import PlacedTrace
+from memory.calibrate import calibrate, entry
+from memory.charts import step_chart
+from memory.explain import explain, suggest
+from memory.gpus import GIB, GPUS
+from memory.measure import measure
+from memory.predict import summarize, trace_step
+from memory.report import report
+from memory.strategy import Strategy
+from memory.sweep import run_sweep
+from memory.zero import PlacedTrace
 from train import StepConfig, check_positions
 from utils import UserError, check_choice, check_minimum, resolve_mixed_precision, run_script
 
@@ -58,7 +58,7 @@ class ProbeConfig(StepConfig):
         metadata={"help": "folder for the result and a picture of it"},
     )
     explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
-    calibrate: bool = field(default=False, metadata={"help": "measure memory_gpus.py's constants on this GPU"})
+    calibrate: bool = field(default=False, metadata={"help": "measure memory/gpus.py's constants on this GPU"})
 
     def __post_init__(self) -> None:
         has_gpu = torch.cuda.is_available()

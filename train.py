@@ -31,7 +31,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import ProcessorMixin, get_scheduler
 
-from checkpoints import (
+from data.batching import column_values, count_cut, measure_lengths
+from data.dataset import ConversationDataset, digest_records, open_dataset
+from data.images import MOVED
+from data.loader import build_loader
+from data.make_demo import ensure_demo
+from data.turn_ends import missing_turn_end
+from eval import HeldOut, evaluate
+from layers.quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
+from layers.recompute_activation import recompute_activations
+from layers.tiled_mlp import tile_frozen_mlps
+from training.checkpoints import (
     RUN_JSON,
     Checkpoints,
     Position,
@@ -41,23 +51,13 @@ from checkpoints import (
     read_position,
     run_settings,
 )
-from data.batching import column_values, count_cut, measure_lengths
-from data.dataset import ConversationDataset, digest_records, open_dataset
-from data.images import MOVED
-from data.loader import build_loader
-from data.make_demo import ensure_demo
-from data.turn_ends import missing_turn_end
-from doctor import run_doctor
-from eval import HeldOut, evaluate
-from faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction, name_some
-from gated_mlp import recompute_activations
-from out_of_memory import OutOfMemory
-from quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
-from rehearsal import rehearse
-from run_log import RunLog
-from saving import save_trained
-from tiled_mlp import tile_frozen_mlps
-from training_state import TrainingState
+from training.doctor import run_doctor
+from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction, name_some
+from training.out_of_memory import OutOfMemory
+from training.rehearsal import rehearse
+from training.run_log import RunLog
+from training.saving import save_trained
+from training.training_state import TrainingState
 from utils import (
     MIXED_PRECISIONS,
     ModelConfig,

@@ -33,10 +33,12 @@ from transformers import (
 )
 from transformers.modeling_utils import set_quantized_state
 
-import modeling_mgm  # noqa: F401 (registers MGM with transformers' Auto classes)
-import processing_mgm  # noqa: F401
-from configuration_mgm import PRESETS
-from quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
+from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
+from mgm import (
+    modeling_mgm,  # noqa: F401 (registers MGM with transformers' Auto classes)
+    processing_mgm,  # noqa: F401
+)
+from mgm.configuration_mgm import PRESETS
 
 
 Config = TypeVar("Config")

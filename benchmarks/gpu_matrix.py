@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from child_processes import process_pool
-from memory_gpus import GIB
-from memory_measure import measure
-from memory_measure_gpu import measure_in_this_process
+from memory.gpus import GIB
+from memory.measure import measure
+from memory.measure_gpu import measure_in_this_process
 from memory_probe import ProbeConfig, probe
 from utils import check_choice, run_script
 
@@ -60,7 +60,7 @@ FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_
 class MatrixConfig:
     mode: str = field(default="predict", metadata={"help": "measure | predict"})
     model: str = "mgm-2b"
-    gpu: str = field(default="h100", metadata={"help": "the card's name in memory_gpus.py"})
+    gpu: str = field(default="h100", metadata={"help": "the card's name in memory/gpus.py"})
     output: str = "results/gpu"
 
     def __post_init__(self) -> None:

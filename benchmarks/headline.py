@@ -22,7 +22,7 @@ from accelerate.utils import calculate_maximum_sizes
 from torch import nn
 
 from benchmarks.tables import HEADLINE, HEADLINE_CARDS, ROOT, write_tables
-from memory_predict import device_memory, summarize, trace_step
+from memory.predict import device_memory, summarize, trace_step
 from memory_probe import ProbeConfig
 from utils import load_model, run_script
 

@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 import train
 from benchmarks.tables import ROOT, write_tables
-from memory_charts import COLOURS
-from memory_gpus import GIB
-from memory_predict import summarize, trace_step
+from memory.charts import COLOURS
+from memory.gpus import GIB
+from memory.predict import summarize, trace_step
+from memory.report import WORDS
+from memory.trace import CATEGORIES
 from memory_probe import ProbeConfig
-from memory_report import WORDS
-from memory_trace import CATEGORIES
-from modeling_mining import MGMPatchInfoMining, View
+from mgm.patch_info_mining import MGMPatchInfoMining, View
 from utils import run_script
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
-from processing_mgm import MGMProcessor
+from mgm.processing_mgm import MGMProcessor
 from utils import check_choice, check_minimum, load_processor, run_script
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lora_vs_full import BASE, METHODS, SEARCH, SEARCHED_BY, SEEDS, Run, choose_rates
-from comparison import compare, percent, percents
+from evaluation.comparison import compare, percent, percents
 
 
 ROOT = Path(__file__).parent.parent

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import chunked_loss
-from chunked_loss import ChunkedCrossEntropy
-from memory_profile import memory_events, profile_memory, rise
+from layers import chunked_loss
+from layers.chunked_loss import ChunkedCrossEntropy
+from memory.cpu_profile import memory_events, profile_memory, rise
 from utils import check_device, check_minimum, run_script
 
 

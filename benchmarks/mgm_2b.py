@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import train
-from memory_host import host_breakdown
+from memory.host import host_breakdown
+from memory.strategy import strategy_of, trace_strategy
 from memory_probe import ProbeConfig, probe
-from memory_strategies import strategy_of, trace_strategy
-from run_log import count_parameters
+from training.run_log import count_parameters
 from utils import run_script
 
 

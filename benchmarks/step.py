@@ -36,14 +36,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import train
 from child_processes import process_pool
-from chunked_loss import IGNORE_INDEX, LanguageModelHead
-from configuration_mgm import mgm_2b
-from gated_mlp import recompute_activations
-from memory_profile import memory_events, profile_memory, rise
-from memory_stand_in import launched
-from memory_strategies import Strategy
-from modeling_mgm import MGMForConditionalGeneration
-from tiled_mlp import tile_frozen_mlps
+from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
+from layers.recompute_activation import recompute_activations
+from layers.tiled_mlp import tile_frozen_mlps
+from memory.cpu_profile import memory_events, profile_memory, rise
+from memory.stand_in import launched
+from memory.strategy import Strategy
+from mgm.configuration_mgm import mgm_2b
+from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import MIXED_PRECISIONS, check_choice, check_device, check_minimum, load_processor, run_script
 
 

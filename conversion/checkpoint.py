@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from configuration_mgm import MGMConfig
 from conversion.merge_adapter import AdapterMerger
 from conversion.weight_files import TensorInfo, WeightFile, open_weights, tensor_bytes, write_safetensors
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import MGMConfig
+from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from configuration_mgm import MGMConfig
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import MGMConfig
+from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
 
-from configuration_mgm import MGMConfig, clip_large_336
 from conversion.weight_files import TensorInfo, read_json
+from mgm.configuration_mgm import MGMConfig, clip_large_336
 from utils import UserError
 
 

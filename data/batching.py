@@ -15,12 +15,11 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from tokenizers import Encoding
 
-import chat_templates
-import processing_mgm
-from chunked_loss import IGNORE_INDEX
 from data.cache import naming_the_cache
 from data.dataset import FILLER
-from processing_mgm import MGMProcessor
+from layers.chunked_loss import IGNORE_INDEX
+from mgm import chat_templates, processing_mgm
+from mgm.processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 
 

@@ -27,7 +27,7 @@ from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
 from data.turn_ends import missing_turn_end
-from processing_mgm import ROLES
+from mgm.processing_mgm import ROLES
 from utils import UserError, check_minimum, load_processor, run_script
 
 

@@ -25,7 +25,7 @@ from data.cache import naming_the_cache
 from data.images import ImageLookup, naming, open_embedded, open_image
 from data.records import check_record
 from data.sources import Source, find_source
-from processing_mgm import to_messages
+from mgm.processing_mgm import to_messages
 from utils import UserError, brief_error
 
 

@@ -17,8 +17,8 @@ from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
 from data.worst_case import Row, with_rows_of, worst_case_batch
-from memory_report import size
-from memory_run import longest_row
+from memory.report import size
+from training.run_memory import longest_row
 from utils import UserError
 
 

@@ -24,11 +24,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from configuration_mgm import tiny
 from convert_mgm import build_generation_config, build_processor
-from generation import generate_answers, prompt_inputs
-from modeling_mgm import MGMForConditionalGeneration
-from processing_mgm import MGMProcessor
+from mgm.configuration_mgm import tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from mgm.processing_mgm import MGMProcessor
+from models.generation import generate_answers, prompt_inputs
 from utils import UserError, check_minimum, run_script
 
 

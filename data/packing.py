@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batching import TrainCollator, positions
 from data.dataset import FILLER
-from processing_mgm import IGNORE_INDEX
+from mgm.processing_mgm import IGNORE_INDEX
 
 
 class Packing:

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from chunked_loss import IGNORE_INDEX
-from processing_mgm import MGMProcessor
+from layers.chunked_loss import IGNORE_INDEX
+from mgm.processing_mgm import MGMProcessor
 from utils import load_config
 
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig
 
-from configuration_mgm import MGMConfig
-from processing_mgm import IGNORE_INDEX, low_views
+from mgm.configuration_mgm import MGMConfig
+from mgm.processing_mgm import IGNORE_INDEX, low_views
 
 
 Config = TypeVar("Config")

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from chunked_loss import IGNORE_INDEX
-from configuration_mgm import tiny
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
-from modeling_mgm import MGMForConditionalGeneration
-from modeling_mining import MGMPatchInfoMining
-from processing_mgm import MGMProcessor
+from layers.chunked_loss import IGNORE_INDEX
+from mgm.configuration_mgm import tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from mgm.patch_info_mining import MGMPatchInfoMining
+from mgm.processing_mgm import MGMProcessor
 from utils import load_model, load_processor
 
 

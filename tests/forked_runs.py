@@ -1,6 +1,6 @@
 """Runs of train.py in processes of their own, forked from one that has imported all: killed and starved for real.
 
-A run may be given faults: `Fault("checkpoints.write_durably", 2, "kill")` kills it as it enters that function for the
+A run may be given faults: `Fault("training.checkpoints.write_durably", 2, "kill")` kills it as it enters that function for the
 second time.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from memory_stand_in import free_port
+from memory.stand_in import free_port
 from utils import BadSample
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from data.batching import TrainCollator, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
-from processing_mgm import MGMProcessor
+from mgm.processing_mgm import MGMProcessor
 from utils import UserError, load_processor
 
 

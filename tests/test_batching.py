@@ -24,7 +24,7 @@ import data.batching
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
 from data.dataset import FILLER, load_conversations, open_dataset
 from data.make_demo import ensure_demo
-from processing_mgm import IGNORE_INDEX, MGMProcessor
+from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
 from utils import UserError, load_processor
 
 

@@ -180,7 +180,7 @@ def test_packing_is_measured(tmp_path):
 def test_predictions_depend_on_every_file_that_is_loaded(monkeypatch):
     """Whatever its folder: predicted rows are kept only as long as none of them has changed."""
     files = headline.loaded_files()
-    assert {ROOT / name for name in ("memory_trace.py", "data/worst_case.py", "benchmarks/headline.py")} <= files
+    assert {ROOT / name for name in ("memory/trace.py", "data/worst_case.py", "benchmarks/headline.py")} <= files
     assert Path(torch.__file__) not in files
     before, read_bytes = headline.fingerprint(), Path.read_bytes
     assert headline.fingerprint() == before

@@ -4,9 +4,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-import chat_templates
-from chat_templates import VICUNA_SYSTEM, chat_template_for
-from processing_mgm import IGNORE_INDEX, MGMProcessor
+from mgm import chat_templates
+from mgm.chat_templates import VICUNA_SYSTEM, chat_template_for
+from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
 
 
 CONVERSATION = [

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_gradients
 
-import chunked_loss
-from chunked_loss import IGNORE_INDEX, LanguageModelHead
-from memory_profile import memory_events, profile_memory, rise
-from modeling_mgm import MGMForConditionalGeneration
+from layers import chunked_loss
+from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
+from memory.cpu_profile import memory_events, profile_memory, rise
+from mgm.modeling_mgm import MGMForConditionalGeneration
 
 
 VOCAB_SIZE, HIDDEN_SIZE = 300, 16

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from comparison import as_table, compare, compare_files, paired_test, retention
+from evaluation.comparison import as_table, compare, compare_files, paired_test, retention
 from utils import UserError
 
 

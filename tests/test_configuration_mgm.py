@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from configuration_mgm import MODELS, PRESETS, MGMConfig, tiny
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import MODELS, PRESETS, MGMConfig, tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
 
 
 CLIP, CONVNEXT, MINING = 303_507_456, 196_227_264, 6_963_456

@@ -24,10 +24,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from configuration_mgm import MGMConfig, tiny
 from conversion.names import rename_clip, rename_open_clip, rename_ours
 from convert_mgm import ConvertConfig, main
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import MGMConfig, tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError, load_config, load_model, load_processor
 
 

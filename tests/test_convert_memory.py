@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from configuration_mgm import mgm_2b
 from conversion.names import rename_ours
 from conversion.original_config import derive_original
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import mgm_2b
+from mgm.modeling_mgm import MGMForConditionalGeneration
 
 
 SHARD_BYTES = 5 * 10**9  # where transformers starts a new file

@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 
 import eval as evaluation
-import generation
 from data.make_demo import ensure_demo
 from eval import EvalConfig, HeldOut, main
-from generation import Answer, answer_batches, generate_answers, prompt_inputs
-from tasks import conversations
+from evaluation.tasks import conversations
+from models import generation
+from models.generation import Answer, answer_batches, generate_answers, prompt_inputs
 from utils import UserError, load_model, load_processor, parse_config, run_script
 
 

@@ -12,15 +12,15 @@ from forked_runs import Fault, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import faults
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
 from data.make_demo import ensure_demo
-from faults import find_launcher, name_some
+from training import faults
+from training.faults import find_launcher, name_some
 from utils import load_model, load_processor
 
 
-FORWARD = "modeling_mgm.MGMForConditionalGeneration.forward"
+FORWARD = "mgm.modeling_mgm.MGMForConditionalGeneration.forward"
 FLAGS = "--save_steps 1 --save_total_limit 0 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
 FLAGS += " --learning_rate 4e-3"
 FLAGS += (

@@ -12,8 +12,8 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import train
-from gated_mlp import GatedActivation, recompute_activations
-from memory_trace import trace_training
+from layers.recompute_activation import GatedActivation, recompute_activations
+from memory.trace import trace_training
 from train import StepConfig
 
 

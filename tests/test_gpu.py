@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import plain_mining
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chunked_loss import LanguageModelHead
-from configuration_mgm import mgm_2b
-from modeling_mining import MGMPatchInfoMining
+from layers.chunked_loss import LanguageModelHead
+from mgm.configuration_mgm import mgm_2b
+from mgm.patch_info_mining import MGMPatchInfoMining
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from memory_gpus import nearest_gpu
+from memory.gpus import nearest_gpu
 from memory_probe import ProbeConfig, probe
 
 

@@ -33,7 +33,7 @@ LEARNING += [(config, 2, precision) for config in ("ddp", "zero2", "zero3") for 
 KILLED = {"undisturbed": "", "again": "", "other": " --seed 7", "resumed": ""}
 # From which function on the allocator may have 64 MiB more, where what comes then needs more.
 STARVED = {
-    "before step 1": "rehearsal.worst_case_batch",
+    "before step 1": "training.rehearsal.worst_case_batch",
     "in step 1": "train.training_step",
     "while answering held-out questions": "train.save_trained",
 }

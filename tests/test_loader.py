@@ -16,10 +16,10 @@ from forked_runs import Run, run
 from torch.utils.data import DataLoader
 
 import data.loader
-from configuration_mgm import tiny
 from data.loader import SharingCollator, largest_batch_bytes, workers_that_fit
-from faults import explain_death
-from memory_forecast import Row
+from mgm.configuration_mgm import tiny
+from training.faults import explain_death
+from training.forecast import Row
 from utils import UserError
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import make_demo
 from data.make_demo import DEMO_QUESTIONS, demo_samples, ensure_demo, load_scans, place_questions
-from processing_mgm import to_messages
+from mgm.processing_mgm import to_messages
 from utils import load_model, load_processor
 
 

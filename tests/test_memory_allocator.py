@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_allocator import CachingAllocator, Replay, replay_events
+from memory.allocator import CachingAllocator, Replay, replay_events
 
 
 KIB, MIB = 2**10, 2**20

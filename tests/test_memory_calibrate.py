@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_calibrate import calibrate, entry, overheads
-from memory_gpus import GPUS, Family, Gpu
+from memory.calibrate import calibrate, entry, overheads
+from memory.gpus import GPUS, Family, Gpu
 from memory_probe import ProbeConfig
 
 

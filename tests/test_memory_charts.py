@@ -1,7 +1,7 @@
 """The pictures' numbers: no peak is lost between the points, and the categories add up to what is allocated."""
 
-from memory_charts import MAX_POINTS, category_series, highest_points
-from memory_predict import trace_step
+from memory.charts import MAX_POINTS, category_series, highest_points
+from memory.predict import trace_step
 from memory_probe import ProbeConfig
 
 

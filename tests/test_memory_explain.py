@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from memory_explain import changes_of, explain, logits_lines, suggest
-from memory_gpus import GIB
-from memory_predict import predict, trace_step
+from memory.explain import changes_of, explain, logits_lines, suggest
+from memory.gpus import GIB
+from memory.predict import predict, trace_step
 from memory_probe import ProbeConfig
 
 
@@ -56,7 +56,7 @@ def predicted_stand_in(config: ProbeConfig) -> dict:
 )
 def test_the_nearest_settings_that_fit(monkeypatch, budget_gib, expected):
     """By hand: one change if one is enough, else the changes together in their order, useless ones left out."""
-    monkeypatch.setattr("memory_explain.predict", predicted_stand_in)
+    monkeypatch.setattr("memory.explain.predict", predicted_stand_in)
     config = tiny_config(
         gradient_checkpointing=False, per_device_train_batch_size=8, max_seq_len=256, budget_gib=budget_gib
     )

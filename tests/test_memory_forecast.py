@@ -9,12 +9,12 @@ import psutil
 import pytest
 from accelerate.utils import DistributedType
 
-import memory_forecast
-from memory_forecast import Forecast, Row, launch_flags, quiet_environment
-from memory_gpus import nearest_gpu
+from memory.gpus import nearest_gpu
+from memory.strategy import Strategy
 from memory_probe import ProbeConfig, probe
-from memory_strategies import Strategy
 from train import StepConfig
+from training import forecast as memory_forecast
+from training.forecast import Forecast, Row, launch_flags, quiet_environment
 
 
 SINGLE = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)

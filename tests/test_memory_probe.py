@@ -12,13 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HfArgumentParser
 
-import memory_predict
-from memory_allocator import replay_events
-from memory_gpus import GIB, GPUS
-from memory_host import WORKER_BYTES
-from memory_predict import summarize, trace_step
+from memory import predict as memory_predict
+from memory.allocator import replay_events
+from memory.gpus import GIB, GPUS
+from memory.host import WORKER_BYTES
+from memory.predict import summarize, trace_step
+from memory.sweep import parse_grid, row_name, run_sweep
 from memory_probe import ProbeConfig, main, probe
-from memory_sweep import parse_grid, row_name, run_sweep
 from train import StepConfig, TrainConfig
 from utils import UserError
 

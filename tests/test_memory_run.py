@@ -15,15 +15,15 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import get_scheduler
 
-import memory_run
 import train
 from data.worst_case import worst_case_batch
-from memory_forecast import Row
-from memory_measure_cpu import measure_on_cpu
-from memory_profile import bytes_in_use
-from memory_run import RunMemory, longest_row
-from memory_trace import trace_training
-from memory_window import probe_accelerator
+from memory.cpu_profile import bytes_in_use
+from memory.measure_cpu import measure_on_cpu
+from memory.trace import trace_training
+from memory.updates import probe_accelerator
+from training import run_memory as memory_run
+from training.forecast import Row
+from training.run_memory import RunMemory, longest_row
 
 
 ROOT = Path(__file__).parent.parent

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import memory_measure_gpu
-import memory_measure_strategy
 import train
-from memory_host import host_breakdown, pinned_blocks_bytes
-from memory_measure_strategy import measure_strategy
-from memory_record import Allocation, Record
-from memory_stand_in import launched
-from memory_strategies import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
-from memory_zero import PlacedTrace
+from memory import measure_gpu as memory_measure_gpu
+from memory import measure_strategy as memory_measure_strategy
+from memory.host import host_breakdown, pinned_blocks_bytes
+from memory.measure_strategy import measure_strategy
+from memory.record import Allocation, Record
+from memory.stand_in import launched
+from memory.strategy import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
+from memory.zero import PlacedTrace
 from train import StepConfig, build_model
 from utils import ALLOCATOR_VARIABLE, UserError
 

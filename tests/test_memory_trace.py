@@ -14,13 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from memory_allocator import replay_events
-from memory_kernels import WORKSPACES, kernels_of
-from memory_measure_cpu import measure_on_cpu, measure_training
-from memory_profile import memory_events, rise
-from memory_record import Recorder, TraceError
-from memory_trace import Trace, fake_model, trace_training
-from quantization import quantize_linear, state_tensors
+from layers.quantization import quantize_linear, state_tensors
+from memory.allocator import replay_events
+from memory.cpu_profile import memory_events, rise
+from memory.kernels import WORKSPACES, kernels_of
+from memory.measure_cpu import measure_on_cpu, measure_training
+from memory.record import Recorder, TraceError
+from memory.trace import Trace, fake_model, trace_training
 from train import StepConfig
 
 

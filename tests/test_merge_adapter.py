@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
-from configuration_mgm import MGMConfig, tiny
 from conversion.merge_adapter import AdapterMerger
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import MGMConfig, tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 
-from model_card import build_model_card, hub_id
+from training.model_card import build_model_card, hub_id
 
 
 RUN = {

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import aux_feature_map, norm_and_project
 from transformers import AutoConfig
 
-from configuration_mgm import MGMConfig
-from modeling_mgm import MGMForConditionalGeneration
-from processing_mgm import IGNORE_INDEX
+from mgm.configuration_mgm import MGMConfig
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from mgm.processing_mgm import IGNORE_INDEX
 from utils import load_model
 
 

@@ -5,9 +5,9 @@ import torch
 from conftest import plain_mining
 from torch.utils.checkpoint import checkpoint
 
-import modeling_mining
-from configuration_mgm import tiny
-from modeling_mining import MGMPatchInfoMining, chunks, upsampled_rows
+from mgm import patch_info_mining as modeling_mining
+from mgm.configuration_mgm import tiny
+from mgm.patch_info_mining import MGMPatchInfoMining, chunks, upsampled_rows
 
 
 NUM_IMAGES = 3

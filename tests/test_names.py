@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from configuration_mgm import mgm_2b, tiny
 from conversion.names import rename_clip, rename_open_clip, rename_original, rename_ours
-from modeling_mgm import MGMForConditionalGeneration
+from mgm.configuration_mgm import mgm_2b, tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
 
 
 def parameter_shapes(config) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configuration_mgm import PRESETS
 from conversion.original_config import clip_config, convnext_config, derive_original, text_config
 from conversion.weight_files import TensorInfo
+from mgm.configuration_mgm import PRESETS
 from utils import UserError
 
 

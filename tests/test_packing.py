@@ -16,9 +16,9 @@ import train
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.packing import PackedCollator, PackedDataset, Packing, pack
-from processing_mgm import IGNORE_INDEX, MGMProcessor
-from run_log import RunLog
+from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
 from train import StepConfig, TrainConfig
+from training.run_log import RunLog
 from utils import UserError, load_processor
 
 

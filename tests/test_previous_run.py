@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from forked_runs import Fault, run
 
-import previous_run
-from previous_run import PreviousRun
+from training import previous_run
+from training.previous_run import PreviousRun
 
 
 FLAGS = "--max_steps 3 --save_steps 2 --eval_samples 0 --dataloader_num_workers 0 --no_rehearse --logging_steps 1"
@@ -42,7 +42,7 @@ def has_old_adapter(folder: Path) -> bool:
     [
         (Fault("train.training_step", 1, "terminate"), 143),
         (Fault("train.training_step", 1, "disk full"), 2),
-        (Fault("modeling_mgm.MGMForConditionalGeneration.forward", 1, "nan", times=99), 2),
+        (Fault("mgm.modeling_mgm.MGMForConditionalGeneration.forward", 1, "nan", times=99), 2),
     ],
     ids=["terminated", "failed", "never trained"],
 )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from processing_mgm import IGNORE_INDEX, MGMProcessor, pad_to_square, to_messages
+from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor, pad_to_square, to_messages
 
 
 ORIGINAL_IMAGE_TOKEN = -200  # one id an image in the original's input_ids; ours has one a position

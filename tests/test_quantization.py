@@ -13,12 +13,12 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 
-from configuration_mgm import tiny
 from conversion.merge_adapter import AdapterMerger
 from data.worst_case import worst_case_batch
-from quantization import dequantize, quantize_language_model, state_tensors
-from run_log import count_parameters
+from layers.quantization import dequantize, quantize_language_model, state_tensors
+from mgm.configuration_mgm import tiny
 from train import StepConfig, build_model, trained_parameters
+from training.run_log import count_parameters
 from utils import UserError, load_model
 
 

@@ -7,12 +7,12 @@ import torch
 from forked_runs import Fault, run
 from safetensors.torch import load_file
 
-from out_of_memory import asked_for, is_out_of_memory, remedy
+from training.out_of_memory import asked_for, is_out_of_memory, remedy
 
 
 FLAGS = "--max_steps 3 --save_steps 3 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
 FLAGS += " --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --dataset data/demo/validation.json"
-FORWARD = "modeling_mgm.MGMForConditionalGeneration.forward"
+FORWARD = "mgm.modeling_mgm.MGMForConditionalGeneration.forward"
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_leaves_no_trace(config: str, num_processes: int, tmp_path: Path) -> Non
 def test_out_of_memory_for_real(tmp_path: Path) -> None:
     """The process may have 256 MiB more than it has before the rehearsal, and the rehearsal needs more: explained in
     one line, with the prediction above it, and nothing is left of the run."""
-    fault = Fault("rehearsal.worst_case_batch", 1, "little memory")
+    fault = Fault("training.rehearsal.worst_case_batch", 1, "little memory")
     flags = FLAGS.replace("batch_size 4", "batch_size 4096")
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=(fault,))
     assert ended.code == 2 and "out of memory before step 1" in ended.error and "of host memory" in ended.error
@@ -48,7 +48,7 @@ def test_out_of_memory_for_real(tmp_path: Path) -> None:
 def test_out_of_memory_later(tmp_path: Path) -> None:
     """Injected, as a GPU's allocator would say it, in step 2, with no place for a prediction either: the checkpoint
     before it is intact."""
-    faults = Fault("train.training_step", 4, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")
+    faults = Fault("train.training_step", 4, "out of memory"), Fault("training.out_of_memory.Forecast", 1, "disk full")
     flags = FLAGS.replace("save_steps 3", "save_steps 1")
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=faults)
     assert ended.code == 2
@@ -62,7 +62,7 @@ def test_out_of_memory_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("action", "words"), [("out of memory", "Tried to allocate"), ("bad sample", "7.png cannot")])
 def test_the_last_evaluation_fails(action: str, words: str, tmp_path: Path) -> None:
     """What was trained is saved before it, and the error says where. The run can be ended later."""
-    faults = Fault("eval.answer_batches", 2, action), Fault("out_of_memory.Forecast", 1, "disk full")
+    faults = Fault("eval.answer_batches", 2, action), Fault("training.out_of_memory.Forecast", 1, "disk full")
     held_out = "eval_samples 8 --per_device_eval_batch_size 4 --eval_dataset data/demo/validation.json"
     flags = f"{FLAGS.replace('eval_samples 0', held_out)} --output_dir {tmp_path / 'out'}"
     ended = run(flags, tmp_path, faults=faults)
@@ -88,7 +88,10 @@ def test_stopped_in_the_last_evaluation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_answering_is_rehearsed(tmp_path: Path) -> None:
     """Before step 1, in the largest batch of questions: memory that they lack is missed then."""
-    fault = Fault("generation.generate_tokens", 1, "out of memory"), Fault("out_of_memory.Forecast", 1, "disk full")
+    fault = (
+        Fault("models.generation.generate_tokens", 1, "out of memory"),
+        Fault("training.out_of_memory.Forecast", 1, "disk full"),
+    )
     flags = FLAGS.replace("eval_samples 0", "eval_samples 8 --eval_dataset data/demo/validation.json")
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=fault)
     assert ended.code == 2 and "before step 1, in the largest batch of held-out questions" in ended.error

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tasks import captions, mmbench, textvqa
-from tasks.mmbench import match_option
-from tasks.task import by_type, mean_score
+from evaluation.tasks import captions, mmbench, textvqa
+from evaluation.tasks.mmbench import match_option
+from evaluation.tasks.task import by_type, mean_score
 from utils import UserError
 
 

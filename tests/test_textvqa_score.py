@@ -3,7 +3,7 @@
 import pytest
 
 from eval import textvqa_score
-from tasks.textvqa_score import CONTRACTIONS, normalize
+from evaluation.tasks.textvqa_score import CONTRACTIONS, normalize
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from conftest import assert_same_gradients
 from torch import nn
 
-from memory_trace import trace_training
-from tiled_mlp import tile_frozen_mlps, tiles
+from layers.tiled_mlp import tile_frozen_mlps, tiles
+from memory.trace import trace_training
 from train import StepConfig
 
 

@@ -11,7 +11,7 @@ import train
 from convert_mgm import build_generation_config
 from data.make_demo import ensure_demo
 from data.turn_ends import missing_turn_end, stop_token_ids
-from processing_mgm import MGMProcessor
+from mgm.processing_mgm import MGMProcessor
 from utils import UserError, load_processor
 
 

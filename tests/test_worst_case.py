@@ -10,17 +10,17 @@ from forked_runs import run
 from PIL import Image
 from transformers import AutoConfig
 
-from configuration_mgm import PRESETS, hd
 from convert_mgm import build_processor
 from data.batching import TrainCollator
 from data.packing import PackedCollator
 from data.worst_case import worst_case_batch
-from memory_measure_cpu import measure_training
-from memory_predict import predict
+from memory.measure_cpu import measure_training
+from memory.predict import predict
+from memory.trace import trace_training
 from memory_probe import ProbeConfig
-from memory_trace import trace_training
-from modeling_mgm import MGMForConditionalGeneration
-from processing_mgm import MGMProcessor
+from mgm.configuration_mgm import PRESETS, hd
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from mgm.processing_mgm import MGMProcessor
 from train import StepConfig
 from utils import load_processor
 

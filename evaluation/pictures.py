@@ -1,0 +1,70 @@
+"""What TensorBoard shows of an evaluation: scores, and a grid of images with question, answer and prediction."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch.utils.tensorboard import SummaryWriter
+
+from evaluation.tasks.task import Question, Score, by_type, mean_score
+from training.model_card import escape_cell
+
+
+PICTURE_WIDTH = 320  # pixels
+NUM_COLUMNS, NUM_ROWS = 4, 3  # of the grid
+
+
+def write_tensorboard(
+    folder: Path, metric: str, questions: list[Question], answers: list[str], scores: list[Score]
+) -> None:
+    """`eval/METRIC`, `eval/METRIC_TYPE`, `eval/samples`. The samples are the same whatever model has answered, so that
+    two runs under one folder can be laid side by side."""
+    values = {score.id: score.value for score in scores}
+    chosen = np.linspace(0, len(questions) - 1, min(NUM_COLUMNS * NUM_ROWS, len(questions))).round().astype(int)
+    pictures, rows = [], []
+    for index in chosen.tolist():
+        question, answer = questions[index], answers[index]
+        mark = f"score {values[question.id]:.2f}" if question.id in values else ""
+        image = (question.images() or [Image.new("RGB", (PICTURE_WIDTH, PICTURE_WIDTH), "lightgrey")])[0]
+        pictures.append(captioned(image, caption(question.prompt, question.references, answer, mark)))
+        rows.append((question.id, question.prompt, " / ".join(dict.fromkeys(question.references)), answer, mark))
+    table = ["| id | question | answer | prediction | |", "|---|---|---|---|---|"]
+    table += ["| " + " | ".join(map(escape_cell, row)) + " |" for row in rows]
+    with SummaryWriter(folder) as writer:
+        writer.add_scalar(f"eval/{metric}", mean_score(scores), 0)
+        for kind, group in by_type(scores).items():
+            writer.add_scalar(f"eval/{metric}_{kind}", group["score"], 0)
+        writer.add_image("eval/samples", np.asarray(grid(pictures)), 0, dataformats="HWC")
+        writer.add_text("eval/samples", "\n".join(table), 0)
+
+
+def caption(question: str, references: list[str], prediction: str, mark: str) -> list[str]:
+    """A list of lines: what was asked, what would be right, what was said and how that counts."""
+    answers = " / ".join(dict.fromkeys(references))  # TextVQA's ten repeat themselves
+    return [
+        question,
+        f"answer: {answers}",
+        f"predicted: {prediction} ({mark})" if mark else f"predicted: {prediction}",
+    ]
+
+
+def captioned(image: Image.Image, lines: list[str]) -> Image.Image:
+    """The image, brought to a fixed width, over the lines."""
+    image = image.resize((PICTURE_WIDTH, round(PICTURE_WIDTH * image.height / image.width)))
+    text = "\n".join(line for paragraph in lines for line in textwrap.wrap(paragraph, width=40)[:4])
+    canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")
+    canvas.paste(image)
+    ImageDraw.Draw(canvas).text((8, image.height + 4), text, fill="black", font_size=16)
+    return canvas
+
+
+def grid(pictures: list[Image.Image]) -> Image.Image:
+    """Rows of pictures, each row as high as its highest."""
+    rows = [pictures[start : start + NUM_COLUMNS] for start in range(0, len(pictures), NUM_COLUMNS)]
+    heights = [max(picture.height for picture in row) + 8 for row in rows]
+    canvas = Image.new("RGB", (len(rows[0]) * (PICTURE_WIDTH + 8), sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas.paste(picture, (j * (PICTURE_WIDTH + 8), sum(heights[:i])))
+    return canvas

@@ -1,0 +1,112 @@
+"""What fills the memory and what to change first: every suggestion is traced, none is guessed."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from memory.gpus import MIB
+from memory.predict import predict
+from memory.report import as_flags, size
+from memory.trace import Trace
+from train import StepConfig
+from utils import load_config
+
+
+def suggest(config: StepConfig, device_bytes: int) -> dict[str, Any]:
+    """What each change of a ProbeConfig's flags would do to its `device_bytes`, and the least that fits the budget.
+
+    Returns `changes`, in the order of how much they cost (see changes_of), each with `flags`, `device_bytes`,
+    `saved_bytes` and `fits`; and `nearest`, the `flags` and `device_bytes` of the first change, or else of the first
+    changes together, with which it fits: None where it does so already or nothing helps.
+    """
+    changes = [_traced(config, flags, device_bytes) for flags in changes_of(config)]
+    nearest = None
+    if device_bytes > config.budget_bytes:
+        alone = next((change for change in changes if change["fits"]), None)
+        nearest = {key: alone[key] for key in ("flags", "device_bytes")} if alone else _together(config, device_bytes)
+    return {"changes": changes, "nearest": nearest}
+
+
+def _together(config: StepConfig, device_bytes: int) -> dict[str, Any] | None:
+    """Change after change, as long as something saves memory and it does not fit."""
+    made, useless = {}, []
+    while True:
+        remaining = (flags for flags in changes_of(replace(config, **made)) if flags not in useless)
+        flags = next(remaining, None)
+        if flags is None:
+            return None
+        change = _traced(config, made | flags, device_bytes)
+        if change["saved_bytes"] <= 0:
+            useless.append(flags)
+            continue
+        made, device_bytes = change["flags"], change["device_bytes"]
+        if change["fits"]:
+            return {"flags": made, "device_bytes": device_bytes}
+
+
+def _traced(config: StepConfig, flags: dict[str, Any], device_bytes: int) -> dict[str, Any]:
+    needed_bytes = predict(replace(config, **flags))["device_bytes"]
+    saved_bytes, fits = device_bytes - needed_bytes, needed_bytes <= config.budget_bytes
+    return {"flags": flags, "device_bytes": needed_bytes, "saved_bytes": saved_bytes, "fits": fits}
+
+
+def explain(config: StepConfig, trace: Trace, suggestions: dict[str, Any]) -> list[str]:
+    """Lines for a reader: the logits of the device's trace, then each change with what it saves, most first."""
+    vocab_size = load_config(config.model).get_text_config().vocab_size
+    lines = ["The logits:", *logits_lines(trace, config.max_seq_len, vocab_size), "What to change first:"]
+    for change in sorted(suggestions["changes"], key=lambda change: -change["saved_bytes"]):
+        if change["saved_bytes"] > 0:
+            lines.append(f"  {size(change['saved_bytes']):>12} less with {as_flags(change['flags'])}")
+    if (nearest := suggestions["nearest"]) is not None:
+        lines.append(f"Nearest that fits: {as_flags(nearest['flags'])} ({size(nearest['device_bytes'])})")
+    return lines
+
+
+def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
+    """Every kind of tensor with a number for each word of the vocabulary: its size, and how many live at the peak."""
+    at_peak = Counter()
+    sizes: dict[tuple[str, int], None] = {}  # in order of appearance
+    for nbytes, allocation in trace.record.events:
+        shape = allocation.shape
+        # The loss leaves out each row's last position, or does not.
+        if nbytes > 0 and shape[-1:] == (vocab_size,) and {length, length - 1} & {shape[0], *shape[1:-1]}:
+            sizes[allocation.dtype, nbytes] = None
+    for allocation in trace.alive_at(trace.peak_index):
+        at_peak[allocation.dtype, allocation.nbytes] += (allocation.dtype, allocation.nbytes) in sizes
+    return [
+        f"  {nbytes / MIB:.2f} MiB in {dtype}, {at_peak[dtype, nbytes]} of them alive at the peak"
+        for dtype, nbytes in sizes
+    ]
+
+
+def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
+    """The flags that could be changed, one thing at a time: first what leaves every update as it is and costs time
+    alone, then what trains less, last what cuts samples."""
+    if config.eval_samples and config.per_device_eval_batch_size > 1:
+        yield {"per_device_eval_batch_size": 1}
+    if config.loss == "full":
+        yield {"loss": "chunked"}
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if config.attn_implementation == "eager":
+        yield {"attn_implementation": "sdpa"}
+    if config.per_device_train_batch_size > 1:
+        rows = config.per_device_train_batch_size // 2
+        yield {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * 2,
+        }
+    is_quantized_dora = config.use_dora and config.quantize != "none"  # not under ZeRO
+    if (config.strategy, config.offload) != ("zero3", "param") and not is_quantized_dora:
+        yield {"strategy": "zero3", "offload": "param", "config_file": None}
+    if config.lora_r == 0:
+        yield {"lora_r": 16}
+        if config.optim != "sgd":
+            yield {"optim": "sgd"}
+    elif config.quantize == "none" and not config.use_dora:
+        yield {"quantize": "nf4"}
+    num_image_tokens = getattr(load_config(config.model), "num_image_tokens", 0)  # a bare language model has none
+    image_positions = config.images_per_sample * num_image_tokens
+    if config.max_seq_len // 2 > image_positions:
+        yield {"max_seq_len": config.max_seq_len // 2}

@@ -1,0 +1,176 @@
+"""What the CPU's fake run cannot tell about memory: kernels' workspaces, and where CUDA differs from the CPU.
+
+A model of fake CPU tensors runs the CPU's choice of operators under the CPU's autocast. For a CUDA prediction
+`kernels_of("cuda")` replaces what differs for a while; the tables below are all there is of it. Workspaces are what
+a kernel allocates besides its outputs and frees before it returns.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from memory.allocator import MIN_BLOCK_BYTES
+from memory.record import Workspace
+
+
+aten = torch.ops.aten
+
+# CUDA's autocast computes these in fp32, the CPU's in the dtype of their inputs; others do so on both
+# (docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32").
+CUDA_AUTOCAST_TO_FP32 = (
+    "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "rsqrt", "reciprocal", "exp", "log",
+    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int", "upsample_bilinear2d.vec",
+)  # fmt: skip
+# These widen while they add up: no copy of their input is made.
+CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
+
+
+def _flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
+    """The sum of dq in fp32; dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
+    _, query, key, *_ = args
+    rows, heads, length, head_dim = query.shape
+    padded_length, padded_dim = -(-length // 128) * 128, -(-head_dim // 32) * 32
+    dq_sum = rows * heads * padded_length * (padded_dim + 1) * 4  # + 1: the row sums of dout * out
+    expanded = 2 * rows * heads * key.shape[2] * head_dim * key.element_size() if key.shape[1] != heads else 0
+    return dq_sum + expanded
+
+
+def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
+    """The row sums of dout * out, and fp32 sums of dq, dk, dv where they are not fp32 (CUTLASS's fMHA backward)."""
+    query = args[1]
+    rows, heads, length, head_dim = query.shape
+    sums = 0 if query.dtype == torch.float32 else 3 * head_dim
+    return rows * heads * length * (1 + sums) * 4
+
+
+def _softmax_backward(args: tuple, kwargs: dict, output: Any) -> int:
+    """The gradient times the output (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)."""
+    return args[0].numel() * args[0].element_size()
+
+
+def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int:
+    """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
+
+    Source: bitsandbytes/backends, _gemm_4bit_default_impl and cuda's _dequant_linear_fallback, which holds the scales
+    without their mean as well. On CUDA few tokens (at most 1536, depending on GPU and shape) go through a kernel that
+    takes the weight as it is; making it is the worst case.
+    """
+    x, _, (rows, columns), _, block_size, *_ = args
+    return rows * columns * x.element_size() + 4 * num_scales * -(-rows * columns // block_size)
+
+
+BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
+WORKSPACES: dict[str, dict[str, Workspace]] = {
+    # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
+    "cpu": {"gemm_4bit": partial(_dequantized, num_scales=1)},
+    "cuda": {
+        "_scaled_dot_product_flash_attention_backward": _flash_backward,
+        "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "_softmax_backward_data": _softmax_backward,
+        "gemm_4bit": partial(_dequantized, num_scales=2),
+    },
+}
+
+
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Let CPU tensors take the device type's operators."""
+    if device_type == "cpu":
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for names, wrapper in ((CUDA_AUTOCAST_TO_FP32, _in_fp32), (CUDA_AUTOCAST_FP32_OUTPUT, _to_fp32_output)):
+            for name in names:
+                library.impl(name, wrapper(_overload(name)), "AutocastCPU")
+        library.impl("dropout", _cuda_dropout, "AutogradCPU")
+        library.impl("scaled_dot_product_attention", _cuda_attention, "AutogradCPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def use_foreach(optimizer: torch.optim.Optimizer) -> None:
+    """On CUDA an optimizer takes all parameters at once, with temporaries for all of them; on a CPU one by one."""
+    for group in optimizer.param_groups:
+        group["foreach"] = True
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def _without_autocast() -> torch._C._ExcludeDispatchKeyGuard:
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+
+
+def _in_fp32(op: Callable) -> Callable:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        def cast(x: Any) -> Any:
+            return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        with _without_autocast():
+            return op(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+    return kernel
+
+
+def _to_fp32_output(op: Callable) -> Callable:
+    def kernel(x: torch.Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        if dtype is None and x.is_floating_point():
+            dtype = torch.float32
+        with _without_autocast():
+            return op(x, *args, dtype=dtype, **kwargs)
+
+    return kernel
+
+
+def _cuda_dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """One kernel that keeps a mask of a byte an element; the CPU keeps one of x's dtype."""
+    return torch.native_dropout(x, p, train)[0] if train and p > 0 else x
+
+
+def _cuda_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """PyTorch's choice on a GPU from Ampere on: FlashAttention in 16 bits without a mask, else the memory-efficient
+    kernel; that one does not share keys among heads, and then attention is computed step by step.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Heads are wider than 256 for neither of the two.
+    """
+    is_wide = query.dtype == torch.float32
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if attn_mask is None and not is_wide and query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if query.shape[1] == key.shape[1]:
+        if attn_mask is not None:
+            attn_mask = _attention_bias(attn_mask, query)
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
+        )[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _attention_bias(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The mask as numbers to add, rows padded to a multiple of 8, for all heads without a copy."""
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
+    length = attn_mask.shape[-1]
+    if length % 8:
+        attn_mask = torch.nn.functional.pad(attn_mask, (0, 8 - length % 8))[..., :length]
+    return attn_mask.expand(*query.shape[:3], length)

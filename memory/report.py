@@ -1,0 +1,110 @@
+"""What people read: the verdict and a table for one configuration, Markdown for many."""
+
+from typing import Any
+
+from memory.gpus import GIB, GPUS, MIB
+
+
+BAR_WIDTH = 24  # characters
+WORDS = {  # the categories of a breakdown, as a reader calls them
+    "weights": "frozen weights",
+    "trained": "trained parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "batch": "batch",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "vision": "vision side",
+    "temporaries": "temporaries",
+    "communication": "communication",
+}
+
+
+def report(result: dict) -> str:
+    """A few lines that tell at a glance what fills the memory and whether it fits."""
+    lines = [title(result), ""]
+    if result.get("breakdown"):
+        lines += [*breakdown_lines(result), ""]
+    lines += [*total_lines(result), *phase_lines(result), "", verdict(result)]
+    if result.get("oom"):
+        lines.append(result["oom"])
+    if "error" in result:
+        lines.append(
+            f"predicted {size(result['predicted_peak_allocated_bytes'])}, "
+            f"measured {size(result['measured_peak_allocated_bytes'])}: {result['error']:+.2%}"
+        )
+    return "\n".join(lines)
+
+
+def title(result: dict) -> str:
+    config = result["config"]
+    lora = f"LoRA r={config['lora_r']}" if config["lora_r"] else "full fine-tuning"
+    rows = f"{config['per_device_train_batch_size']} x {config['max_seq_len']} tokens"
+    images = f"{config['images_per_sample']} image{'s' * (config['images_per_sample'] != 1)} a row"
+    checkpointing = "checkpointing" if config["gradient_checkpointing"] else "no checkpointing"
+    how = {"predict": "predicted", "measure": "measured", "both": "predicted and measured"}[result["mode"]]
+    parts = [lora, config["mixed_precision"], rows, images, checkpointing, config["attn_implementation"]]
+    strategy = config["strategy"]
+    if strategy != "single":
+        offload = "" if config["offload"] == "none" else f", {config['offload']} offloaded"
+        strategy += f" on {config['world_size']} process{'es' * (config['world_size'] > 1)}{offload}"
+    return f"{result['model']}, {', '.join(parts)}, {strategy}: {how} for {config['device']}"
+
+
+def breakdown_lines(result: dict) -> list[str]:
+    """At the peak, largest first, with the tensors that make up most of it."""
+    total = result["peak_allocated_bytes"]
+    lines = ["At the peak:"]
+    for category, nbytes in sorted(result["breakdown"].items(), key=lambda pair: -pair[1]):
+        if nbytes >= total / 1000:
+            bar = "#" * round(BAR_WIDTH * nbytes / total)
+            lines.append(f"  {WORDS[category]:<20}{size(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
+    lines.append("Largest tensors:")
+    for tensor in result["largest_tensors"][:5]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        lines.append(
+            f"  {tensor['bytes'] / MIB:>9.2f} MiB  {shape} {tensor['dtype']}, {tensor['module'] or 'the step'}"
+        )
+    return lines
+
+
+def total_lines(result: dict) -> list[str]:
+    rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
+    rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
+    return [f"  {what:<28}{size(result[key]):>12}" for what, key in rows if key in result]
+
+
+def phase_lines(result: dict) -> list[str]:
+    """The most that tensors take in each phase of a run."""
+    peaks = [f"{phase} {size(nbytes)}" for phase, nbytes in result.get("phases", {}).items() if nbytes]
+    return [f"  peaks: {', '.join(peaks)}"] if peaks else []
+
+
+def verdict(result: dict) -> str:
+    budget, needed = result["budget_bytes"], result["device_bytes"]
+    config = result["config"]
+    card = GPUS[config["gpu"]].title if config["budget_gib"] is None else "the budget"
+    if result["fits"]:
+        return f"FITS {card} ({size(budget)}): {size(budget - needed)} to spare."
+    return f"DOES NOT FIT {card} ({size(budget)}): {size(needed - budget)} too much."
+
+
+def markdown_table(rows: list[dict], keys: list[str]) -> str:
+    """A row for each configuration: the flags that set it apart, what it needs, and whether that is there."""
+    columns = [*keys, "allocated", "reserved", "device", "host", "budget", "fits"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        flags = [str(row["config"][key]) for key in keys]
+        names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
+        sizes = [size(row[name]) if name in row else "" for name in names]
+        lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
+    return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Small sizes in MiB, so that they do not all read 0.00."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
+
+
+def as_flags(changes: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)

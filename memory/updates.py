@@ -1,0 +1,90 @@
+"""What is predicted and measured alike: a few of train.py's updates, and what comes after its last one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import get_scheduler
+
+import train
+from data.worst_case import with_few_micro_batches, worst_case_questions
+from models.generation import answer_worst_case
+from training.saving import gather_trained
+
+
+@contextmanager
+def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
+    """An accelerator of one CPU process. Accelerators share their state; the caller's is put back in the end."""
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    saved = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield Accelerator(
+            cpu=True,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=with_few_micro_batches(config).gradient_accumulation_steps,
+        )
+    finally:
+        for state, before in zip(states, saved, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def run_updates(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    config: train.StepConfig,
+    num_updates: int = 2,
+) -> None:
+    """Updates of the prepared model, with as many micro-batches each as the accelerator accumulates. The second one
+    finds the optimizer's state in place."""
+    scheduler = get_scheduler("constant", optimizer)
+    num_items_in_batch = batch["labels"].numel()
+    for _ in range(num_updates * accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            train.training_step(
+                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
+            )
+
+
+def end_run(
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: train.StepConfig,
+    images_per_sample: int,
+    device: str | torch.device,
+    enter_phase: Callable[[str], None],
+    has_host: bool = True,
+) -> None:
+    """What train.py does after the last update: what was trained is copied to the host, and held-out questions are
+    answered. `has_host` False: the copies are left out, since the one device that is traced would have to hold them.
+    """
+    enter_phase("save")
+    if has_host:
+        gather_trained(accelerator, model)
+    clear_device_cache()
+    if config.eval_samples:
+        enter_phase("evaluate")
+        questions = worst_case_questions(accelerator.unwrap_model(model).config, config, images_per_sample)
+        answer_worst_case(accelerator, model, send_to_device(questions, device))
+
+
+def watch_phases(accelerator: Accelerator, model: nn.Module, enter_phase: Callable[[str], None]) -> None:
+    """Tell `enter_phase` whenever training_step goes on to `forward`, `backward` or `step`."""
+    model.register_forward_pre_hook(lambda *_: enter_phase("forward") if model.training else None)
+    backward = accelerator.backward
+
+    def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
+        enter_phase("backward")
+        backward(loss, **kwargs)
+        enter_phase("step")
+
+    accelerator.backward = backward_with_phase

@@ -1,0 +1,407 @@
+"""Checkpoints of a run: written whole or not at all, checked before they are read, never pickled.
+
+    <output_dir>/checkpoint-<step>/
+        state.json             where the run stands, its settings, scheduler, loss scale, random numbers, log
+        trained-00001.safetensors ...   parameters in fp32 and the optimizer's moments
+        checksums.json         size and SHA-256 of the others
+
+A folder is written under a name that begins with `.tmp-`, brought to the disk, and renamed. So a kill at any moment
+leaves the checkpoints before it, and perhaps a `.tmp-` folder, which the next run removes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+
+from training.out_of_memory import SNAPSHOT
+from training.training_state import (
+    Tensors,
+    TrainingState,
+    load_rng_state,
+    rng_state,
+    rng_state_from_json,
+    rng_state_to_json,
+)
+from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
+
+
+STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
+SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
+LATEST = "latest"
+RUN_JSON = "run.json"  # what a finished run has come to
+# Flags whose change leaves the run what it is. All others have to stay; the records, the samples an update and the
+# number of updates are compared themselves.
+FREE_FLAGS = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("logging_steps", "save_steps", "save_total_limit"),
+    *("dataset", "image_folder", "follow_links", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
+    *("per_device_eval_batch_size", "max_new_tokens", "allow_missing_end_of_turn"),
+    *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast", "rehearse"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles"),
+    *("attn_implementation", "mixed_precision", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Updates done in all, the epoch, and updates done in it."""
+
+    global_step: int = 0
+    epoch: int = 0
+    update: int = 0
+
+
+class Checkpoints:
+    """Notes where the run stands after every update, and saves it: every `save_steps`, at the end, and on demand.
+
+    Between updates neither parameters nor the optimizer's state change. What does, random numbers and the log, is
+    noted. So even in the middle of an update the last one can be saved.
+
+    Args:
+        config: with `output_dir`, `save_steps` and `save_total_limit`.
+        settings: what must be the same when the run goes on (`run_settings`), with the number of `updates`.
+        log: has `state()`, whatever is to be noted, and `state_dict(state)` and `load_state_dict`, the same as JSON.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Any,
+        state: TrainingState,
+        log: Any,
+        settings: dict[str, Any],
+    ) -> None:
+        self.accelerator = accelerator
+        self.output_dir = Path(config.output_dir)
+        self.save_steps, self.save_total_limit = config.save_steps, config.save_total_limit
+        self.state = state
+        self.log = log
+        self.settings = settings
+        self.num_steps = settings["updates"]
+        self.saved_step = 0
+        self.noted: tuple[Position, dict, Any] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """Keep the last update where all processes have stopped together."""
+        if isinstance(error, (Interrupted, BadSample, LostWorker)):
+            self.save()
+            kept = f"Kept step {self.saved_step}: go on with --resume_from_checkpoint latest"
+            if self.saved_step and isinstance(error, LostWorker):
+                error.add_note(kept)
+            elif self.saved_step:
+                self.accelerator.print(kept)
+
+    def resume(self, path: Path) -> None:
+        """Put everything back to where the checkpoint was made."""
+        saved = read_state(path)
+        self.state.load_tensors(read_tensors(path))
+        self.state.load_values(saved)
+        self.log.load_state_dict(saved["log"])
+        if len(saved["rng"]) == self.accelerator.num_processes:
+            load_rng_state(rng_state_from_json(saved["rng"][self.accelerator.process_index]))
+        else:
+            processes = f"{len(saved['rng'])} processes, now {self.accelerator.num_processes}"
+            self.accelerator.print(f"Resuming with other random numbers: the checkpoint is from {processes}")
+        self.saved_step = saved["position"]["global_step"]
+        self.accelerator.print(f"Resumed from {path}: {self.saved_step} updates are done")
+
+    def update(self, position: Position, is_skipped: bool = False) -> None:
+        """An update is done. While updates are skipped nothing is saved: good checkpoints must not go for them."""
+        if is_skipped and self.noted is None:
+            return  # nothing has been trained yet
+        self.noted = position, rng_state(), self.log.state()
+        is_due = position.global_step % (self.save_steps or math.inf) == 0 or position.global_step == self.num_steps
+        if self.save_steps and is_due and not is_skipped:
+            self.save()
+
+    def save(self) -> None:
+        """Save the last update, if there is one that has not been. All processes call together.
+
+        Raises:
+            UserError: the disk is full or cannot be written; the checkpoints before are as they were.
+        """
+        if self.noted is None or self.saved_step == self.noted[0].global_step:
+            return
+        position, rng, log_state = self.noted
+        content = {
+            "position": asdict(position),
+            "settings": self.settings,
+            **self.state.values(),
+            "log": self.log.state_dict(log_state),
+            "rng": gather_object([rng_state_to_json(rng)]),
+        }
+        error = None
+        tensors = self.state.tensors()  # parts come from all processes, so all walk through them
+        try:
+            if self.accelerator.is_main_process:
+                write_checkpoint(self.output_dir, position.global_step, content, tensors)
+                if self.save_total_limit:
+                    remove_checkpoints(self.output_dir, self.save_total_limit)
+        except OSError as os_error:
+            error = brief_error(os_error)
+        for _ in tensors:  # also what the main process had left when its disk was full
+            pass
+        if any(gather_object([error])):
+            before = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+            raise UserError(
+                f"the checkpoint of step {position.global_step} cannot be written to {self.output_dir} ({error}); "
+                f"{before}. Make room there, then --resume_from_checkpoint latest"
+            )
+        self.saved_step = position.global_step
+
+
+def write_checkpoint(output_dir: Path, step: int, state: dict[str, Any], tensors: Tensors) -> None:
+    """Write everything beside its place, bring it to the disk, rename. Raises OSError, and then leaves nothing."""
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{TMP}checkpoint-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        checksums = {}
+        for number, shard in enumerate(in_shards(tensors), start=1):
+            name = f"trained-{number:05d}.safetensors"
+            checksums[name] = write_durably(temporary / name, safetensors.torch.save(shard))
+        checksums[STATE] = write_durably(temporary / STATE, to_json(state))
+        write_durably(temporary / CHECKSUMS, to_json(checksums))
+        sync_folder(temporary)
+        if final.exists():  # of a run that went back to an earlier checkpoint
+            remove_folder(final)
+        os.rename(temporary, final)
+        sync_folder(output_dir)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def in_shards(tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups of at most SHARD_BYTES, or one tensor."""
+    shard, nbytes = {}, 0
+    for name, tensor in tensors:
+        if shard and nbytes + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, nbytes = {}, 0
+        shard[name] = tensor
+        nbytes += tensor.nbytes
+    yield shard
+
+
+def write_durably(path: Path, content: bytes) -> list[int | str]:
+    """Write and fsync. Returns size in bytes and SHA-256."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Renamed first: a kill in between leaves no half checkpoint."""
+    doomed = path.with_name(f"{TMP}removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_checkpoints(output_dir: Path, num_kept: int) -> None:
+    """All but the newest ones."""
+    for path in list_checkpoints(output_dir)[num_kept:]:
+        remove_folder(path)
+
+
+def remove_temporaries(output_dir: Path) -> None:
+    for path in output_dir.glob(f"{TMP}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The newest first."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
+    return sorted((path for path, match in steps.items() if match), key=lambda p: -int(steps[p][1]))
+
+
+def find_checkpoint(
+    resume_from: str | None, output_dir: Path, settings: dict[str, Any], warn: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to go on from; None where none is asked for.
+
+    Raises:
+        UserError: there is no good one, or it was made with other settings.
+    """
+    if resume_from is None:
+        return None
+    if resume_from == LATEST:
+        path = find_latest(output_dir, warn)
+    elif damage := find_damage(path := Path(resume_from)):
+        raise UserError(f"--resume_from_checkpoint {resume_from}: {damage}; choose another, or 'latest'")
+    check_settings(path, read_state(path)["settings"], settings)
+    return path
+
+
+def find_latest(output_dir: Path, warn: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were written. Raises UserError where there is none."""
+    for path in list_checkpoints(output_dir):
+        if not (damage := find_damage(path)):
+            return path
+        warn(f"warning: {path} is left out: {damage}")
+    raise UserError(
+        f"--resume_from_checkpoint latest: no good checkpoint in {output_dir}; start again without it "
+        "(and with --overwrite_output_dir)"
+    )
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None: its files are as they were written."""
+    if not path.is_dir():
+        return "no such folder"
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_bytes())
+        for name, (size, digest) in checksums.items():
+            if name != STATE and not re.fullmatch(r"trained-\d+\.safetensors", name):
+                return f"{name} in {CHECKSUMS} is no file of a checkpoint"
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+            with open(path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} is not what was written (checksum)"
+        return None if STATE in checksums else f"{CHECKSUMS} does not have {STATE}"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({brief_error(error)})"
+    except (ValueError, AttributeError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+
+
+def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> None:
+    """Raise UserError where output would mix with what another run has left."""
+    is_resumed_here = resume_from == LATEST or (
+        resume_from is not None and Path(resume_from).resolve().parent == path.resolve()
+    )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: this is a file, choose a folder")
+    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({brief_error(error)}), choose another") from None
+    others = [child for child in path.iterdir() if child.name != SNAPSHOT] if path.exists() else []
+    if others and not overwrite and not is_resumed_here:
+        raise UserError(
+            f"--output_dir {path} is not empty: choose another, add --resume_from_checkpoint latest or "
+            "--overwrite_output_dir"
+        )
+    if overwrite and is_resumed_here:
+        raise UserError("--overwrite_output_dir with --resume_from_checkpoint: the one removes what the other needs")
+
+
+def read_position(path: Path | None) -> Position:
+    """Where a checkpoint's run stood; the beginning where there is no checkpoint."""
+    return Position() if path is None else Position(**read_state(path)["position"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_bytes())
+
+
+def read_tensors(path: Path) -> Tensors:
+    for file in sorted(path.glob("trained-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+def finished_run(
+    resume_from: str | None, run_json: Path, flags: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What a run with these flags has already come to, where `latest` is the end of it.
+
+    Raises:
+        UserError: it was trained on other `data`.
+    """
+    is_saved = any((run_json.parent / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if resume_from != LATEST or not run_json.is_file() or not is_saved:
+        return None
+    result = json.loads(run_json.read_text())
+    names = flags.keys() - FREE_FLAGS | {"num_train_epochs", "max_steps"}
+    is_same = all(result["config"].get(name) == flags[name] for name in names)
+    if result["status"] != "done" or not is_same:
+        return None
+    if (trained_on := result.get("data", data)) != data:
+        difference = _data_difference(trained_on, data)
+        raise UserError(
+            f"--resume_from_checkpoint latest: {run_json.parent} is finished, and {difference}. "
+            "Use the same data, or choose another --output_dir to start a new run"
+        )
+    return result
+
+
+def run_settings(flags: dict[str, Any], **derived: Any) -> dict[str, Any]:
+    """The flags that have to stay, and what others come to."""
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS} | derived
+
+
+def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError with every difference."""
+    now = json.loads(json.dumps(now))
+    differences = []
+    for name in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(name), now.get(name)
+        if before == after:
+            continue
+        if name == "trained":
+            differences += _shape_differences(before or {}, after or {})
+        elif name == "data":
+            differences.append(_data_difference(before, after))
+        elif name == "lengths":
+            if saved["data"] == now["data"]:  # other records have other lengths
+                differences.append("the samples have other lengths in tokens: another tokenizer or chat template?")
+        else:
+            differences.append(f"{name} was {before}, now {after}")
+    if differences:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: it was made with other settings: {'; '.join(differences)}. "
+            "Use the same, or start a new run"
+        )
+
+
+def _data_difference(before: dict[str, Any] | str, after: dict[str, Any]) -> str:
+    if isinstance(before, str):
+        return "an earlier version of train.py made it, which did not note the records"
+    if (num_before := before["num_records"]) != (num_after := after["num_records"]):
+        return f"the data set had {num_before} records, now {num_after}"
+    return f"the data set has {num_after} records as before, but their texts, image names or order differ"
+
+
+def _shape_differences(before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:
+    """Counted, with the first named: there may be hundreds."""
+    names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    first = names[0]
+    return [f"{len(names)} trained parameters differ, {first} was {before.get(first)}, now {after.get(first)}"]

@@ -1,0 +1,147 @@
+"""Asks memory_probe.py what a run will need, in a process beside it: a trace patches what the run itself uses.
+
+    forecast = Forecast(config.step_flags, accelerator, longest_row=Row(num_tokens=700, num_images=1))
+    forecast.poll()                # None until it is there, then what memory_probe.py reports
+    forecast.stop()
+
+    diagnosis = Forecast(config.step_flags, accelerator, explain=True).wait(timeout_seconds=300)
+    diagnosis["changes"], diagnosis["nearest"]    # each change of a flag traced; the first with which it fits
+
+Whatever happens there never harms the run: it has the lowest priority, sees no GPU, is the first to go when the host
+runs out of memory, and a failure is told in `problem`.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from child_processes import child_command
+from data.worst_case import Row
+from memory.gpus import GIB, nearest_gpu
+from utils import UserError
+
+
+PROBE = Path(__file__).parent / "memory_probe.py"
+LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # what they begin with
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+FITS_OR_NOT = (0, 3)  # memory_probe.py's exit codes that come with a prediction
+
+
+class Forecast:
+    """A prediction on its way.
+
+    Args:
+        step_flags: the flags of a step, as StepConfig.step_flags has them.
+        accelerator: the run's. The launch config's strategy is taken from it, device and budget from the machine.
+        longest_row: the largest row of the run's data; None: `max_seq_len` tokens with an image, the worst case.
+        explain: also trace what could be changed.
+    """
+
+    def __init__(
+        self,
+        step_flags: dict[str, Any],
+        accelerator: Accelerator,
+        longest_row: Row | None = None,
+        explain: bool = False,
+    ) -> None:
+        self.result: dict[str, Any] | None = None
+        self.problem: str | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="memory_forecast_")
+        folder = Path(self._folder.name)
+        flags = step_flags | launch_flags(accelerator, folder) | device_flags()
+        if longest_row is not None:
+            flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
+        (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
+        self._process = self._start(child_command([str(PROBE), "--recipe", str(folder / "flags.yaml")]))
+
+    def _start(self, command: list[str]) -> psutil.Popen:
+        folder = Path(self._folder.name)
+        with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
+            process = psutil.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                env=quiet_environment(),
+                start_new_session=True,  # Ctrl-C is the run's
+            )
+        with suppress(psutil.Error, OSError):  # it has ended already, or this is no Linux
+            process.nice(19)
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        return process
+
+    def poll(self) -> dict[str, Any] | None:
+        """The prediction, if it is there; never waits. None while it is on its way, or with `problem` set."""
+        if self.result is None and self.problem is None and self._process.poll() is not None:
+            self._read()
+        return self.result
+
+    def wait(self, timeout_seconds: float) -> dict[str, Any] | None:
+        """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
+        with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            self._process.wait(timeout_seconds)
+        self.stop(f"it took longer than {timeout_seconds:.0f} seconds")
+        return self.result
+
+    def stop(self, why: str = "the run ended before it was computed") -> None:
+        """Take the prediction if it is there, else end it: `why` becomes the problem."""
+        self.poll()
+        if self.result is None and self.problem is None:
+            self.problem = why
+            with suppress(psutil.NoSuchProcess):
+                for process in [*self._process.children(recursive=True), self._process]:
+                    process.kill()
+            self._process.wait()
+        self._process.stdin.close()
+        self._folder.cleanup()
+
+    def _read(self) -> None:
+        folder = Path(self._folder.name)
+        code = self._process.returncode
+        words = (folder / "stderr").read_text().strip().splitlines() or [f"memory_probe.py ended with {code}"]
+        try:
+            lines = (folder / "stdout").read_text().splitlines() if code in FITS_OR_NOT else []
+            self.result = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            self.problem = words[-1].removeprefix("error: ")
+
+
+def launch_flags(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """The launch config's strategy as memory_probe.py's flags. DeepSpeed's JSON is the run's own."""
+    world_size, kind = accelerator.num_processes, accelerator.distributed_type
+    if kind == DistributedType.NO:
+        return {"strategy": "single"}
+    if kind != DistributedType.DEEPSPEED:
+        return {"strategy": "ddp", "world_size": world_size}
+    json_path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if json_path is None:
+        raise UserError("the launch config names no deepspeed_config_file")
+    launch = {"distributed_type": "DEEPSPEED", "num_processes": world_size}
+    launch["deepspeed_config"] = {"deepspeed_config_file": str(Path(json_path).absolute())}
+    path = folder / "launch.yaml"
+    path.write_text(yaml.safe_dump(launch))
+    return {"config_file": str(path), "world_size": world_size}
+
+
+def device_flags() -> dict[str, Any]:
+    """The device that this process trains on, and its memory as the budget."""
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "budget_gib": psutil.virtual_memory().total / GIB}
+    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return {"device": "cuda", "gpu": gpu, "budget_gib": torch.cuda.mem_get_info()[1] / GIB}
+
+
+def quiet_environment() -> dict[str, str]:
+    """This process's environment without a GPU and without what the launcher has set for it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

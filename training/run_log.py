@@ -1,0 +1,347 @@
+"""What a run tells while it goes and at its end: progress bar, TensorBoard, run.json."""
+
+import hashlib
+import json
+import platform
+import resource
+import time
+from copy import copy
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from data.dataset import ConversationDataset
+from data.worst_case import Row
+from eval import Prediction, exact_match
+from evaluation.pictures import caption, captioned
+from layers.quantization import num_values
+from training.checkpoints import RUN_JSON, remove_temporaries
+from training.model_card import GIB, as_table, build_model_card, escape_cell
+from training.previous_run import CARD, TENSORBOARD, PreviousRun
+from training.run_memory import RunMemory
+from utils import ModelConfig
+
+
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
+LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_samples")
+NUM_PICTURES = 4
+
+
+class RunLog:
+    """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
+
+    A context: when something ends the run before it has trained, what the run has written is taken back. What an
+    overwritten run has left is removed as soon as one update is done.
+    A run that is resumed behind `start_step` updates goes on where its log was.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: ModelConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        num_steps: int,
+        longest_row: Row,
+        start_step: int = 0,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.total_params, self.trainable_params = count_parameters(model)
+        self.num_steps = num_steps
+        self.global_step = self.start_step = start_step
+        self.num_skipped_updates = 0
+        self.num_cut_replies = 0  # samples whose end --max_seq_len cuts off
+        self.num_left_out = 0  # samples, when the data set was read
+        self.bad_samples: list[int] = []  # indices in the data set that were found bad since then
+        self.memory: RunMemory | None = None  # the main process's
+        self.peak = {"load": peak_bytes()}
+        self.eval: dict[str, float] = {}
+        self.last_loss = float("nan")
+        self.totals = {"loss": 0.0, "label_tokens": 0, "tokens": 0, "samples": 0, "seconds": 0.0}
+        self.window = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
+        self.update_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.window_label_tokens = 0
+        self.window_start = self.elapsed = 0.0
+
+        self.progress = None
+        self.has_trained = False
+        self.previous = PreviousRun(self.output_dir)
+        if accelerator.is_main_process:
+            remove_temporaries(self.output_dir)
+        # What a killed run has drawn behind its last checkpoint is drawn again.
+        purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
+        accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
+        if accelerator.is_main_process:
+            self.writer.add_text("config", as_table(asdict(config), "flag"))
+            self.memory = RunMemory(
+                accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
+            )
+            share = self.trainable_params / self.total_params
+            print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
+        if self.progress is not None:
+            self.progress.close()  # else an error's line would go on where the bar ends
+        if self.memory is not None:
+            self.memory.stop()
+        if exception_type is not None and not self.has_trained and self.accelerator.is_main_process:
+            self.writer.close()
+            self.previous.restore()
+
+    @property
+    def writer(self) -> SummaryWriter:
+        return self.accelerator.get_tracker("tensorboard", unwrap=True)
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Left out when the data set was read, and since then."""
+        return self.num_left_out + len(self.bad_samples)
+
+    def start(self) -> None:
+        """The clock of throughput runs from here."""
+        reset_peak()
+        if self.start_step == self.num_steps:  # the training was done before
+            self._take_over()
+        bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
+        self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
+        self.window_start = time.perf_counter() - self.elapsed
+
+    def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        """`loss` is the micro-batch's share of its update's loss."""
+        self.update_loss += loss
+        if "attention_mask" in batch:
+            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        else:  # packed: every sample has a second token, and padding has position 0
+            samples = (batch["position_ids"] == 1).sum()
+            tokens = (batch["position_ids"] > 0).sum() + samples
+        self.window[1] += tokens
+        self.window[2] += samples
+        if self.memory is not None:
+            self.memory.micro_batch(batch)
+
+    def update(
+        self,
+        global_step: int,
+        num_items_in_batch: int,
+        learning_rate: float,
+        grad_norm: float,
+        loss_scale: float | None = None,
+        is_skipped: bool = False,
+    ) -> None:
+        """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes.
+
+        `loss_scale`: that of fp16. The loss of a skipped update may be NaN and counts nowhere.
+        """
+        self.global_step = global_step
+        if not (is_skipped or self.has_trained):
+            self._take_over()
+        self.loss_scale = loss_scale
+        if is_skipped:
+            self.num_skipped_updates += 1
+            self.update_loss.zero_()
+        else:
+            self.window[0] += self.update_loss * num_items_in_batch
+            self.window_label_tokens += num_items_in_batch
+        if global_step % self.config.logging_steps == 0 or global_step == self.num_steps:
+            self._close_window(global_step, num_items_in_batch, learning_rate, grad_norm)
+        self.update_loss.zero_()
+        self.progress.update()
+        if global_step == self.num_steps:
+            self.progress.close()
+            self.peak["train"] = peak_bytes()
+
+    def _take_over(self) -> None:
+        """From here on the output folder is this run's."""
+        self.has_trained = True
+        if self.config.overwrite_output_dir and self.accelerator.is_main_process:
+            self.previous.remove()
+
+    def _close_window(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: float) -> None:
+        sums = torch.cat([self.window, self.update_loss[None]])
+        loss_sum, tokens, samples, self.last_loss = self.accelerator.reduce(sums, "sum").tolist()
+        seconds = time.perf_counter() - self.window_start
+        window = (loss_sum, self.window_label_tokens, tokens, samples, seconds)
+        self.totals = {name: total + new for (name, total), new in zip(self.totals.items(), window, strict=True)}
+        loss, tokens_per_second = loss_sum / max(self.window_label_tokens, 1), tokens / seconds
+        memory = memory_bytes()
+        self.accelerator.log(
+            {
+                "train/loss": loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_second": tokens_per_second,
+                "train/skipped_updates": self.num_skipped_updates,
+                "data/bad_samples": self.num_bad_samples,
+                **({} if self.loss_scale is None else {"train/loss_scale": self.loss_scale}),
+                **{f"memory/{name}": value for name, value in memory.items()},
+            },
+            step=global_step,
+        )
+        if self.memory is not None:
+            self.memory.log(global_step)
+        used_gib = next(iter(memory.values())) / GIB
+        self.progress.set_postfix_str(
+            f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
+        )
+        self.window.zero_()
+        self.window_label_tokens = 0
+        self.window_start = time.perf_counter()
+
+    def state(self) -> tuple[dict[str, Any], torch.Tensor]:
+        """Where the log stands between two updates. Cheap: on a GPU nothing is waited for."""
+        values = {name: copy(getattr(self, name)) for name in LOG_VALUES}
+        return values | {"elapsed": time.perf_counter() - self.window_start}, self.window.clone()
+
+    def state_dict(self, state: tuple[dict[str, Any], torch.Tensor]) -> dict[str, Any]:
+        """What `state` returned, all processes together, for JSON."""
+        values, window = state
+        return values | {"window": self.accelerator.reduce(window, "sum").tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in LOG_VALUES:
+            setattr(self, name, state_dict[name])
+        self.elapsed = state_dict["elapsed"]
+        if self.accelerator.is_main_process:  # it is summed over the processes again
+            self.window += torch.tensor(state_dict["window"], dtype=self.window.dtype, device=self.window.device)
+
+    def evaluation(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset | None) -> None:
+        """Held-out answers, before training (step 0) or after it."""
+        if not predictions:
+            return
+        score = exact_match(predictions)
+        name = "exact_match" if global_step else "exact_match_before"
+        num_cut = sum(prediction.is_cut for prediction in predictions)
+        questions = digest_questions(predictions)
+        if global_step and self.eval.get("questions", questions) != questions:  # resumed with others
+            if self.eval["n"] == len(predictions):
+                del self.eval["exact_match_before"]  # of other questions, and nothing would tell
+            else:
+                self.eval["n_before"] = self.eval["n"]
+        self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut, "questions": questions}
+        self.accelerator.log({"eval/exact_match": score}, step=global_step)
+        if self.accelerator.is_main_process:
+            when = "after" if global_step else "before"
+            cut = f"; {num_cut} answers were cut off: see --max_new_tokens" if num_cut else ""
+            print(f"Held-out exact match {when} training: {score:.1%} of {len(predictions)}{cut}", flush=True)
+            self._show_predictions(global_step, predictions[:NUM_PICTURES], dataset)
+
+    def _show_predictions(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset) -> None:
+        for i, prediction in enumerate(predictions):
+            for image in dataset[prediction.index]["images"][:1]:
+                mark = "exact" if prediction.is_exact else "not exact"
+                lines = caption(prediction.question, [prediction.answer], prediction.prediction, mark)
+                picture = np.asarray(captioned(image, lines))
+                self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
+        rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
+        table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
+        header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
+        self.writer.add_text("eval/predictions", header + table, global_step)
+
+    def finish(self, global_step: int, data: dict[str, Any]) -> dict | None:
+        """Write run.json, the model card and hparams. Returns run.json's content on the main process.
+
+        `data`: the training data's digest.
+        """
+        self.peak["eval"] = peak_bytes()
+        totals = self.totals
+        result = {
+            "status": "done",
+            "global_step": global_step,
+            "train_loss": totals["loss"] / max(totals["label_tokens"], 1),
+            "last_loss": self.last_loss,
+            "total_params": self.total_params,
+            "trainable_params": self.trainable_params,
+            "samples_per_second": totals["samples"] / totals["seconds"],
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            "skipped_updates": self.num_skipped_updates,
+            "bad_samples": self.num_bad_samples,
+            "cut_replies": self.num_cut_replies,
+            "peak": self.peak,
+            "eval": self.eval,
+            "data": data,
+            "config": asdict(self.config),
+            "environment": environment(self.accelerator),
+        }
+        if self.accelerator.is_main_process:
+            result["memory"] = self.memory.finish(self.peak["train"])
+            hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
+            # Names of their own: as train/loss they would be drawn into its curve.
+            metrics = {"hparams/train_loss": result["train_loss"]}
+            if "exact_match" in self.eval:
+                metrics["hparams/exact_match"] = self.eval["exact_match"]
+            self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
+            (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
+            build_model_card(result).save(self.output_dir / CARD)  # in place of PEFT's empty form
+            print(f"Saved to {self.output_dir}", flush=True)
+        self.accelerator.end_training()
+        return result if self.accelerator.is_main_process else None
+
+
+def digest_questions(predictions: list[Prediction]) -> str:
+    """The same for the same questions and references alone."""
+    asked = [(prediction.question, prediction.answer) for prediction in predictions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
+    sizes = {
+        name: (num_values(p), p.requires_grad)
+        for name, p in model.named_parameters()
+        if ".original_module." not in name
+    }
+    return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+
+
+def memory_bytes() -> dict[str, int]:
+    """On a GPU what PyTorch holds there; always the process's resident memory."""
+    rss = {"rss_bytes": psutil.Process().memory_info().rss}
+    if not torch.cuda.is_available():
+        return rss
+    gpu = {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+    }
+    return gpu | rss
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most memory since the last reset on a GPU; on a CPU the most resident memory the process ever had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def environment(accelerator: Accelerator) -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    # One process needs no DeepSpeed.
+    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
+    return {
+        "python": platform.python_version(),
+        "device": device,
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **versions,
+    }

@@ -1,0 +1,186 @@
+"""A run's memory as it goes on: predicted beside measured, in TensorBoard, in run.json and in one line at the end.
+
+What is compared is what tensors take at the peak of training, in bytes. A GPU's allocator counts it, over all steps. A
+CPU's does not: there PyTorch's profiler watches one micro-batch, the last of the second update, in which optimizer
+state and accumulated gradients are in place. What is predicted is a batch of the data's longest row and most images,
+every text position labelled: the largest that can come, which the micro-batch that a CPU measures need not be.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.profiler import profile
+from torch.utils.tensorboard import SummaryWriter
+
+from data.worst_case import Row
+from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise
+from memory.gpus import GIB
+from training.forecast import Forecast
+from utils import UserError
+
+
+CATEGORIES = ("weights", "trained", "gradients", "optimizer")  # of a breakdown: those that can be looked up in a run
+# TensorBoard's tags and memory_probe.py's keys. `host_bytes` are of all processes on one computer, workers included.
+FIGURES = {"peak_allocated_bytes": "peak_allocated_bytes", "host_bytes": "host_bytes"}
+GPU_FIGURES = {"reserved_bytes": "peak_reserved_bytes", "device_bytes": "device_bytes"}
+
+
+class RunMemory:
+    """Measures, and shows the forecast beside it as soon as it is there. For the main process."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        step_flags: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        longest_row: Row,
+        writer: SummaryWriter,
+        forecast: bool = True,
+    ) -> None:
+        """`forecast`: whether to start the process that predicts."""
+        self.accelerator, self.model, self.writer = accelerator, model, writer
+        self.longest_row, self.rows = longest_row, step_flags["per_device_train_batch_size"]
+        self.predicted: dict[str, int] = {}
+        self.forecast: Forecast | None = None
+        self.problem = None if forecast else "--forecast false"
+        try:
+            if forecast:  # its lines are drawn beside those of training: evaluation stays out
+                self.forecast = Forecast(step_flags | {"eval_samples": 0}, accelerator, longest_row)
+        except (UserError, OSError) as error:  # no room in /tmp, no more processes: the run goes on without
+            self.problem = str(error)
+        # Under DeepSpeed the engine has masters, partitions and buffers of its own.
+        is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.measured = {} if is_deepspeed else watch_state(model, optimizer.optimizer)
+        self.num_micro_batches = 0
+        self.profiler: profile | None = None
+        self.in_use_bytes = 0
+        if not torch.cuda.is_available():
+            self.handle = model.register_forward_pre_hook(self._before_forward)
+        self.writer.add_custom_scalars(layout())
+
+    def _before_forward(self, *_: object) -> None:
+        """On a CPU the last micro-batch of the second update is profiled from here on."""
+        if self.model.training and self.num_micro_batches == 2 * self.accelerator.gradient_accumulation_steps - 1:
+            self.handle.remove()
+            self.in_use_bytes = bytes_in_use(self.model)
+            self.profiler = profile_memory()
+            self.profiler.start()
+
+    def micro_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        """After each micro-batch's step."""
+        self.num_micro_batches += 1
+        if self.profiler is not None:
+            self.profiler.stop()
+            # What a loader's worker has made is shared, and not in use by bytes_in_use's count.
+            from_worker_bytes = num_bytes(tensor for tensor in batch.values() if tensor.is_shared())
+            step_bytes = rise(memory_events(self.profiler))
+            self.measured["peak_allocated_bytes"] = self.in_use_bytes + from_worker_bytes + step_bytes
+            self.profiler = None
+
+    def log(self, global_step: int) -> None:
+        """Draw what is measured, and the forecast's lines from step 0 on once they are there."""
+        is_new = self._take_forecast()
+        lines = {f"memory/{name}": nbytes for name, nbytes in self.measured.items()}
+        predicted = {f"memory/predicted_{name}": nbytes for name, nbytes in self.predicted.items()}
+        for tag, nbytes in predicted.items() if is_new else ():
+            self.writer.add_scalar(tag, nbytes, 0)
+        for tag, nbytes in (lines | predicted).items():
+            self.writer.add_scalar(tag, nbytes, global_step)
+
+    def _take_forecast(self) -> bool:
+        """Whether it has just come."""
+        if self.predicted or self.forecast is None or (result := self.forecast.poll()) is None:
+            return False
+        self.predicted = {f"{name}_bytes": nbytes for name, nbytes in result["breakdown"].items() if nbytes}
+        figures = FIGURES | (GPU_FIGURES if torch.cuda.is_available() else {})
+        self.predicted |= {tag: result[key] for tag, key in figures.items()}
+        return True
+
+    def finish(self, gpu_peak_bytes: int) -> dict[str, Any]:
+        """The comparison for run.json; its line is printed. `gpu_peak_bytes` is a GPU's peak in training."""
+        self.stop()
+        self._take_forecast()
+        if torch.cuda.is_available():
+            self.measured["peak_allocated_bytes"] = gpu_peak_bytes
+        predicted_bytes = self.predicted.get("peak_allocated_bytes")
+        measured_bytes = self.measured.get("peak_allocated_bytes")
+        words = [
+            f"predicted {gib(predicted_bytes)}" if predicted_bytes else f"no prediction ({self.problem})",
+            f"measured {gib(measured_bytes)}" if measured_bytes else "nothing measured",
+        ]
+        error = predicted_bytes / measured_bytes - 1 if predicted_bytes and measured_bytes else None
+        if error is not None:
+            words[1] += f" ({error:+.2%})"
+        elif measured_bytes is None:
+            words[1] += " (on a CPU that is done in the second update)"
+        print(f"Memory of tensors at the peak: {', '.join(words)}", flush=True)
+        return {
+            "predicted_peak_allocated_bytes": predicted_bytes,
+            "measured_peak_allocated_bytes": measured_bytes,
+            "error": error,
+            "predicted_batch": {"rows": self.rows, **vars(self.longest_row)},
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "problem": self.problem,
+        }
+
+    def stop(self) -> None:
+        """No more is measured or waited for."""
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.profiler = None
+        if self.forecast is not None:
+            self.forecast.stop()
+            self.problem = self.forecast.problem
+
+
+def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What parameters, gradients and optimizer state take. The dict is filled when the first update has come."""
+    measured: dict[str, int] = {}
+
+    def before_step(*_: object) -> None:
+        measured["gradients_bytes"] = num_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        handles[0].remove()
+
+    def after_step(*_: object) -> None:
+        parameters = list(model.parameters())
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        measured["weights_bytes"] = num_bytes([*(p for p in parameters if not p.requires_grad), *model.buffers()])
+        measured["trained_bytes"] = num_bytes(p for p in parameters if p.requires_grad)
+        measured["optimizer_bytes"] = num_bytes(value for value in values if isinstance(value, torch.Tensor))
+        handles[1].remove()
+
+    handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    return measured
+
+
+def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
+    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
+    longest = int(num_tokens.max())
+    num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
+    return Row(longest, min(num_images, longest // num_image_tokens))
+
+
+def layout() -> dict[str, dict[str, list]]:
+    """TensorBoard's tab of custom scalars: each measured line and its predicted one in a chart."""
+    names = ["peak_allocated_bytes", *(["reserved_bytes"] if torch.cuda.is_available() else [])]
+    names += [f"{category}_bytes" for category in CATEGORIES]
+    return {"memory": {name: ["Multiline", [f"memory/{name}", f"memory/predicted_{name}"]] for name in names}}
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, shared ones once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.3f} GiB"
