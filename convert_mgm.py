@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    CLIPImageProcessorPil,
-    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -39,12 +37,13 @@ from conversion.names import rename_clip, rename_open_clip, rename_original, ren
 from conversion.original_config import MODEL_TYPES, clip_config, convnext_config, derive_original, text_config
 from conversion.original_files import ORIGINAL_FILES, hand_back_files, keep_original_files
 from conversion.weight_files import TensorInfo, find_open_clip_files, find_weight_files, read_json, write_index
-from mgm.chat_templates import END_OF_TURN_TOKENS, chat_template_for
+from mgm.chat_templates import build_generation_config
 from mgm.configuration_mgm import MGMConfig
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from mgm.processing_mgm import MGMProcessor
+from mgm.processing_mgm import MGMProcessor, build_processor
 from models.adapter import load_trained_processor
-from utils import UserError, load_config, run_script
+from models.loading import load_config
+from utils import UserError, run_script
 
 
 CLIP, CONVNEXT = "vision_tower", "vision_tower_aux"  # modules, flags and file names alike
@@ -297,35 +296,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
-
-
-def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A reply ends with the end of a turn (<end_of_turn> or what the tokenizer has for it) as well as with <eos>."""
-    vocabulary = tokenizer.get_vocab()
-    end_of_turn = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary]
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *end_of_turn])),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def build_processor(
-    config: MGMConfig, tokenizer: PreTrainedTokenizerBase, image_aspect_ratio: str = "pad"
-) -> MGMProcessor:
-    """The processor for a model: CLIP's preprocessing at the auxiliary tower's size."""
-    side = config.vision_config_aux.image_size
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return MGMProcessor(
-        image_processor,
-        tokenizer,
-        chat_template=chat_template_for(tokenizer, config.text_config.model_type),
-        image_size=config.vision_config.image_size,
-        patch_size=config.vision_config.patch_size,
-        image_aspect_ratio=image_aspect_ratio,
-        image_grid=config.image_grid,
-        image_global=config.image_global,
-    )
 
 
 def report(output: Path, num_tensors: int, total_size: int, num_files: int) -> dict:

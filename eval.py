@@ -10,8 +10,6 @@ last line on stdout is a JSON object. `tensorboard --logdir outputs/eval` lays r
 """
 
 import json
-import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,32 +17,23 @@ from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import ProcessorMixin
 
-from data.dataset import ConversationDataset
-from data.worst_case import Row
+from evaluation.answer import answer_batches
 from evaluation.answers_file import AnswersFile
 from evaluation.comparison import as_table, compare_files
 from evaluation.pictures import write_tensorboard
 from evaluation.tasks import captions, conversations, mmbench, textvqa
 from evaluation.tasks.task import Question, Task, by_type, mean_score
 from evaluation.tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
-from layers.chunked_loss import IGNORE_INDEX
 from models.adapter import base_of, check_base, load_adapter, load_trained_processor
-from models.generation import Answer, answer_batches
-from utils import (
-    MIXED_PRECISIONS,
-    ModelConfig,
-    UserError,
-    check_choice,
-    check_minimum,
-    load_model,
-    run_script,
-)
+from models.config import MIXED_PRECISIONS, ModelConfig
+from models.loading import load_model
+from step import build_accelerator
+from utils import UserError, check_choice, check_minimum, run_script
 
 
 TASKS = ("demo", "textvqa", "mmbench", "caption")
@@ -105,11 +94,11 @@ def main(config: EvalConfig) -> dict | None:
     output = Path(config.output)
     if output.exists():
         raise UserError(f"--output {output} is there already: choose another, or delete it to evaluate again")
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.mixed_precision, config.batch_size)
     with accelerator.main_process_first():
         task = load_task(config)
     processor = load_trained_processor(config.model, config.adapter)
-    model = build_model(accelerator, config)
+    model = prepare_model(accelerator, config)
 
     start = time.perf_counter()
     answers = answer_all(accelerator, model, processor, task.questions, config)
@@ -142,21 +131,7 @@ def load_task(config: EvalConfig) -> Task:
     return captions.load(*files) if config.task == "caption" else conversations.load(*files)
 
 
-def build_accelerator(config: EvalConfig) -> Accelerator:
-    """The strategy is the launch config's, as in train.py."""
-    on_cpu = not torch.cuda.is_available()
-    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    accelerator = Accelerator(
-        cpu=on_cpu and not uses_deepspeed,
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
-    )
-    if uses_deepspeed:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
-    return accelerator
-
-
-def build_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
+def prepare_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
     """The model with its adapter, on its device. ZeRO-3 splits it only then: PEFT loads whole tensors."""
     plugin = accelerator.state.deepspeed_plugin
     with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
@@ -198,107 +173,6 @@ def answer_all(
             "choose a larger --max_new_tokens"
         )
     return [answers[index] for index in range(len(questions))]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What train.py asks before and after training: the first question of every held-out sample.
-
-    `longest` is the largest row that answering can come to: prompt and answer.
-    """
-
-    questions: list[Question]
-    batch_size: int
-    max_new_tokens: int = 0
-    longest: Row | None = None
-
-    @classmethod
-    def of(
-        cls,
-        dataset: ConversationDataset | None,
-        processor: ProcessorMixin,
-        batch_size: int,
-        max_new_tokens: int | None = None,
-        positions: float = math.inf,
-    ) -> "HeldOut":
-        """The samples of a data set, or none.
-
-        Args:
-            max_new_tokens: None: as many as the longest reply has, and as there is room for.
-            positions: of the language model, for prompt and answer.
-
-        Raises:
-            UserError: the longest prompt leaves no room for an answer, or not for so many tokens.
-        """
-        questions = conversations.to_questions(dataset) if dataset is not None else []
-        if not questions:
-            return cls([], batch_size)
-        prompts, replies = zip(*[num_tokens(processor, question) for question in questions], strict=True)
-        room = positions - max(prompts)
-        if room < (max_new_tokens or 1):
-            asked = f"--max_new_tokens {max_new_tokens}" if max_new_tokens else "the held-out data"
-            raise UserError(
-                f"{asked}: the longest held-out prompt has {max(prompts)} tokens, and the language model {positions} "
-                "positions for prompt and answer; choose less, or leave long prompts out"
-            )
-        longest_answer = max_new_tokens or min(max(replies), room)
-        num_images = max(question.num_images for question in questions)
-        return cls(questions, batch_size, longest_answer, Row(max(prompts) + longest_answer, num_images))
-
-    @property
-    def when(self) -> str:
-        """They are answered, for a message."""
-        return f"while answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
-
-
-def num_tokens(processor: ProcessorMixin, question: Question) -> tuple[int, int]:
-    """Tokens of the prompt, image positions counted, and of the reference with what ends it."""
-    prompt, _ = processor.tokenize(question.conversation, add_generation_prompt=True)
-    reply = {"from": "gpt", "value": question.references[0]}
-    _, labels = processor.tokenize([*question.conversation, reply])
-    return len(prompt), sum(label != IGNORE_INDEX for label in labels)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    index: int  # of the sample in the data set
-    id: str
-    question: str
-    answer: str
-    prediction: str
-    is_cut: bool  # the prediction had not ended
-
-    @property
-    def is_exact(self) -> bool:
-        return conversations.is_exact(self.prediction, self.answer)
-
-
-def evaluate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    processor: ProcessorMixin,
-    held_out: HeldOut,
-) -> list[Prediction]:
-    """Answer the questions, shared out among the processes. All of them get all predictions."""
-    if not held_out.questions:
-        return []
-    was_training = model.training
-    model.eval()
-    answers: dict[int, Answer] = {}
-    indices = list(range(len(held_out.questions)))
-    sizes = (held_out.batch_size, held_out.max_new_tokens)
-    for found in answer_batches(accelerator, model, processor, held_out.questions, indices, *sizes):
-        answers |= found
-    model.train(was_training)
-    return [
-        Prediction(i, question.id, question.prompt, question.references[0], answers[i].text, answers[i].is_cut)
-        for i, question in enumerate(held_out.questions)
-    ]
-
-
-def exact_match(predictions: list[Prediction]) -> float:
-    """The share of predictions that equal their reference, 0 to 1."""
-    return sum(prediction.is_exact for prediction in predictions) / len(predictions)
 
 
 if __name__ == "__main__":

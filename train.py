@@ -7,40 +7,31 @@ Without arguments it fine-tunes the embedded tiny model on the embedded demo, wi
 last line on stdout is a JSON object.
 """
 
-import math
-import os
-import re
 import sys
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import quiet  # noqa: F401 (before PEFT)
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs, PartialState
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
-from torch import nn
 from transformers import ProcessorMixin, get_scheduler
 
 from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import ConversationDataset, digest_records, open_dataset
+from data.demo import ensure_demo
 from data.images import MOVED
 from data.loader import build_loader
-from data.make_demo import ensure_demo
 from data.turn_ends import missing_turn_end
-from eval import HeldOut, evaluate
-from layers.quantization import LANGUAGE_LAYERS, QUANTIZATIONS, is_quantized
-from layers.recompute_activation import recompute_activations
-from layers.tiled_mlp import tile_frozen_mlps
+from evaluation.held_out import HeldOut, evaluate
+from models.loading import load_processor, num_positions
+from step import StepConfig, build_accelerator, build_model, build_optimizer, check_positions, training_step
 from training.checkpoints import (
     RUN_JSON,
     Checkpoints,
@@ -52,27 +43,15 @@ from training.checkpoints import (
     run_settings,
 )
 from training.doctor import run_doctor
-from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction, name_some
+from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from training.out_of_memory import OutOfMemory
 from training.rehearsal import rehearse
 from training.run_log import RunLog
 from training.saving import save_trained
 from training.training_state import TrainingState
-from utils import (
-    MIXED_PRECISIONS,
-    ModelConfig,
-    UserError,
-    check_choice,
-    check_minimum,
-    load_config,
-    load_model,
-    load_processor,
-    run_script,
-)
+from utils import UserError, check_choice, check_minimum, run_script
 
 
-VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
-LANGUAGE_MODULES = ["language_model", "lm_head"]
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
 DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
 # transformers' schedulers but those that need more settings than these flags have, such as a smallest learning rate.
@@ -81,88 +60,6 @@ SCHEDULERS = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin above it
-ALL_LINEAR = "all-linear"  # PEFT's word
-OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
-
-
-@dataclass(kw_only=True)
-class StepConfig(ModelConfig):
-    """What a training step is made of: the flags that train.py and memory_probe.py share."""
-
-    lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
-    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "of the adapter's inputs"})
-    lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
-        metadata={"help": "linear layers of the language model, by name, or all-linear"},
-    )
-    use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
-    use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
-    quantize: str = field(
-        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
-    )
-    trainable_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
-    )
-    loss: str = field(
-        default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
-    )
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
-    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
-    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches of an update"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
-    checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
-    mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
-    optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
-    seed: int = field(default=42, metadata={"help": "of the adapter's start, the order of samples, and dropout"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
-        check_choice("optim", self.optim, tuple(OPTIMIZERS))
-        check_choice("quantize", self.quantize, QUANTIZATIONS)
-        check_choice("loss", self.loss, ("chunked", "full"))
-        check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
-        check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
-        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
-        check_minimum(self, dataloader_num_workers=0, seed=0)
-        if self.seed >= 2**32:
-            raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
-        if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
-            # It finds packed samples in a single row alone; in several they would see each other.
-            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
-        if self.checkpoint_every_n_layers > 1 and not self.gradient_checkpointing:
-            raise UserError(
-                f"--checkpoint_every_n_layers {self.checkpoint_every_n_layers}: nothing is checkpointed with "
-                "--no_gradient_checkpointing, leave one of them out"
-            )
-        if self.lora_dropout >= 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
-        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
-            others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
-            raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
-        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
-        for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
-            raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
-
-    @property
-    def modules_trained_in_full(self) -> list[str]:
-        """`trainable_modules`, or its default, which depends on the rank."""
-        if self.trainable_modules is not None:
-            return self.trainable_modules
-        return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
-
-    @property
-    def step_flags(self) -> dict[str, Any]:
-        """The flags of this class alone, which memory_probe.py takes as they are."""
-        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
 
 
 @dataclass(kw_only=True)
@@ -241,7 +138,13 @@ def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
     if config.doctor:
         return run_doctor(config.model, output_dir)
-    accelerator = build_accelerator(config, config.output_dir)
+    accelerator = build_accelerator(
+        config.mixed_precision,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.max_grad_norm,
+        config.output_dir,
+    )
     check_positions(config)
     processor = build_processor(config)
     set_seed(config.seed)
@@ -349,30 +252,6 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
         raise
 
 
-def build_accelerator(config: StepConfig, project_dir: str | None = None) -> Accelerator:
-    """The strategy is the launch config's; precision and accumulation are the flags'. `project_dir` takes the logs."""
-    on_cpu = not torch.cuda.is_available()
-    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    accelerator = Accelerator(
-        cpu=on_cpu and not uses_deepspeed,  # DeepSpeed finds the CPU itself; this flag would switch it off
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with="tensorboard" if project_dir else None,
-        project_dir=project_dir,
-        # The sampler has made the processes' shares even; accelerate's way would repeat samples.
-        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
-        # Without a GPU DeepSpeed would ask for a backend of its own and count one process.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
-    )
-    if uses_deepspeed:
-        # NaN in a gradient skips the step; in bf16 stage 2 looks for it only when told to.
-        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed_config["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
-        deepspeed_config["gradient_clipping"] = config.max_grad_norm  # the engine clips, accelerator cannot
-        deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
-    return accelerator
-
-
 def build_processor(config: TrainConfig) -> ProcessorMixin:
     """The model's processor. `--image_aspect_ratio` changes it for the whole run, and it is saved like that."""
     processor = load_processor(config.model)
@@ -380,22 +259,6 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
         config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
     processor.image_aspect_ratio = config.image_aspect_ratio
     return processor
-
-
-def num_positions(model: str) -> float:
-    """Tokens that a row of the language model may have; infinity where its config names no limit."""
-    text_config = load_config(model).get_text_config()
-    return getattr(text_config, "max_position_embeddings", None) or math.inf
-
-
-def check_positions(config: StepConfig) -> None:
-    """Raise UserError where rows may be longer than the language model has positions for."""
-    positions = num_positions(config.model)
-    if config.max_seq_len > positions:
-        raise UserError(
-            f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
-            f"(max_position_embeddings); choose --max_seq_len {positions} or less"
-        )
 
 
 def build_datasets(
@@ -455,190 +318,12 @@ def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> No
     check_bad_fraction(len(problems), len(dataset) + len(problems), max_bad_fraction)
 
 
-def build_model(
-    config: StepConfig, is_deepspeed: bool, report: Callable[[str], None] = lambda line: None
-) -> nn.Module:
-    """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
-
-    What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
-    `report` is told what is trained in full, and what is not although it was asked for.
-    """
-    if is_deepspeed and config.use_dora and config.quantize != "none":
-        raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
-    dtype = MIXED_PRECISIONS[config.mixed_precision]
-    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
-    model.chunked_loss = config.loss == "chunked"
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
-        )
-    modules = select_modules(model, config.modules_trained_in_full)
-    targets = lora_targets(config, getattr(model.model, "language_model", model.model))
-    model.requires_grad_(False)
-    if config.lora_r:
-        check_beside_lora(model, modules, targets, config.modules_trained_in_full)
-        set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(model, lora_config(config, targets, list(modules)))
-    else:
-        for module in modules.values():
-            module.requires_grad_(True)
-    unused = freeze_unused(model)
-    if trained := [path for path in modules if path not in unused]:
-        report(f"Trained in full: {name_some(trained)}")
-    if unused:
-        report(f"Not trained, because the loss does not depend on it: {name_some(unused)}")
-    if not trained_parameters(model):
-        raise UserError(f"--trainable_modules {' '.join(config.modules_trained_in_full)}: nothing is left to train")
-    tile_frozen_mlps(model, config.mlp_tiles)
-    recompute_activations(model)
-    if not is_deepspeed:
-        for parameter in trained_parameters(model):
-            parameter.data = parameter.data.float()
-    return model
-
-
-def lora_targets(config: StepConfig, language_model: nn.Module) -> list[str]:
-    """The names of the layers that get an adapter. Raises UserError for one that is no linear layer's."""
-    modules = language_model.named_modules()
-    known = sorted({path.rpartition(".")[2] for path, module in modules if isinstance(module, nn.Linear)})
-    if config.lora_target_modules == [ALL_LINEAR]:
-        return known
-    for name in config.lora_target_modules:
-        if name not in known:
-            choices = f"{', '.join(known)} or {ALL_LINEAR}"
-            raise UserError(
-                f"--lora_target_modules {name}: {type(language_model).__name__} has no such layer, choose {choices}"
-            )
-    return config.lora_target_modules
-
-
-def lora_config(config: StepConfig, targets: list[str], modules: list[str]) -> LoraConfig:
-    """LoRA on the language model alone, and `modules`, by whole paths, in full: PEFT matches names by their end, and
-    CLIP has a q_proj too."""
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias=config.lora_bias,
-        target_modules=lora_pattern(targets),
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        modules_to_save=modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def lora_pattern(targets: list[str]) -> str:
-    return rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})"
-
-
-def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The modules to train in full, by path: those whose path ends with one of the names.
-
-    A module inside another one belongs to it, and a list of modules is its members: it runs nothing itself, and PEFT
-    does not take it. Raises UserError for a name that ends no path, or a module that cannot be trained.
-    """
-    having_weights = {p: module for p, module in model.named_modules() if p and list(module.parameters())}
-    found = {}
-    for name in names:
-        matching = {p: module for p, module in having_weights.items() if f".{p}".endswith(f".{name}")}
-        if not matching:
-            known = sorted({path.rpartition(".")[2] for path in having_weights})
-            choices = ", ".join(path for path in known if not path.isdecimal())
-            raise UserError(f"--trainable_modules {name}: {type(model).__name__} has no such module, only {choices}")
-        if any(is_quantized(module) for module in matching.values()):
-            raise UserError(f"--trainable_modules {name}: 4-bit weights stay as they are, leave out --quantize")
-        for path, module in matching.items():
-            members = module.named_children() if isinstance(module, nn.ModuleList) else []
-            found |= {f"{path}.{key}": member for key, member in members} or {path: module}
-    return {path: module for path, module in found.items() if not any(path.startswith(f"{p}.") for p in found)}
-
-
-def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: list[str], names: list[str]) -> None:
-    """Raise UserError for one of the `modules`, chosen by `names`, that LoRA trains too, or whose copy has no place.
-
-    PEFT trains a copy of each module. The copy of a head that shares its weight with the embedding would be a second
-    weight, and a checkpoint of such a model has room for one.
-    """
-    pattern = re.compile(lora_pattern(targets))
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for path, module in modules.items():
-        inside = next((p for p, _ in module.named_modules(prefix=path) if pattern.fullmatch(p)), None)
-        own = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-        problem = None
-        if inside is not None:
-            problem = f"{path} has LoRA in it, {inside}"
-        elif any(uses[key] > count for key, count in own.items()):
-            problem = f"{path} shares its weight with another module, and a copy of it would not"
-        if problem is not None:
-            raise UserError(f"--trainable_modules {' '.join(names)}: {problem}: leave it out or choose --lora_r 0")
-
-
-def freeze_unused(model: nn.Module) -> list[str]:
-    """Train nothing that cannot get a gradient: DDP would wait for it. Returns the paths of what is not trained."""
-    base = model
-    if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):  # the copy runs; --lora_bias all has reached the original too
-                module.original_module.requires_grad_(False)
-    unused = getattr(base.model, "unused_modules", list)()
-    paths = {id(module): path for path, module in base.named_modules()}
-    found = [module for module in unused if trained_parameters(module)]
-    for module in found:
-        module.requires_grad_(False)
-    return [paths[id(module)].replace(".modules_to_save.default", "") for module in found]
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def build_optimizer(
-    model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    return OPTIMIZERS[optim](trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
-
-
 def build_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     # Polynomial divides by the number of steps after the warm-up.
     num_warmup_steps = min(round(config.warmup_ratio * num_steps), num_steps - 1)
     return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
-
-
-def training_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    batch: dict[str, torch.Tensor],
-    num_items_in_batch: int,
-    max_grad_norm: float,
-    skip_nonfinite: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """One micro-batch forward and backward, and at the end of an update the optimizer's step.
-
-    Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
-    label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
-    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
-    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
-    """
-    loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
-    # The engine takes the mean over micro-batches and processes; the shares are to be added up.
-    accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-    grad_norm = None
-    if accelerator.sync_gradients:
-        grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
-        grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
-    is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
-    if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips
-        optimizer.step()
-    if accelerator.sync_gradients and not is_skipped and not accelerator.optimizer_step_was_skipped:
-        scheduler.step()
-    optimizer.zero_grad()
-    return loss.detach(), grad_norm
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""What the scripts share: the model's flags, how arguments are read, how a model is loaded, how a script ends."""
+"""What all scripts share: errors, reading flags, how a script ends, units."""
 
 import errno
 import json
 import math
 import os
-import pickle
-import re
 import signal
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -20,34 +17,15 @@ from typing import NoReturn, TypeVar
 import torch
 import yaml
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    HfArgumentParser,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
-from transformers.modeling_utils import set_quantized_state
-
-from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
-from mgm import (
-    modeling_mgm,  # noqa: F401 (registers MGM with transformers' Auto classes)
-    processing_mgm,  # noqa: F401
-)
-from mgm.configuration_mgm import PRESETS
+from transformers import HfArgumentParser
 
 
 Config = TypeVar("Config")
-ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 # PyTorch reads it when CUDA is first used.
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 # Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
-MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MIB, GIB = 2**20, 2**30
 
 
 class UserError(Exception):
@@ -83,25 +61,6 @@ def brief_error(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The flags that every script with a model honours."""
-
-    model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(ATTN_IMPLEMENTATIONS)})
-    mixed_precision: str = field(
-        default="auto", metadata={"help": "auto (what the hardware does natively) | no | fp16 | bf16"}
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)
-        check_choice("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
-        self.mixed_precision = self.resolve_precision()
-
-    def resolve_precision(self) -> str:
-        return resolve_mixed_precision(self.mixed_precision)
-
-
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
@@ -124,23 +83,6 @@ def check_minimum(config: object, **minimums: float) -> None:
             raise UserError(f"--{name} {value}: it must be a finite number")
         if value < minimum:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
-
-
-def resolve_mixed_precision(mixed_precision: str) -> str:
-    """`auto` to bf16 on a GPU that has it, fp16 on an older one, no on a CPU (few have bf16 units; others emulate).
-
-    Raises:
-        UserError: the machine cannot compute in the precision asked for.
-    """
-    has_gpu = torch.cuda.is_available()
-    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if mixed_precision == "auto":
-        return ("bf16" if has_bf16 else "fp16") if has_gpu else "no"
-    if mixed_precision == "fp16" and not has_gpu:
-        raise UserError("--mixed_precision fp16: this machine has no GPU, and CPUs train in 'no' or 'bf16'")
-    if mixed_precision == "bf16" and has_gpu and not has_bf16:
-        raise UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16 units, choose fp16")
-    return mixed_precision
 
 
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
@@ -245,91 +187,19 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to find out
 
 
-def is_preset(name: str) -> bool:
-    """A folder comes first: the README's conversion writes one that is called `mgm-2b` like the preset."""
-    return name in PRESETS and not Path(name).is_dir()
+NUM_NAMED = 8  # samples in a message
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset, a folder or a hub id. Raises UserError where there is none."""
-    if is_preset(name):
-        return PRESETS[name]()
-    return _from_pretrained(AutoConfig, name)
+def name_some(names: list[str]) -> str:
+    """A list that stays readable: the first few, and how many more."""
+    rest = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + rest
 
 
-def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
-    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had.
-
-    With `quantize` nf4 the language model's linear layers hold 4 bits a weight, and compute in `dtype`.
-    """
-    config = load_config(name)
-    has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    is_quantized = quantize != "none"
-    if is_quantized:
-        require_quantization(quantize)
-    if is_preset(name) or torch.get_default_device().type == "meta":  # there no weights are read
-        with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 is to split what is quantized
-            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        return quantize_language_model(model, dtype) if is_quantized else model
-    model, info = _from_pretrained(
-        auto_class,
-        name,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        quantization_config=nf4_config(dtype) if is_quantized else None,
-    )
-    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(problems.values()):
-        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"--model {name}: the weights do not fit the config ({found})")
-    keep_layout(model)
-    return model
+def size(nbytes: float) -> str:
+    """Small sizes in MiB, so that they do not all read 0.00."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
 
 
-def require_quantization(quantize: str) -> None:
-    """Raise UserError where this machine cannot quantize."""
-    try:
-        check_quantization()
-    except ImportError:
-        raise UserError(f"--quantize {quantize}: bitsandbytes is missing, pip install -r requirements.txt") from None
-    except RuntimeError as error:
-        reason = f"{brief_error(error)}; python -m bitsandbytes tells more"
-        raise UserError(f"--quantize {quantize}: bitsandbytes cannot compute here ({reason})") from None
-
-
-def load_processor(name: str) -> ProcessorMixin:
-    """The processor of a folder or a hub id. Raises UserError where there is none."""
-    if is_preset(name):
-        raise UserError(
-            f"--model {name}: there is no such folder here, and the preset of that name has no tokenizer; make the "
-            "folder with convert_mgm.py"
-        )
-    return _from_pretrained(AutoProcessor, name)
-
-
-def _from_pretrained(auto_class: type, name: str, **kwargs):
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
-        check_no_adapter(name)
-        if isinstance(error, ImportError) and (attention := kwargs.get("attn_implementation")):
-            remedy = "choose sdpa, or install requirements-gpu.txt"
-            raise UserError(f"--attn_implementation {attention}: {brief_error(error)}; {remedy}") from None
-        raise UserError(f"--model {name}: cannot be loaded ({error})") from None
-
-
-def check_no_adapter(name: str) -> None:
-    """Raise UserError for a folder that holds an adapter alone: it names the adapter's base."""
-    try:
-        base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError):
-        return
-    raise UserError(
-        f"--model {name}: it holds an adapter, not a model. Give its base, --model {base}; eval.py takes both with "
-        f"--adapter {name}"
-    )
+def escape_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, LlamaConfig, PreTrainedConfig
 
 from benchmarks.tables import CPU_MATRIX, write_tables
-from memory_probe import ProbeConfig, probe
+from memory.config import ProbeConfig
+from memory.probe import probe
 from mgm.configuration_mgm import MGMConfig, tiny
 from utils import run_script
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from child_processes import process_pool
-from memory.gpus import GIB
+from memory.config import ProbeConfig
 from memory.measure import measure
 from memory.measure_gpu import measure_in_this_process
-from memory_probe import ProbeConfig, probe
-from utils import check_choice, run_script
+from memory.probe import probe
+from utils import GIB, check_choice, run_script
 
 
 ZERO2, ZERO3 = ({"config_file": f"accelerate_configs/{name}.yaml"} for name in ("zero2", "zero3"))

@@ -22,9 +22,10 @@ from accelerate.utils import calculate_maximum_sizes
 from torch import nn
 
 from benchmarks.tables import HEADLINE, HEADLINE_CARDS, ROOT, write_tables
+from memory.config import ProbeConfig
 from memory.predict import device_memory, summarize, trace_step
-from memory_probe import ProbeConfig
-from utils import load_model, run_script
+from models.loading import load_model
+from utils import run_script
 
 
 RANKS, LENGTHS = (8, 16, 32, 0), (1024, 2048)

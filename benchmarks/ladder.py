@@ -20,16 +20,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import train
+import step
 from benchmarks.tables import ROOT, write_tables
 from memory.charts import COLOURS
-from memory.gpus import GIB
+from memory.config import ProbeConfig
 from memory.predict import summarize, trace_step
 from memory.report import WORDS
 from memory.trace import CATEGORIES
-from memory_probe import ProbeConfig
 from mgm.patch_info_mining import MGMPatchInfoMining, View
-from utils import run_script
+from utils import GIB, run_script
 
 
 # Where it begins, and what each technique changes. `mining` is no flag: the original's form of it is put back.
@@ -94,16 +93,16 @@ def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def counted_operations() -> Iterator[list[int]]:
-    """The floating point operations of each call of train.training_step."""
-    step, counts = train.training_step, []
+    """The floating point operations of each call of step.training_step."""
+    original, counts = step.training_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         with Operations() as operations:
-            result = step(*args, **kwargs)
+            result = original(*args, **kwargs)
         counts.append(operations.total)
         return result
 
-    with patch.object(train, "training_step", counted):
+    with patch.object(step, "training_step", counted):
         yield counts
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 from benchmarks.loader import environment
 from child_processes import run_child
 from data.batching import UpdateBatchSampler, column_values
+from models.loading import load_processor
 from train import TrainConfig, build_datasets
-from utils import check_minimum, load_processor, run_script
+from utils import check_minimum, run_script
 
 
 WORDS = (

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
 from mgm.processing_mgm import MGMProcessor
-from utils import check_choice, check_minimum, load_processor, run_script
+from models.loading import load_processor
+from utils import check_choice, check_minimum, run_script
 
 
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "pillow")

@@ -22,9 +22,10 @@ import yaml
 
 from child_processes import run_child
 from data.batching import column_values
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
+from models.loading import load_processor
 from train import DEMO_RECIPE, TrainConfig, build_datasets
-from utils import check_minimum, load_processor, run_script
+from utils import check_minimum, run_script
 
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memory.gpus import GIB, MIB
+from utils import GIB, MIB
 
 
 RESULTS = Path(__file__).parent.parent / "results"

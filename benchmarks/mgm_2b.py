@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-import train
+import step
+from memory.config import ProbeConfig, strategy_of
 from memory.host import host_breakdown
-from memory.strategy import strategy_of, trace_strategy
-from memory_probe import ProbeConfig, probe
-from training.run_log import count_parameters
+from memory.predict import trace_strategy
+from memory.probe import probe
+from models.lora import count_parameters
 from utils import run_script
 
 
@@ -66,7 +67,7 @@ def probe_config(flags: dict[str, Any]) -> ProbeConfig:
 def lora(flags: dict[str, Any]) -> dict[str, int]:
     """What is trained, and the GPU's memory."""
     with torch.device("meta"):
-        model = train.build_model(probe_config(flags), is_deepspeed=False)
+        model = step.build_model(probe_config(flags), is_deepspeed=False)
     total, trainable = count_parameters(model)
     result = probe(probe_config(flags))
     sizes = {name: result[name] for name in ("peak_allocated_bytes", "device_bytes")}

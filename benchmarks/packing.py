@@ -22,14 +22,15 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ProcessorMixin, get_scheduler
 
-import train
+import step
 from benchmarks.loader import environment
 from benchmarks.step import clock
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
 from data.packing import PackedCollator, PackedDataset, pack
-from utils import check_minimum, load_processor, run_script
+from models.loading import load_processor
+from utils import check_minimum, run_script
 
 
 MODEL = "data/tiny_mgm"
@@ -131,14 +132,14 @@ def packed(samples: list[dict], num_tokens: np.ndarray, processor: ProcessorMixi
 
 
 class Steps:
-    """train.training_step on batches, with a learning rate of 0: all variants see the same weights."""
+    """step.training_step on batches, with a learning rate of 0: all variants see the same weights."""
 
     def __init__(self, num_label_tokens: int) -> None:
         self.num_label_tokens = num_label_tokens
-        flags = train.StepConfig(model=MODEL, lora_dropout=0.0)
+        flags = step.StepConfig(model=MODEL, lora_dropout=0.0)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=flags.mixed_precision)
-        model = train.build_model(flags, is_deepspeed=False).train()
-        optimizer = train.build_optimizer(model, flags.optim, learning_rate=0.0)
+        model = step.build_model(flags, is_deepspeed=False).train()
+        optimizer = step.build_optimizer(model, flags.optim, learning_rate=0.0)
         self.model: nn.Module
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler("constant", self.optimizer)
@@ -151,7 +152,7 @@ class Steps:
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with self.accelerator.accumulate(self.model):
                 settings = (self.scheduler, batch, self.num_label_tokens, 1.0)
-                losses.append(train.training_step(self.accelerator, self.model, self.optimizer, *settings)[0])
+                losses.append(step.training_step(self.accelerator, self.model, self.optimizer, *settings)[0])
         seconds = clock() - start
         return seconds, torch.stack(losses).sum().item()
 

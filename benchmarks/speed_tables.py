@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memory.gpus import GIB
+from utils import GIB
 
 
 RESULTS = Path(__file__).parent.parent / "results"

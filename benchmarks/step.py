@@ -34,17 +34,20 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import train
+import step
 from child_processes import process_pool
 from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
 from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
 from memory.cpu_profile import memory_events, profile_memory, rise
-from memory.stand_in import launched
+from memory.launch import launched
 from memory.strategy import Strategy
 from mgm.configuration_mgm import mgm_2b
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from utils import MIXED_PRECISIONS, check_choice, check_device, check_minimum, load_processor, run_script
+from models.config import MIXED_PRECISIONS
+from models.loading import load_processor
+from models.lora import trained_parameters
+from utils import check_choice, check_device, check_minimum, run_script
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
@@ -142,29 +145,29 @@ def build_peft_model(model_class: type[GemmaForCausalLM], config: StepBenchmarkC
     torch.manual_seed(0)
     with torch.device(config.device):
         model = model_class._from_config(SIZES[config.size](), dtype=config.dtype, attn_implementation="sdpa")
-    flags = train.StepConfig()
+    flags = step.StepConfig()
     lora = LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, target_modules=flags.lora_target_modules)
     model = get_peft_model(model, lora)
     torch.manual_seed(0)
-    for parameter in train.trained_parameters(model):
+    for parameter in trained_parameters(model):
         parameter.data = torch.randn(parameter.shape).mul(0.02).to(config.device)
     return model.train()
 
 
 class Ours:
-    """train.training_step on the model as train.build_model would make it."""
+    """step.training_step on the model as step.build_model would make it."""
 
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
-        flags = train.StepConfig(mixed_precision=config.mixed_precision, per_device_train_batch_size=1)
+        flags = step.StepConfig(mixed_precision=config.mixed_precision, per_device_train_batch_size=1)
         model = build_peft_model(OurLanguageModel, config)  # first: ZeRO-3 would draw its weights otherwise
-        self.accelerator = train.build_accelerator(flags)
+        self.accelerator = step.build_accelerator(flags)
         if self.accelerator.state.deepspeed_plugin is not None:
             model.to(config.dtype)  # the engine has fp32 masters of its own
         if gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         tile_frozen_mlps(model, flags.mlp_tiles)
         recompute_activations(model)
-        optimizer = train.build_optimizer(model, "adamw_torch", LEARNING_RATE)
+        optimizer = step.build_optimizer(model, "adamw_torch", LEARNING_RATE)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler("constant", self.optimizer)
         batch = collate([make_row(config)])
@@ -177,7 +180,7 @@ class Ours:
         for _ in range(num_steps):
             start = clock()
             with self.accelerator.accumulate(self.model):
-                loss, grad_norm = train.training_step(
+                loss, grad_norm = step.training_step(
                     self.accelerator,
                     self.model,
                     self.optimizer,

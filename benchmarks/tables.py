@@ -7,7 +7,8 @@ from typing import Any
 
 from benchmarks.memory_tables import ladder_table, loss_table
 from benchmarks.speed_tables import loader_table, packing_table, step_table
-from memory.gpus import CUBLAS_HOPPER, GIB, GPUS, MIB
+from memory.gpus import CUBLAS_HOPPER, GPUS
+from utils import GIB, MIB
 
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,8 @@ from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
 from data.turn_ends import missing_turn_end
 from mgm.processing_mgm import ROLES
-from utils import UserError, check_minimum, load_processor, run_script
+from models.loading import load_processor
+from utils import UserError, check_minimum, run_script
 
 
 SAMPLES_AT_ONCE = 64  # that a process takes: some seconds

@@ -16,10 +16,8 @@ from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, col
 from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
-from data.worst_case import Row, with_rows_of, worst_case_batch
-from memory.report import size
-from training.run_memory import longest_row
-from utils import UserError
+from data.worst_case import Row, longest_row, with_rows_of, worst_case_batch
+from utils import UserError, size
 
 
 SHARED_MEMORY = Path("/dev/shm")  # Linux has a file system for it; Docker gives a container 64 MiB

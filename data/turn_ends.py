@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from layers.chunked_loss import IGNORE_INDEX
 from mgm.processing_mgm import MGMProcessor
-from utils import load_config
+from models.loading import load_config
 
 
 MAX_SHOWN = 80  # characters of a reply in a message

@@ -4,6 +4,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig
 
@@ -109,3 +112,10 @@ def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torc
     if rows > 1:
         batch["attention_mask"][-1, -1] = 0
     return batch
+
+
+def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
+    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
+    longest = int(num_tokens.max())
+    num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
+    return Row(longest, min(num_images, longest // num_image_tokens))

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from data.images import to_rgb
 from models.adapter import load_adapter, load_trained_processor
+from models.config import MIXED_PRECISIONS, resolve_mixed_precision
 from models.generation import generate_answers, prompt_inputs
-from utils import MIXED_PRECISIONS, load_model, resolve_mixed_precision
+from models.loading import load_model
 
 
 @register_model("mgm")

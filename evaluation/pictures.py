@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.tasks.task import Question, Score, by_type, mean_score
-from training.model_card import escape_cell
+from utils import escape_cell
 
 
 PICTURE_WIDTH = 320  # pixels

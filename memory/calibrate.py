@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from child_processes import process_pool
-from memory.gpus import GIB
 from memory.measure_gpu import measure_gpu
 from memory.strategy import Strategy
-from train import StepConfig
-from utils import UserError
+from step import StepConfig
+from utils import GIB, UserError
 
 
 def calibrate(config: StepConfig) -> dict[str, Any]:

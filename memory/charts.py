@@ -4,9 +4,9 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
-from memory.gpus import GIB
 from memory.report import WORDS
 from memory.trace import CATEGORIES, Trace
+from utils import GIB
 
 
 COLOURS = {

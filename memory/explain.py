@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from memory.gpus import MIB
 from memory.predict import predict
-from memory.report import as_flags, size
+from memory.report import as_flags
 from memory.trace import Trace
-from train import StepConfig
-from utils import load_config
+from models.loading import load_config
+from step import StepConfig
+from utils import MIB, size
 
 
 def suggest(config: StepConfig, device_bytes: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ checkpoint's file, which the system can drop.
 from collections import Counter
 
 from data.loader import PREFETCH_FACTOR
+from memory.placed import PlacedTrace
 from memory.record import Record
 from memory.trace import Trace
-from memory.zero import PlacedTrace
 
 
 # Resident memory of a process with torch, transformers, peft and deepspeed, besides what it offloads. On a CPU it was

@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 
-from memory.measure_cpu import measure_training
+from memory.config import strategy_of
+from memory.measure_cpu import measure_strategy, measure_training
 from memory.measure_gpu import measure_gpu
-from memory.measure_strategy import measure_strategy
-from memory.strategy import strategy_of
-from train import StepConfig
+from step import StepConfig
 
 
 def measure(config: StepConfig) -> dict[str, Any]:

@@ -15,18 +15,18 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-import train
+import step
 from child_processes import process_pool
-from data.worst_case import with_few_micro_batches, worst_case_batch
-from memory.stand_in import launched
+from data.worst_case import worst_case_batch
+from memory.launch import launched
 from memory.strategy import Strategy
-from memory.updates import end_run, run_updates, watch_phases
+from memory.updates import accelerator_for, end_run, run_updates, watch_phases
 from memory.zero import NUM_UPDATES
 from utils import ALLOCATOR_VARIABLE, UserError, allocator_settings
 
 
 def measure_gpu(
-    config: train.StepConfig, strategy: Strategy, images_per_sample: int = 1, limit_bytes: int | None = None
+    config: step.StepConfig, strategy: Strategy, images_per_sample: int = 1, limit_bytes: int | None = None
 ) -> dict[str, Any]:
     """Peaks of a few updates, in bytes, and whether memory ran out.
 
@@ -55,16 +55,16 @@ def refuse_gpu_in_use() -> None:
 
 
 def measure_in_this_process(
-    config: train.StepConfig, images_per_sample: int, limit_bytes: int | None
+    config: step.StepConfig, images_per_sample: int, limit_bytes: int | None
 ) -> dict[str, Any]:
     os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
     with redirect_stdout(sys.stderr):
         total_bytes = torch.cuda.mem_get_info()[1]
         context_bytes = used_bytes()
-        accelerator = train.build_accelerator(with_few_micro_batches(config))
+        accelerator = accelerator_for(config)
         is_deepspeed = accelerator.state.deepspeed_plugin is not None
         with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
-            model = train.build_model(config, is_deepspeed)
+            model = step.build_model(config, is_deepspeed)
         if not is_deepspeed and config.quantize == "none":
             # Back to where from_pretrained puts it, so that it comes to the GPU in the usual order. 4-bit weights are
             # made where they stay.
@@ -79,7 +79,7 @@ def measure_in_this_process(
             model = model.train().cuda() if not is_deepspeed else model.train()
             batch = worst_case_batch(model.config, config, images_per_sample)
             batch = {name: tensor.cuda() for name, tensor in batch.items()}
-            optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
+            optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
             wrapped, optimizer = accelerator.prepare(model, optimizer)
             clear_device_cache()  # as train.py does
             watch_phases(accelerator, wrapped, peaks.enter_phase)

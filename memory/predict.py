@@ -1,19 +1,24 @@
 """A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
 
+import copy
 import re
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 from memory.allocator import replay_events
+from memory.config import strategy_of
+from memory.ddp import with_ddp_buckets
 from memory.gpus import GPUS, NCCL_BYTES
 from memory.host import host_breakdown
-from memory.record import TraceError
-from memory.strategy import strategy_of, trace_strategy
-from memory.trace import Trace
-from memory.zero import PlacedTrace
+from memory.placed import PlacedTrace
+from memory.record import Record, TraceError
+from memory.strategy import Strategy
+from memory.trace import Trace, trace_training
+from memory.zero import trace_deepspeed
 from mgm.configuration_mgm import MGMConfig
-from train import StepConfig
-from utils import UserError, allocator_settings, brief_error, load_config
+from models.loading import load_config
+from step import StepConfig
+from utils import UserError, allocator_settings, brief_error
 
 
 PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
@@ -48,6 +53,23 @@ def trace_step(config: StepConfig) -> PlacedTrace:
         raise UserError(
             f"--model {config.model}: its training step cannot be traced ({brief_error(error)})"
         ) from error
+
+
+def trace_strategy(config: StepConfig, strategy: Strategy, *settings: Any) -> PlacedTrace:
+    """Trace the steps of one of the strategy's processes.
+
+    `settings` are those of trace_training: device_type, images_per_sample and cublas_workspace_bytes. Raises what
+    trace_training and trace_deepspeed raise.
+    """
+    if strategy.name.startswith("zero"):
+        # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
+        deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
+        return trace_deepspeed(config, deepspeed_config, strategy.world_size, *settings)
+    trace = trace_training(config, *settings)
+    # accelerate wraps the model on GPUs even for one process, on a CPU for several.
+    if strategy.name == "ddp" and (strategy.world_size > 1 or settings[:1] != ("cpu",)):
+        trace = Trace(with_ddp_buckets(trace.record))
+    return PlacedTrace(device=trace, pinned=Trace(Record()), host=Trace(Record()))
 
 
 def summarize(trace: PlacedTrace, config: StepConfig) -> dict[str, Any]:

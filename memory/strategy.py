@@ -8,31 +8,20 @@
 ZeRO is not modelled here but run (memory/zero.py). DDP adds its buckets to the record of one process.
 """
 
-import copy
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import train
-from memory.record import Allocation, Record
-from memory.trace import Trace, trace_training
-from memory.zero import PlacedTrace, trace_deepspeed
 from utils import UserError, check_choice
 
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "param")
-CONFIG_FOLDER = Path(__file__).parent / "accelerate_configs"
+CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 OFFLOAD_TO_HOST = {"device": "cpu", "pin_memory": True}
-# torch.nn.parallel.DistributedDataParallel: the bucket that is ready first is small, so that its reduction starts
-# early (dist._DEFAULT_FIRST_BUCKET_BYTES), the others hold bucket_cap_mb.
-DDP_FIRST_BUCKET_BYTES = 2**20
-DDP_BUCKET_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -112,66 +101,3 @@ def _from_deepspeed(cls: type[Strategy], path: str | Path, launch: dict, world_s
         raise UserError(f"--config_file {path}: offload to nvme cannot be predicted, choose the device cpu")
     offload = next((key for key, device in devices.items() if device == "cpu"), "none")
     return cls(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)
-
-
-def strategy_of(config: train.StepConfig) -> Strategy:
-    """The strategy that a ProbeConfig's flags choose. Raises UserError for what cannot be."""
-    if config.config_file is not None:
-        return Strategy.from_config_file(config.config_file, config.world_size)
-    return Strategy.from_flags(config.strategy, config.offload, config.world_size)
-
-
-def trace_strategy(config: train.StepConfig, strategy: Strategy, *settings: Any) -> PlacedTrace:
-    """Trace the steps of one of the strategy's processes.
-
-    `settings` are those of trace_training: device_type, images_per_sample and cublas_workspace_bytes. Raises what
-    trace_training and trace_deepspeed raise.
-    """
-    if strategy.name.startswith("zero"):
-        # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
-        deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
-        return trace_deepspeed(config, deepspeed_config, strategy.world_size, *settings)
-    trace = trace_training(config, *settings)
-    # accelerate wraps the model on GPUs even for one process, on a CPU for several.
-    if strategy.name == "ddp" and (strategy.world_size > 1 or settings[:1] != ("cpu",)):
-        trace = Trace(with_ddp_buckets(trace.record))
-    return PlacedTrace(device=trace, pinned=Trace(Record()), host=Trace(Record()))
-
-
-def ddp_bucket_sizes(parameter_sizes_bytes: Iterable[int]) -> list[int]:
-    """Bytes of each of DDP's buckets, given those of the trained parameters in the model's order.
-
-    Buckets fill from the last parameter on and are closed once they hold their limit
-    (torch/csrc/distributed/c10d/reducer.cpp, compute_bucket_assignment_by_size). In MiB: parameters of 20, 10, 0.5 and
-    0.75 give buckets of 1.25 (closed above 1) and 30 (closed above 25).
-    """
-    buckets, current, limit = [], 0, DDP_FIRST_BUCKET_BYTES
-    for nbytes in reversed(list(parameter_sizes_bytes)):
-        current += nbytes
-        if current >= limit:
-            buckets.append(current)
-            current, limit = 0, DDP_BUCKET_BYTES
-    return [*buckets, current] if current else buckets
-
-
-def with_ddp_buckets(record: Record) -> Record:
-    """The record of a process that also holds DDP's buckets, from the end of loading on.
-
-    `gradient_as_bucket_view` is off by default: each gradient is there twice, by itself and in a bucket.
-    """
-    trained = [4 * math.prod(a.shape) for nbytes, a in record.events if nbytes > 0 and a.category == "trained"]  # fp32
-    first_step = next(index for index, phase in record.phase_starts if phase != "load")
-    sizes = ddp_bucket_sizes(trained)
-    buckets = [
-        Allocation(nbytes, (nbytes // 4,), "float32", "DDP bucket", "", "load", first_step + i, "communication")
-        for i, nbytes in enumerate(sizes)
-    ]
-
-    def moved(index: int | None) -> int | None:
-        return index if index is None or index < first_step else index + len(buckets)
-
-    copies = {a: replace(a, start=moved(a.start), end=moved(a.end)) for nbytes, a in record.events}
-    events = [(nbytes, copies[allocation]) for nbytes, allocation in record.events]
-    events[first_step:first_step] = [(bucket.nbytes, bucket) for bucket in buckets]
-    phase_starts = [(index if phase == "load" else moved(index), phase) for index, phase in record.phase_starts]
-    return Record(events, phase_starts)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from memory.charts import sweep_chart
 from memory.report import markdown_table
-from train import StepConfig
+from step import StepConfig
 from utils import UserError
 
 

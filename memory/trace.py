@@ -3,8 +3,8 @@
     trace = trace_training(StepConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
     trace.peak_bytes, trace.breakdown(), trace.phase_peaks(), trace.largest_tensors()
 
-The model is built by train.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
-data; train.training_step runs on them, and a Recorder (memory/record.py) notes what is allocated and released. Where
+The model is built by step.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
+data; step.training_step runs on them, and a Recorder (memory/record.py) notes what is allocated and released. Where
 CUDA's kernels allocate otherwise than the CPU's stands in memory/kernels.py.
 """
 
@@ -23,12 +23,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationMixin, masking_utils
 
-import train
+import step
 from data.worst_case import worst_case_batch
 from layers.quantization import dequantize, replace_tensors, state_tensors
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory.record import PHASES, Allocation, Record, Recorder
 from memory.updates import end_run, probe_accelerator, run_updates, watch_phases
+from models.lora import trained_parameters
 
 
 CATEGORIES = (
@@ -92,7 +93,7 @@ class Trace:
 
 
 def trace_training(
-    config: train.StepConfig, device_type: str = "cuda", images_per_sample: int = 1, cublas_workspace_bytes: int = 0
+    config: step.StepConfig, device_type: str = "cuda", images_per_sample: int = 1, cublas_workspace_bytes: int = 0
 ) -> Trace:
     """Trace the updates of a training run in its steady state on the worst case of a batch.
 
@@ -116,7 +117,7 @@ def trace_training(
         with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
             batch = worst_case_batch(model.config, config, images_per_sample)
             adopt(recorder, model, batch, cublas_workspace_bytes)
-            optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
+            optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
             if device_type == "cuda":
                 use_foreach(optimizer)
             PhaseHooks(recorder, accelerator, model, optimizer)
@@ -154,11 +155,11 @@ def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], 
 
 
 def build_fake_model(
-    config: train.StepConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
+    config: step.StepConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
-    """train.build_model's model, in training mode, of fake tensors on the device."""
+    """step.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = train.build_model(config, is_deepspeed)
+        model = step.build_model(config, is_deepspeed)
     return fake_model(model, device, fake_mode).train()
 
 
@@ -227,7 +228,7 @@ class PhaseHooks:
     ):
         self.recorder, self.optimizer = recorder, optimizer
         watch_phases(accelerator, model, recorder.enter_phase)
-        for parameter in train.trained_parameters(model):
+        for parameter in trained_parameters(model):
             parameter.register_post_accumulate_grad_hook(self._mark_gradient)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)

@@ -11,14 +11,14 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import get_scheduler
 
-import train
+import step
 from data.worst_case import with_few_micro_batches, worst_case_questions
+from models.gather import gather_trained
 from models.generation import answer_worst_case
-from training.saving import gather_trained
 
 
 @contextmanager
-def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
+def probe_accelerator(config: step.StepConfig) -> Iterator[Accelerator]:
     """An accelerator of one CPU process. Accelerators share their state; the caller's is put back in the end."""
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved = [dict(state) for state in states]
@@ -36,12 +36,22 @@ def probe_accelerator(config: train.StepConfig) -> Iterator[Accelerator]:
             state.update(before)
 
 
+def accelerator_for(config: step.StepConfig) -> Accelerator:
+    """The accelerator of a process that a launcher has started, with few micro-batches an update."""
+    return step.build_accelerator(
+        config.mixed_precision,
+        config.per_device_train_batch_size,
+        with_few_micro_batches(config).gradient_accumulation_steps,
+        config.max_grad_norm,
+    )
+
+
 def run_updates(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
-    config: train.StepConfig,
+    config: step.StepConfig,
     num_updates: int = 2,
 ) -> None:
     """Updates of the prepared model, with as many micro-batches each as the accelerator accumulates. The second one
@@ -50,7 +60,7 @@ def run_updates(
     num_items_in_batch = batch["labels"].numel()
     for _ in range(num_updates * accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):
-            train.training_step(
+            step.training_step(
                 accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
             )
 
@@ -58,7 +68,7 @@ def run_updates(
 def end_run(
     accelerator: Accelerator,
     model: nn.Module,
-    config: train.StepConfig,
+    config: step.StepConfig,
     images_per_sample: int,
     device: str | torch.device,
     enter_phase: Callable[[str], None],

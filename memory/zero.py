@@ -21,7 +21,6 @@ when they get to it.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,14 +30,14 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import train
+import step
 from child_processes import process_pool
 from data.worst_case import with_few_micro_batches, worst_case_batch
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.record import Allocation, Record, Recorder
-from memory.stand_in import HOST, STAND_IN_DEVICE, install_stand_in, launched
+from memory.launch import launched
+from memory.placed import PlacedRecorder, PlacedTrace, split_by_place
+from memory.stand_in import STAND_IN_DEVICE, install_stand_in
 from memory.trace import (
-    Trace,
     adopt,
     build_fake_model,
     categorize,
@@ -47,7 +46,7 @@ from memory.trace import (
     known_quantization,
     random_states,
 )
-from memory.updates import end_run, run_updates
+from memory.updates import accelerator_for, end_run, run_updates
 from utils import quiet_libraries
 
 
@@ -56,17 +55,8 @@ from utils import quiet_libraries
 NUM_UPDATES = 3
 
 
-@dataclass
-class PlacedTrace:
-    """The device's memory, and the host's: page-locked and ordinary. A trace for a CPU run is all `device`."""
-
-    device: Trace
-    pinned: Trace
-    host: Trace
-
-
 def trace_deepspeed(
-    config: train.StepConfig,
+    config: step.StepConfig,
     deepspeed_config: dict[str, Any],
     world_size: int = 1,
     device_type: str = "cuda",
@@ -94,7 +84,7 @@ def trace_deepspeed(
             return pool.submit(_trace, config, *settings).result()
 
 
-def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
+def _trace(config: step.StepConfig, *settings: Any) -> PlacedTrace:
     quiet_libraries()
     with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
         try:
@@ -105,7 +95,7 @@ def _trace(config: train.StepConfig, *settings: Any) -> PlacedTrace:
 
 
 def _trace_in_this_process(
-    config: train.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
+    config: step.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
 ) -> PlacedTrace:
     config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[device_type]
@@ -116,12 +106,12 @@ def _trace_in_this_process(
     model._apply = lambda fn, recurse=True: model
     recorder = PlacedRecorder(model, device, WORKSPACES[device_type], BLOCK_BYTES[device_type])
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
-    accelerator = train.build_accelerator(config)
+    accelerator = accelerator_for(config)
     with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
         batch = worst_case_batch(model.config, config, images_per_sample)
         batch = send_to_device(batch, device)
         adopt(recorder, model, batch, cublas_workspace_bytes)
-        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
+        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
         with recorder, known_quantization():
             engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
             page_lock_tied(recorder, model)
@@ -146,35 +136,6 @@ def made_on_their_device() -> Iterator[None]:
 
     with patch.object(torch, "tensor", tensor):
         yield
-
-
-class PlacedRecorder(Recorder):
-    """A recorder that also notes in which memory each allocation lies. While `purpose` is set, it is the category."""
-
-    def __init__(self, model: nn.Module, device: str, workspaces: dict, block_bytes: int) -> None:
-        super().__init__(model, workspaces, block_bytes)
-        self.device = torch.device(device)
-        self.places: dict[Allocation, str] = {}
-        self.purpose: str | None = None
-
-    def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
-        allocation = super().allocated(tensor, op)
-        if allocation not in self.places:
-            is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
-            self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
-            allocation.category = self.purpose
-        return allocation
-
-    @contextmanager
-    def on_stream(self, stream: int) -> Iterator[None]:
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
-
-    def note_pinned(self, tensor: torch.Tensor) -> None:
-        self.places[self.find(tensor)] = "pinned"
 
 
 def prepare(
@@ -267,58 +228,3 @@ def _name(recorder: PlacedRecorder, category: str, tensors: list[Any]) -> None:
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and (allocation := recorder.find(tensor)):
             allocation.category = category
-
-
-def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedTrace:
-    """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
-    split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
-
-    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Trace:
-        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before))
-
-    is_apart = recorder.device != torch.device(HOST)  # a CPU run's host memory is not told apart, nor is its loading
-    return PlacedTrace(
-        device=trace_of(
-            "device",
-            num_events_before_steps if is_split else 0,
-            splitting(recorder) if is_split and is_apart else None,
-        ),
-        pinned=trace_of("pinned"),
-        host=trace_of("host", num_events_before_steps),
-    )
-
-
-def splitting(recorder: PlacedRecorder) -> Record:
-    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
-    record = Record(phase_starts=[(0, "load")])
-    for nbytes, weight in recorder.record.events:
-        if nbytes > 0 and weight.op == "load" and weight.category in ("weights", "trained"):
-            pair = []
-            for what in ("split", "a copy to split"):
-                pair.append(replace(weight, start=len(record.events), op=what, category="weights"))
-                record.events.append((nbytes, pair[-1]))
-            for allocation in pair:
-                allocation.end = len(record.events)
-                record.events.append((-nbytes, allocation))
-    return record
-
-
-def _select(
-    record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None = None
-) -> Record:
-    """The events of some allocations, behind those of `before`. Of those before `first` only what is still alive then
-    is kept, made at once."""
-    selected, copies = before or Record(), {}
-    phase_starts = dict(record.phase_starts)
-    for index, (nbytes, allocation) in enumerate(record.events):
-        if index in phase_starts and phase_starts[index] not in [phase for _, phase in selected.phase_starts[-1:]]:
-            selected.phase_starts.append((len(selected.events), phase_starts[index]))
-        was_released = allocation.end is not None and allocation.end < first
-        if was_released or not is_wanted(allocation):
-            continue
-        if index == allocation.start:
-            copies[allocation] = replace(allocation, start=len(selected.events), end=None)
-        else:
-            copies[allocation].end = len(selected.events)
-        selected.events.append((nbytes, copies[allocation]))
-    return selected

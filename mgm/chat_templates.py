@@ -6,7 +6,7 @@ every reply. What stands inside {% generation %} carries labels.
 
 from collections.abc import Callable
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -180,3 +180,14 @@ def _spans_turn_by_turn(messages: Messages, text: str, render_plain: RenderPlain
         position += len(pieces[-1])
         known = throughs[0]
     return spans if text.startswith("".join(pieces).rstrip()) else None
+
+
+def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A reply ends with the end of a turn (<end_of_turn> or what the tokenizer has for it) as well as with <eos>."""
+    vocabulary = tokenizer.get_vocab()
+    end_of_turn = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary]
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *end_of_turn])),
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from layers.chunked_loss import IGNORE_INDEX
@@ -259,6 +259,24 @@ def _one_list_per_sample(images: Sequence | None, num_samples: int) -> list[list
     if len(images) != num_samples:
         raise ValueError(f"images are given for {len(images)} samples but there are {num_samples}")
     return [list(sample or []) for sample in images]
+
+
+def build_processor(
+    config: MGMConfig, tokenizer: PreTrainedTokenizerBase, image_aspect_ratio: str = "pad"
+) -> MGMProcessor:
+    """The processor for a model: CLIP's preprocessing at the auxiliary tower's size."""
+    side = config.vision_config_aux.image_size
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return MGMProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=chat_template_for(tokenizer, config.text_config.model_type),
+        image_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        image_aspect_ratio=image_aspect_ratio,
+        image_grid=config.image_grid,
+        image_global=config.image_global,
+    )
 
 
 AutoProcessor.register(MGMConfig, MGMProcessor)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
-from utils import UserError, load_processor
+from models.loading import load_processor
+from utils import UserError
 
 
 def base_of(adapter: str) -> str:

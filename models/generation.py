@@ -1,19 +1,13 @@
-"""Greedy answers: a batch of prompts at a time, shared out among the processes."""
+"""Greedy answers to a batch of prompts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
-
-from data.loader import SharingCollator
-from evaluation.tasks.task import Question
 
 
 def prompt_inputs(
@@ -64,54 +58,3 @@ def end_tokens(model: nn.Module) -> list[int]:
     """The tokens that end an answer: the model's own."""
     found = model.generation_config.eos_token_id
     return [found] if isinstance(found, int) else found or []
-
-
-class QuestionBatches(torch.utils.data.Dataset):
-    """The questions of one process as ready batches: images are opened in a loader's workers."""
-
-    def __init__(self, processor: ProcessorMixin, questions: list[Question], batches: list[list[int]]) -> None:
-        self.processor, self.questions, self.batches = processor, questions, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> BatchFeature:
-        questions = [self.questions[i] for i in self.batches[index]]
-        images = [question.images() for question in questions]
-        return prompt_inputs(self.processor, [question.conversation for question in questions], images)
-
-
-def as_it_is(batch: BatchFeature) -> BatchFeature:
-    return batch
-
-
-def answer_batches(
-    accelerator: Accelerator,
-    model: nn.Module,
-    processor: ProcessorMixin,
-    questions: list[Question],
-    indices: list[int],
-    batch_size: int,
-    max_new_tokens: int,
-    num_workers: int = 0,
-) -> Iterator[dict[int, Answer]]:
-    """Answers to the questions with these indices, a batch of every process at a time, to all processes.
-
-    The longest prompts come first: there is little padding, and memory runs out at once or never. Every process takes
-    part in every batch, if need be with a question that another has too: under ZeRO-3 they have to run in step.
-    """
-    order = sorted(indices, key=lambda index: len(questions[index].prompt), reverse=True)
-    step = batch_size * accelerator.num_processes
-    shared = [order[start : start + step] for start in range(0, len(order), step)]
-    own = [batch[accelerator.process_index :: accelerator.num_processes] or batch[:1] for batch in shared]
-    batches = QuestionBatches(processor, questions, own)
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=SharingCollator(as_it_is))
-    unwrapped = accelerator.unwrap_model(model)
-    progress = tqdm(total=len(order), desc="Answering", unit="question", disable=not accelerator.is_main_process)
-    with progress:
-        for batch, inputs in zip(own, loader, strict=True):
-            with accelerator.autocast():
-                answers = generate_answers(unwrapped, processor, inputs.to(accelerator.device), max_new_tokens)
-            found = dict(gather_object(list(zip(batch, answers, strict=True))))
-            progress.update(len(found))
-            yield found

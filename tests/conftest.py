@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-import train
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
 from layers.chunked_loss import IGNORE_INDEX
@@ -24,7 +23,7 @@ from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.patch_info_mining import MGMPatchInfoMining
 from mgm.processing_mgm import MGMProcessor
-from utils import load_model, load_processor
+from models.loading import load_model, load_processor
 
 
 # Softmax does not feel what is added to all of a row's products. A bias of the keys adds that, where positions do not
@@ -148,9 +147,9 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
     """A step of train.py's model on text: called with StepConfig's flags it returns the loss and all gradients."""
 
     def step(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
-        config = train.StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
+        config = step.StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
         torch.manual_seed(0)
-        model = train.build_model(config, is_deepspeed=False).train()
+        model = step.build_model(config, is_deepspeed=False).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, and then so are most gradients
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """Runs of train.py in processes of their own, forked from one that has imported all: killed and starved for real.
 
-A run may be given faults: `Fault("training.checkpoints.write_durably", 2, "kill")` kills it as it enters that function for the
-second time.
+A run may be given faults: `Fault("training.checkpoints.write_durably", 2, "kill")` kills it as it enters that
+function for the second time.
 """
 
 import errno
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from memory.stand_in import free_port
+from memory.launch import free_port
 from utils import BadSample
 
 

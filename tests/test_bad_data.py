@@ -24,7 +24,8 @@ from data.batching import TrainCollator, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
 from mgm.processing_mgm import MGMProcessor
-from utils import UserError, load_processor
+from models.loading import load_processor
+from utils import UserError
 
 
 ROOT = Path(__file__).parent.parent

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 import data.batching
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
 from data.dataset import FILLER, load_conversations, open_dataset
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
 from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
-from utils import UserError, load_processor
+from models.loading import load_processor
+from utils import UserError
 
 
 # num_samples, micro_batch_size, gradient_accumulation_steps, num_processes

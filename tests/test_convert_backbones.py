@@ -28,7 +28,8 @@ from conversion.names import rename_clip, rename_open_clip, rename_ours
 from convert_mgm import ConvertConfig, main
 from mgm.configuration_mgm import MGMConfig, tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from utils import UserError, load_config, load_model, load_processor
+from models.loading import load_config, load_model, load_processor
+from utils import UserError
 
 
 SIZES = {

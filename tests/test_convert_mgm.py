@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from conversion.names import rename_open_clip, rename_original
 from conversion.weight_files import write_safetensors
 from convert_mgm import ConvertConfig, main
-from utils import UserError, load_config, load_model, load_processor, parse_config
+from models.loading import load_config, load_model, load_processor
+from utils import UserError, parse_config
 
 
 AUX, CLIP = "model.vision_tower_aux.", "model.vision_tower."

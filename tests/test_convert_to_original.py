@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from conversion.names import rename_ours
 from conversion.original_files import ORIGINAL_FILES
 from convert_mgm import ConvertConfig, main
-from utils import UserError, load_model, load_processor
+from models.loading import load_model, load_processor
+from utils import UserError
 
 
 AUX = "model.vision_tower_aux."

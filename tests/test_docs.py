@@ -10,7 +10,7 @@ import pytest
 from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
 from eval import EvalConfig
-from memory_probe import ProbeConfig
+from memory.config import ProbeConfig
 from train import TrainConfig
 
 

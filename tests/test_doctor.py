@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from memory.gpus import GIB
 from mgm.configuration_mgm import PRESETS
 from training.doctor import Facts, GpuFacts, findings, head_sizes
+from utils import GIB
 
 
 ROOT = Path(__file__).parent.parent

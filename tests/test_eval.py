@@ -16,12 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 
 import eval as evaluation
-from data.make_demo import ensure_demo
-from eval import EvalConfig, HeldOut, main
+from data.demo import ensure_demo
+from eval import EvalConfig, main
+from evaluation import answer as answering
+from evaluation.answer import answer_batches
+from evaluation.held_out import HeldOut
 from evaluation.tasks import conversations
-from models import generation
-from models.generation import Answer, answer_batches, generate_answers, prompt_inputs
-from utils import UserError, load_model, load_processor, parse_config, run_script
+from models.generation import Answer, generate_answers, prompt_inputs
+from models.loading import load_model, load_processor
+from utils import UserError, parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +172,7 @@ def test_an_interrupted_run_goes_on(mixed_dataset, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate_answers(model, processor, inputs, max_new_tokens)
 
-    monkeypatch.setattr(generation, "generate_answers", breaks)
+    monkeypatch.setattr(answering, "generate_answers", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(*flags(tmp_path, mixed_dataset, batch_size=5))
     assert not (tmp_path / "out.json").exists()

@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
+from models.loading import load_model, load_processor
 from training import faults
-from training.faults import find_launcher, name_some
-from utils import load_model, load_processor
+from training.faults import find_launcher
+from utils import name_some
 
 
 FORWARD = "mgm.modeling_mgm.MGMForConditionalGeneration.forward"

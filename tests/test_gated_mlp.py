@@ -11,10 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-import train
+import step
 from layers.recompute_activation import GatedActivation, recompute_activations
 from memory.trace import trace_training
-from train import StepConfig
+from models.loading import load_model
+from step import StepConfig
 
 
 class Layer(GradientCheckpointingLayer):
@@ -50,7 +51,7 @@ def test_step_is_the_same(monkeypatch, tiny_step, flags, num_layers):
     shapes = count_calls(monkeypatch)
     found = tiny_step(**flags)
     assert len(shapes) == num_layers
-    monkeypatch.setattr(train, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
     expected = tiny_step(**flags)
     assert len(shapes) == num_layers
     assert_same_gradients(found, expected)
@@ -102,10 +103,10 @@ def test_a_quarter_less_is_kept(monkeypatch):
         per_device_train_batch_size=32,
     )
     traces = [trace_training(config, "cpu")]
-    monkeypatch.setattr(train, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
     traces.append(trace_training(config, "cpu"))
     slim, plain = (trace.peak_bytes for trace in traces)
-    text_config = train.load_model("tiny", torch.float32, "sdpa").config.text_config
+    text_config = load_model("tiny", torch.float32, "sdpa").config.text_config
     wide_bytes = 4 * 400 * config.per_device_train_batch_size * text_config.intermediate_size
     assert 0 <= (plain - slim) / wide_bytes - text_config.num_hidden_layers < 1
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from memory.config import ProbeConfig
 from memory.gpus import nearest_gpu
-from memory_probe import ProbeConfig, probe
+from memory.probe import probe
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from data.worst_case import worst_case_batch
-from train import StepConfig
-from utils import load_model
+from models.loading import load_model
+from step import StepConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ KILLED = {"undisturbed": "", "again": "", "other": " --seed 7", "resumed": ""}
 # From which function on the allocator may have 64 MiB more, where what comes then needs more.
 STARVED = {
     "before step 1": "training.rehearsal.worst_case_batch",
-    "in step 1": "train.training_step",
+    "in step 1": "step.training_step",
     "while answering held-out questions": "train.save_trained",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
 from eval import EvalConfig, main
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data import make_demo
-from data.make_demo import DEMO_QUESTIONS, demo_samples, ensure_demo, load_scans, place_questions
+from data import demo as demo_data
+from data.demo import DEMO_QUESTIONS, IMAGE_SIDE, demo_samples, draw_number, ensure_demo, load_scans, write_demo
+from data.make_tiny_mgm import SPECIAL_TOKENS, place_accuracy, place_questions
 from mgm.processing_mgm import to_messages
-from utils import load_model, load_processor
+from models.loading import load_model, load_processor
 
 
-TINY_MGM = Path(make_demo.__file__).parent / "tiny_mgm"
+TINY_MGM = Path(demo_data.__file__).parent / "tiny_mgm"
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def test_no_scan_is_in_both_splits():
 def test_images_are_drawn_from_their_own_split(monkeypatch, tmp_path):
     """Every scan that reaches an image of a split comes from that split."""
     drawn = []
-    draw_number = make_demo.draw_number
+    original = draw_number
 
     def spy(scans, rng):
         drawn.append({scan.index for scan in scans})
-        return draw_number(scans, rng)
+        return original(scans, rng)
 
-    monkeypatch.setattr(make_demo, "draw_number", spy)
-    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 40, "validation": 20})
+    monkeypatch.setattr(demo_data, "draw_number", spy)
+    monkeypatch.setattr(demo_data, "NUM_IMAGES", {"train": 40, "validation": 20})
     ensure_demo(tmp_path / "demo")
     assert set().union(*drawn[:40]) <= scan_indices("train")
     assert set().union(*drawn[40:]) <= scan_indices("validation")
@@ -64,7 +65,7 @@ def test_a_current_demo_is_left_alone(demo):
 
 
 def test_a_demo_of_another_version_is_replaced(monkeypatch, tmp_path):
-    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 2, "validation": 2})
+    monkeypatch.setattr(demo_data, "NUM_IMAGES", {"train": 2, "validation": 2})
     folder = ensure_demo(tmp_path / "demo")
     (folder / "version.txt").write_text("0")
     (folder / "train.json").write_text("[]")
@@ -75,15 +76,15 @@ def test_a_demo_of_another_version_is_replaced(monkeypatch, tmp_path):
 
 def test_the_slower_of_two_processes_takes_the_faster_ones_demo(monkeypatch, tmp_path):
     """While one call writes, another finishes: the first gives way without an error and leaves nothing behind."""
-    monkeypatch.setattr(make_demo, "NUM_IMAGES", {"train": 2, "validation": 2})
-    folder, write_demo = tmp_path / "demo", make_demo.write_demo
+    monkeypatch.setattr(demo_data, "NUM_IMAGES", {"train": 2, "validation": 2})
+    folder, original = tmp_path / "demo", write_demo
 
     def slow_write(partial):
-        monkeypatch.setattr(make_demo, "write_demo", write_demo)
+        monkeypatch.setattr(demo_data, "write_demo", original)
         ensure_demo(folder)
-        write_demo(partial)
+        original(partial)
 
-    monkeypatch.setattr(make_demo, "write_demo", slow_write)
+    monkeypatch.setattr(demo_data, "write_demo", slow_write)
     assert ensure_demo(folder) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
@@ -99,7 +100,7 @@ def test_samples_are_llava_conversations(demo, split):
         assert [part["type"] for part in question["content"]] == ["image", "text"]
         assert answer["content"][0]["text"]
     with Image.open(demo / samples[0]["image"]) as image:
-        assert image.size == (make_demo.IMAGE_SIDE, make_demo.IMAGE_SIDE) and image.mode == "RGB"
+        assert image.size == (IMAGE_SIDE, IMAGE_SIDE) and image.mode == "RGB"
 
 
 def test_answers_follow_from_the_digits():
@@ -136,7 +137,7 @@ def test_tokenizer_gives_any_text_back(text):
 def test_tokenizer_takes_digits_one_by_one():
     tokenizer = load_processor(str(TINY_MGM)).tokenizer
     assert tokenizer.tokenize("123") == ["1", "2", "3"]
-    assert tokenizer.convert_tokens_to_ids(list(make_demo.SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_tiny_model_is_small_and_loads():
@@ -150,4 +151,4 @@ def test_tiny_model_is_small_and_loads():
 def test_tiny_model_knows_digits_by_their_place():
     """On 20 images of held-out scans; over 200 images its training ended at 92 %."""
     model = load_model(str(TINY_MGM), torch.float32, "sdpa").eval()
-    assert make_demo.place_accuracy(model, load_processor(str(TINY_MGM)), num_images=20) > 0.8
+    assert place_accuracy(model, load_processor(str(TINY_MGM)), num_images=20) > 0.8

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memory.calibrate import calibrate, entry, overheads
+from memory.config import ProbeConfig
 from memory.gpus import GPUS, Family, Gpu
-from memory_probe import ProbeConfig
 
 
 ROOT = Path(__file__).parent.parent

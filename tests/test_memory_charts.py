@@ -1,8 +1,8 @@
 """The pictures' numbers: no peak is lost between the points, and the categories add up to what is allocated."""
 
 from memory.charts import MAX_POINTS, category_series, highest_points
+from memory.config import ProbeConfig
 from memory.predict import trace_step
-from memory_probe import ProbeConfig
 
 
 def test_no_peak_is_lost():

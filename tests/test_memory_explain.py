@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from memory.config import ProbeConfig
 from memory.explain import changes_of, explain, logits_lines, suggest
-from memory.gpus import GIB
 from memory.predict import predict, trace_step
-from memory_probe import ProbeConfig
+from utils import GIB
 
 
 def tiny_config(**flags: object) -> ProbeConfig:

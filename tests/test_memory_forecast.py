@@ -9,10 +9,11 @@ import psutil
 import pytest
 from accelerate.utils import DistributedType
 
+from memory.config import ProbeConfig
 from memory.gpus import nearest_gpu
+from memory.probe import probe
 from memory.strategy import Strategy
-from memory_probe import ProbeConfig, probe
-from train import StepConfig
+from step import StepConfig
 from training import forecast as memory_forecast
 from training.forecast import Forecast, Row, launch_flags, quiet_environment
 
@@ -31,7 +32,7 @@ def stand_in_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def install(*lines: str) -> None:
         path = tmp_path / "probe.py"
         path.write_text("\n".join(lines))
-        monkeypatch.setattr(memory_forecast, "PROBE", path)
+        monkeypatch.setattr(memory_forecast, "PROBE", [str(path)])
 
     return install
 

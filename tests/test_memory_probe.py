@@ -14,13 +14,16 @@ from transformers import HfArgumentParser
 
 from memory import predict as memory_predict
 from memory.allocator import replay_events
-from memory.gpus import GIB, GPUS
+from memory.config import ProbeConfig
+from memory.gpus import GPUS
 from memory.host import WORKER_BYTES
 from memory.predict import summarize, trace_step
+from memory.probe import probe
 from memory.sweep import parse_grid, row_name, run_sweep
-from memory_probe import ProbeConfig, main, probe
-from train import StepConfig, TrainConfig
-from utils import UserError
+from memory_probe import main
+from step import StepConfig
+from train import TrainConfig
+from utils import GIB, UserError
 
 
 ROOT = Path(__file__).parent.parent

@@ -15,15 +15,15 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import get_scheduler
 
-import train
-from data.worst_case import worst_case_batch
+import step
+from data.worst_case import longest_row, worst_case_batch
 from memory.cpu_profile import bytes_in_use
 from memory.measure_cpu import measure_on_cpu
 from memory.trace import trace_training
 from memory.updates import probe_accelerator
 from training import run_memory as memory_run
 from training.forecast import Row
-from training.run_memory import RunMemory, longest_row
+from training.run_memory import RunMemory
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,21 +44,21 @@ class StandInForecast:
         self.problem = None if self.result else "the run ended before it was computed"
 
 
-def run(config: train.StepConfig, folder: Path, num_updates: int, result: dict | None, forecast: bool = True) -> dict:
+def run(config: step.StepConfig, folder: Path, num_updates: int, result: dict | None, forecast: bool = True) -> dict:
     """A few real updates on the worst case of a batch, the forecast coming after the first."""
     with probe_accelerator(config) as accelerator:
-        model = train.build_model(config, is_deepspeed=False).train()
-        optimizer = train.build_optimizer(model, config.optim, learning_rate=1e-3)
+        model = step.build_model(config, is_deepspeed=False).train()
+        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
         batch = worst_case_batch(model.config, config, 1)
         model, optimizer = accelerator.prepare(model, optimizer)
         scheduler = get_scheduler("constant", optimizer)
         with SummaryWriter(str(folder)) as writer:
             memory = RunMemory(accelerator, config.step_flags, model, optimizer, Row(60, 1), writer, forecast)
-            for step in range(num_updates * config.gradient_accumulation_steps):
+            for update in range(num_updates * config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    train.training_step(accelerator, model, optimizer, scheduler, batch, 100, config.max_grad_norm)
+                    step.training_step(accelerator, model, optimizer, scheduler, batch, 100, config.max_grad_norm)
                 memory.micro_batch(batch)
-                memory.log(step + 1)
+                memory.log(update + 1)
                 if forecast:
                     memory.forecast.result = result
             return memory.finish(gpu_peak_bytes=0)
@@ -74,7 +74,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, capsys, accumulation):
     """The second update's last micro-batch: within 0.1 % of what memory_probe.py measures of that batch. What can be
     looked up is, to the byte, what is predicted; the predicted lines begin at step 0."""
-    config = train.StepConfig(**STEP, gradient_accumulation_steps=accumulation)
+    config = step.StepConfig(**STEP, gradient_accumulation_steps=accumulation)
     trace = trace_training(config, "cpu")
     predicted = {"peak_allocated_bytes": trace.peak_bytes, "breakdown": trace.breakdown(), "host_bytes": 1}
     others_bytes = bytes_in_use(nn.Identity())  # what other tests have left behind: a run's process has no such thing
@@ -100,7 +100,7 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
 
 def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
     """No prediction in time and a single update: one line says both, and run.json has nulls."""
-    got = run(train.StepConfig(**STEP), tmp_path, 1, None)
+    got = run(step.StepConfig(**STEP), tmp_path, 1, None)
     assert got["predicted_peak_allocated_bytes"] is got["measured_peak_allocated_bytes"] is got["error"] is None
     line = capsys.readouterr().out.splitlines()[-1]
     assert "no prediction (the run ended before it was computed), nothing measured" in line
@@ -110,7 +110,7 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
 def test_without_a_forecast(monkeypatch, tmp_path, capsys):
     """--forecast false: no process is started, and the line says why nothing is predicted."""
     monkeypatch.setattr(memory_run, "Forecast", lambda *_: pytest.fail("a process was started"))
-    got = run(train.StepConfig(**STEP), tmp_path, 2, None, forecast=False)
+    got = run(step.StepConfig(**STEP), tmp_path, 2, None, forecast=False)
     assert got["problem"] == "--forecast false" and got["measured_peak_allocated_bytes"]
     assert "no prediction (--forecast false), measured 0." in capsys.readouterr().out.splitlines()[-1]
 

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
+import step
+from memory import measure_cpu as memory_measure_cpu
 from memory import measure_gpu as memory_measure_gpu
-from memory import measure_strategy as memory_measure_strategy
+from memory.ddp import ddp_bucket_sizes, with_ddp_buckets
 from memory.host import host_breakdown, pinned_blocks_bytes
-from memory.measure_strategy import measure_strategy
+from memory.launch import launched
+from memory.measure_cpu import measure_strategy
+from memory.placed import PlacedTrace
+from memory.predict import trace_strategy
 from memory.record import Allocation, Record
-from memory.stand_in import launched
-from memory.strategy import DDP_BUCKET_BYTES, Strategy, ddp_bucket_sizes, trace_strategy, with_ddp_buckets
-from memory.zero import PlacedTrace
-from train import StepConfig, build_model
+from memory.strategy import DDP_BUCKET_BYTES, Strategy
+from step import StepConfig, build_model
 from utils import ALLOCATOR_VARIABLE, UserError
 
 
@@ -234,7 +236,7 @@ class Built(Exception):
 @pytest.mark.parametrize(
     "measure_here",
     [
-        lambda config: memory_measure_strategy._measure(config, rank=0, world_size=1, images_per_sample=1),
+        lambda config: memory_measure_cpu._measure(config, rank=0, world_size=1, images_per_sample=1),
         lambda config: memory_measure_gpu.measure_in_this_process(config, images_per_sample=1, limit_bytes=None),
     ],
     ids=["strategy", "gpu"],
@@ -248,7 +250,7 @@ def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatc
     def build(config: StepConfig) -> None:
         raise Built(config.gradient_accumulation_steps)
 
-    monkeypatch.setattr(train, "build_accelerator", build)
+    monkeypatch.setattr(step, "build_accelerator", build)
     for given, expected in ((1, 1), (2, 2), (128, 2)):
         config = tiny_config(gradient_accumulation_steps=given)
         with pytest.raises(Built, match=f"^{expected}$"):

@@ -21,7 +21,7 @@ from memory.kernels import WORKSPACES, kernels_of
 from memory.measure_cpu import measure_on_cpu, measure_training
 from memory.record import Recorder, TraceError
 from memory.trace import Trace, fake_model, trace_training
-from train import StepConfig
+from step import StepConfig
 
 
 TINY_LORA = {"q_proj": 128 + 128, "v_proj": 128 + 32, "o_proj": 128 + 128}  # inputs + outputs, for each unit of rank

@@ -10,7 +10,8 @@ from transformers.utils import is_flash_attn_2_available
 from mgm.configuration_mgm import mgm_2b
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.processing_mgm import IGNORE_INDEX
-from utils import UserError, load_model
+from models.loading import load_model
+from utils import UserError
 
 
 ORIGINAL_IMAGE_TOKEN = -200  # one id an image in the original's input_ids; ours has one a position

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from mgm.configuration_mgm import MGMConfig
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.processing_mgm import IGNORE_INDEX
-from utils import load_model
+from models.loading import load_model
 
 
 GRIDS = [(1, False), (2, False), (2, True)]  # image_grid, image_global

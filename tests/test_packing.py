@@ -12,14 +12,16 @@ from conftest import assert_same_gradients, has_no_gradient
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import train
+import step
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.packing import PackedCollator, PackedDataset, Packing, pack
 from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
-from train import StepConfig, TrainConfig
+from models.loading import load_processor
+from step import StepConfig
+from train import TrainConfig
 from training.run_log import RunLog
-from utils import UserError, load_processor
+from utils import UserError
 
 
 def skewed_lengths(num_samples: int, longest: int = 2048) -> np.ndarray:
@@ -158,7 +160,7 @@ def test_a_samples_first_token_has_no_label(dataset, processor, monkeypatch):
 def build_model(attn_implementation: str) -> torch.nn.Module:
     """train.py's model in training mode, without dropout, its adapter no longer zero."""
     config = StepConfig(lora_dropout=0.0, attn_implementation=attn_implementation)
-    model = train.build_model(config, is_deepspeed=False).train()
+    model = step.build_model(config, is_deepspeed=False).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -17,9 +17,10 @@ from conversion.merge_adapter import AdapterMerger
 from data.worst_case import worst_case_batch
 from layers.quantization import dequantize, quantize_language_model, state_tensors
 from mgm.configuration_mgm import tiny
-from train import StepConfig, build_model, trained_parameters
-from training.run_log import count_parameters
-from utils import UserError, load_model
+from models.loading import load_model
+from models.lora import count_parameters, trained_parameters
+from step import StepConfig, build_model
+from utils import UserError
 
 
 MODEL = "data/tiny_mgm"
@@ -93,7 +94,7 @@ def dequantized(step_config: StepConfig, device: str) -> nn.Module:
                 model.get_submodule(path).weight.data = weight.cpu()
             return model
 
-        monkeypatch.setattr("train.load_model", load_dequantized)
+        monkeypatch.setattr("step.load_model", load_dequantized)
         return build_model(step_config, is_deepspeed=False).train().to(device)
 
 

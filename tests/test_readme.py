@@ -14,11 +14,13 @@ from peft import PeftModel
 from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
 from eval import EvalConfig
-from memory_probe import ProbeConfig
-from train import StepConfig, TrainConfig, build_model
+from memory.config import ProbeConfig
+from models.loading import load_processor
+from step import StepConfig, build_model
+from train import TrainConfig
 from training.run_log import RunLog
 from training.run_memory import RunMemory
-from utils import load_processor, parse_config
+from utils import parse_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +87,7 @@ def test_own_data_line_trains_with_the_defaults(monkeypatch, tmp_path):
 
 
 def test_tags_are_logged():
-    """Every TensorBoard tag that the README explains is written somewhere in training/run_log.py or training/run_memory.py."""
+    """Every TensorBoard tag that the README explains is written in training/run_log.py or training/run_memory.py."""
     source = "".join(Path(part.__init__.__code__.co_filename).read_text() for part in (RunLog, RunMemory))
     rows = re.findall(r"^\| `(\w+/\w+)", README, flags=re.M)
     assert rows

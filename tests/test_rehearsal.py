@@ -62,7 +62,10 @@ def test_out_of_memory_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("action", "words"), [("out of memory", "Tried to allocate"), ("bad sample", "7.png cannot")])
 def test_the_last_evaluation_fails(action: str, words: str, tmp_path: Path) -> None:
     """What was trained is saved before it, and the error says where. The run can be ended later."""
-    faults = Fault("eval.answer_batches", 2, action), Fault("training.out_of_memory.Forecast", 1, "disk full")
+    faults = (
+        Fault("evaluation.held_out.answer_batches", 2, action),
+        Fault("training.out_of_memory.Forecast", 1, "disk full"),
+    )
     held_out = "eval_samples 8 --per_device_eval_batch_size 4 --eval_dataset data/demo/validation.json"
     flags = f"{FLAGS.replace('eval_samples 0', held_out)} --output_dir {tmp_path / 'out'}"
     ended = run(flags, tmp_path, faults=faults)

@@ -14,7 +14,7 @@ from forked_runs import ROOT, Ended, Fault, Run, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
 from training.checkpoints import check_settings
 from utils import UserError
 

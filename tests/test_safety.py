@@ -16,7 +16,8 @@ from forked_runs import Fault, run
 
 from data.batching import measure_lengths
 from data.dataset import open_dataset
-from utils import UserError, load_model, load_processor
+from models.loading import load_model, load_processor
+from utils import UserError
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from torch import nn
 
 from layers.tiled_mlp import tile_frozen_mlps, tiles
 from memory.trace import trace_training
-from train import StepConfig
+from step import StepConfig
 
 
 @pytest.fixture

@@ -22,14 +22,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation
+import step
 import train
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
+from data.demo import ensure_demo
 from data.loader import build_loader
-from data.make_demo import ensure_demo
 from data.worst_case import worst_case_batch
-from memory_probe import ProbeConfig
-from utils import UserError, load_config, load_model, load_processor, parse_config, run_script
+from memory.config import ProbeConfig
+from models.loading import load_config, load_model, load_processor
+from models.lora import trained_parameters
+from utils import UserError, parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -203,10 +206,10 @@ def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
 
 def adapted(**flags: object) -> PeftModel:
     """The tiny model with an adapter whose tensors are as if trained, in evaluation mode."""
-    model = train.build_model(train.StepConfig(**({"model": MODEL, "mixed_precision": "no"} | flags)), False)
+    model = step.build_model(step.StepConfig(**({"model": MODEL, "mixed_precision": "no"} | flags)), False)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in train.trained_parameters(model):
+        for parameter in trained_parameters(model):
             parameter += 0.02 * torch.randn(parameter.shape)
     return model.eval()
 
@@ -228,8 +231,8 @@ def test_all_linear_is_the_language_models(tmp_path):
 def trained_in_full(**flags) -> tuple[set[str], list[str]]:
     """The names of what is trained without LoRA's own, as the base model has them, and what build_model says."""
     lines: list[str] = []
-    config = train.StepConfig(model=MODEL, mixed_precision="no", **flags)
-    model = train.build_model(config, is_deepspeed=False, report=lines.append)
+    config = step.StepConfig(model=MODEL, mixed_precision="no", **flags)
+    model = step.build_model(config, is_deepspeed=False, report=lines.append)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
     return {name.replace("modules_to_save.default.", "").removeprefix("base_model.model.") for name in names}, lines
 
@@ -268,9 +271,9 @@ ALL_PARTS = ["vision_tower", "vision_tower_aux", "patch_info_mining", "multi_mod
 @pytest.mark.parametrize("images_per_sample", [0, 1])
 def test_what_is_trained_gets_a_gradient(flags, images_per_sample):
     """All of it, with an image and without, as DDP needs it. What cannot have one is not trained, and that is said."""
-    config = train.StepConfig(model=MODEL, mixed_precision="no", max_seq_len=64, **flags)
+    config = step.StepConfig(model=MODEL, mixed_precision="no", max_seq_len=64, **flags)
     lines: list[str] = []
-    model = train.build_model(config, is_deepspeed=False, report=lines.append).train()
+    model = step.build_model(config, is_deepspeed=False, report=lines.append).train()
     model(**worst_case_batch(model.config, config, images_per_sample)).loss.backward()
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert lacking == []
@@ -310,8 +313,8 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
 
 def test_dora_trains_the_rows_lengths(tmp_path):
     """A magnitude for each output of each layer, in fp32; before training the model is the base."""
-    config = train.StepConfig(model=MODEL, mixed_precision="no", use_dora=True)
-    model = train.build_model(config, is_deepspeed=False).eval()
+    config = step.StepConfig(model=MODEL, mixed_precision="no", use_dora=True)
+    model = step.build_model(config, is_deepspeed=False).eval()
     magnitudes = {name: p for name, p in model.named_parameters() if "lora_magnitude_vector" in name}
     assert len(magnitudes) == 4 * 3 and all(p.requires_grad and p.dtype == torch.float32 for p in magnitudes.values())
     base = load_model(MODEL, torch.float32, "sdpa").eval()

@@ -8,11 +8,12 @@ import pytest
 from test_chat_templates import CONVERSATION, EXPECTED, OWN_TEMPLATES, make_processor, make_tokenizer
 
 import train
-from convert_mgm import build_generation_config
-from data.make_demo import ensure_demo
+from data.demo import ensure_demo
 from data.turn_ends import missing_turn_end, stop_token_ids
+from mgm.chat_templates import build_generation_config
 from mgm.processing_mgm import MGMProcessor
-from utils import UserError, load_processor
+from models.loading import load_processor
+from utils import UserError
 
 
 RECORD = {"id": "7", "conversations": CONVERSATION}

@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import (
-    ModelConfig,
-    UserError,
-    load_config,
-    load_model,
-    load_processor,
-    parse_config,
-    resolve_mixed_precision,
-)
+from models.config import ModelConfig, resolve_mixed_precision
+from models.loading import load_config, load_model, load_processor
+from utils import UserError, parse_config
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,19 +10,18 @@ from forked_runs import run
 from PIL import Image
 from transformers import AutoConfig
 
-from convert_mgm import build_processor
 from data.batching import TrainCollator
 from data.packing import PackedCollator
 from data.worst_case import worst_case_batch
+from memory.config import ProbeConfig
 from memory.measure_cpu import measure_training
 from memory.predict import predict
 from memory.trace import trace_training
-from memory_probe import ProbeConfig
 from mgm.configuration_mgm import PRESETS, hd
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from mgm.processing_mgm import MGMProcessor
-from train import StepConfig
-from utils import load_processor
+from mgm.processing_mgm import MGMProcessor, build_processor
+from models.loading import load_processor
+from step import StepConfig
 
 
 ROOT = Path(__file__).parent.parent

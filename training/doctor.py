@@ -21,12 +21,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from data.loader import SHARED_MEMORY, SHARED_MEMORY_REMEDY
-from memory.gpus import GIB
-from memory.report import size
-from utils import load_config
+from models.loading import load_config
+from utils import GIB, size
 
 
-REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 MARKS = {"ok": " ", "warning": "!", "problem": "X"}
 MIN_FREE_DISK_BYTES, MIN_FREE_HOST_BYTES = 5 * GIB, 8 * GIB  # checkpoints and caches; MGM-2B's weights and more
 MIN_FREE_SHARED_BYTES = GIB // 2  # six batches of ten of MGM-2B's images, 8 MiB each

@@ -21,13 +21,12 @@ from tqdm.auto import tqdm
 
 from data.dataset import PROBLEM, ConversationDataset
 from data.loader import SHARED_MEMORY_REMEDY
-from utils import BadSample, Interrupted, LostWorker, UserError
+from utils import BadSample, Interrupted, LostWorker, UserError, name_some
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A word of the launcher's command line: the scripts that pip installs, or the modules behind `python -m`.
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
-NUM_NAMED = 8  # samples in a message
 
 
 class Watch:
@@ -259,9 +258,3 @@ class NonFiniteUpdates:
 def warn(message: str) -> None:
     """On stderr, on a line of its own where a progress bar is."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
-def name_some(names: list[str]) -> str:
-    """A list that stays readable: the first few, and how many more."""
-    rest = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(names[:NUM_NAMED]) + rest

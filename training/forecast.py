@@ -1,4 +1,4 @@
-"""Asks memory_probe.py what a run will need, in a process beside it: a trace patches what the run itself uses.
+"""Ask memory.probe what a run will need, in a process beside it: a trace patches what the run itself uses.
 
     forecast = Forecast(config.step_flags, accelerator, longest_row=Row(num_tokens=700, num_images=1))
     forecast.poll()                # None until it is there, then what memory_probe.py reports
@@ -27,14 +27,14 @@ from accelerate.utils import DistributedType
 
 from child_processes import child_command
 from data.worst_case import Row
-from memory.gpus import GIB, nearest_gpu
-from utils import UserError
+from memory.gpus import nearest_gpu
+from utils import GIB, UserError
 
 
-PROBE = Path(__file__).parent / "memory_probe.py"
+ROOT = Path(__file__).parent.parent
+PROBE = ["-m", "memory.probe"]
 LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # what they begin with
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-FITS_OR_NOT = (0, 3)  # memory_probe.py's exit codes that come with a prediction
 
 
 class Forecast:
@@ -62,7 +62,7 @@ class Forecast:
         if longest_row is not None:
             flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
         (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
-        self._process = self._start(child_command([str(PROBE), "--recipe", str(folder / "flags.yaml")]))
+        self._process = self._start(child_command([*PROBE, "--recipe", str(folder / "flags.yaml")]))
 
     def _start(self, command: list[str]) -> psutil.Popen:
         folder = Path(self._folder.name)
@@ -108,9 +108,9 @@ class Forecast:
     def _read(self) -> None:
         folder = Path(self._folder.name)
         code = self._process.returncode
-        words = (folder / "stderr").read_text().strip().splitlines() or [f"memory_probe.py ended with {code}"]
+        words = (folder / "stderr").read_text().strip().splitlines() or [f"memory.probe ended with {code}"]
         try:
-            lines = (folder / "stdout").read_text().splitlines() if code in FITS_OR_NOT else []
+            lines = (folder / "stdout").read_text().splitlines() if code == 0 else []
             self.result = json.loads(lines[-1])
         except (IndexError, ValueError):
             self.problem = words[-1].removeprefix("error: ")
@@ -144,4 +144,7 @@ def device_flags() -> dict[str, Any]:
 def quiet_environment() -> dict[str, str]:
     """This process's environment without a GPU and without what the launcher has set for it."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )  # the run may be typed elsewhere
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

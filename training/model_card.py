@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from utils import GIB, escape_cell
 
-GIB = 2**30
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USE = {
     True: """\
@@ -116,7 +117,3 @@ def as_table(values: dict, what: str) -> str:
     """A Markdown table of two columns."""
     rows = [f"| {key} | {escape_cell(str(value))} |" for key, value in values.items()]
     return "\n".join([f"| {what} | value |", "|---|---|", *rows])
-
-
-def escape_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

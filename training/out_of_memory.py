@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from data.worst_case import Row
-from memory.report import as_flags, breakdown_lines, size, title
+from memory.report import as_flags, breakdown_lines, title
 from training.forecast import Forecast
-from utils import UserError, brief_error
+from utils import UserError, brief_error, size
 
 
 SNAPSHOT = "oom_snapshot.pickle"  # for https://docs.pytorch.org/memory_viz; never read here

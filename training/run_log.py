@@ -22,14 +22,15 @@ from tqdm.auto import tqdm
 
 from data.dataset import ConversationDataset
 from data.worst_case import Row
-from eval import Prediction, exact_match
+from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
-from layers.quantization import num_values
+from models.config import ModelConfig
+from models.lora import count_parameters
 from training.checkpoints import RUN_JSON, remove_temporaries
-from training.model_card import GIB, as_table, build_model_card, escape_cell
+from training.model_card import as_table, build_model_card
 from training.previous_run import CARD, TENSORBOARD, PreviousRun
 from training.run_memory import RunMemory
-from utils import ModelConfig
+from utils import GIB, escape_cell
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
@@ -296,16 +297,6 @@ def digest_questions(predictions: list[Prediction]) -> str:
     """The same for the same questions and references alone."""
     asked = [(prediction.question, prediction.answer) for prediction in predictions]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
-    sizes = {
-        name: (num_values(p), p.requires_grad)
-        for name, p in model.named_parameters()
-        if ".original_module." not in name
-    }
-    return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
 
 
 def memory_bytes() -> dict[str, int]:

@@ -1,14 +1,12 @@
 """Save what was trained, under every strategy: a PEFT adapter, or the whole model after full fine-tuning."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 from transformers import ProcessorMixin
+
+from models.gather import gather_trained
 
 
 def save_trained(accelerator: Accelerator, model: nn.Module, processor: ProcessorMixin, output_dir: Path) -> None:
@@ -18,32 +16,3 @@ def save_trained(accelerator: Accelerator, model: nn.Module, processor: Processo
         accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=state_dict)
         processor.save_pretrained(output_dir)
     accelerator.wait_for_everyone()
-
-
-def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What is to be saved, by name, on the main process's CPU. None: the model as it is.
-
-    Of a model with an adapter these are the parameters that PEFT saves. The frozen rest stays where it is.
-    """
-    unwrapped = accelerator.unwrap_model(model)
-    if not isinstance(unwrapped, PeftModel):
-        return accelerator.get_state_dict(model) if is_partitioned(unwrapped.parameters()) else None
-    saved = {name: p for name, p in unwrapped.named_parameters() if p.requires_grad or ".modules_to_save." in name}
-    with gathered(list(saved.values())):
-        if not accelerator.is_main_process:
-            return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved.items()}
-
-
-def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO-3 has split the parameters among the processes."""
-    return any(hasattr(parameter, "ds_id") for parameter in parameters)
-
-
-def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
-    """A context in which the parameters are whole. What the process `modifier_rank` makes of them, all get."""
-    if not is_partitioned(parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from training.saving import gathered, is_partitioned
+from models.gather import gathered, is_partitioned
 
 
 Tensors = Iterator[tuple[str, torch.Tensor]]

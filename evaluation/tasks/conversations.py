@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.dataset import ConversationDataset, open_dataset
-from data.make_demo import DEMO_QUESTIONS, ensure_demo
+from data.demo import DEMO_QUESTIONS, ensure_demo
 from evaluation.tasks.task import Question, Score
 from mgm.processing_mgm import to_messages
 

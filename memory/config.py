@@ -1,0 +1,83 @@
+"""ProbeConfig: the flags of memory_probe.py, which are a step's and what is asked about it."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from memory.gpus import GPUS
+from memory.strategy import Strategy
+from models.config import resolve_mixed_precision
+from step import StepConfig
+from utils import GIB, UserError, check_choice, check_minimum
+
+
+@dataclass(kw_only=True)
+class ProbeConfig(StepConfig):
+    model: str = field(default="mgm-2b", metadata={"help": "folder, hub id or preset name"})
+    images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
+    mode: str | None = field(
+        default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda | cpu; predict defaults to cuda"})
+    strategy: str = field(default="single", metadata={"help": "single | ddp | zero1 | zero2 | zero3"})
+    offload: str = field(default="none", metadata={"help": "none | optimizer | param"})
+    world_size: int | None = field(
+        default=None, metadata={"help": "processes, on one host; default: as --config_file says, else 1"}
+    )
+    config_file: str | None = field(
+        default=None, metadata={"help": "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there"}
+    )
+    gpu: str = field(default="rtx4090", metadata={"help": " | ".join(GPUS)})
+    budget_gib: float | None = field(default=None, metadata={"help": "instead of the GPU's capacity"})
+    sweep: list[str] | None = field(default=None, metadata={"help": "KEY=V1,V2 ...: every combination"})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "folder for the result and a picture of it"},
+    )
+    explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
+    calibrate: bool = field(default=False, metadata={"help": "measure memory/gpus.py's constants on this GPU"})
+
+    def __post_init__(self) -> None:
+        has_gpu = torch.cuda.is_available()
+        self.mode = self.mode or ("measure" if has_gpu else "predict")
+        check_choice("mode", self.mode, ("predict", "measure", "both"))
+        self.device = self.device or ("cuda" if has_gpu or self.mode == "predict" else "cpu")
+        check_choice("device", self.device, ("cuda", "cpu"))
+        if self.device == "cuda" and self.mode != "predict" and not has_gpu:
+            raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
+        super().__post_init__()
+        if self.world_size is not None:
+            check_minimum(self, world_size=1)
+        if self.sweep is None:  # a sweep's rows are configs of their own
+            self.resolve_launch()
+        check_choice("gpu", self.gpu, tuple(GPUS))
+        check_minimum(self, images_per_sample=0)
+        if self.explain and self.mode == "measure":
+            raise UserError("--explain: it explains a prediction; choose --mode predict or both")
+        if self.budget_gib is not None and not 0 < self.budget_gib < math.inf:  # NaN is neither
+            raise UserError(f"--budget_gib {self.budget_gib}: it must be above 0, and finite")
+
+    def resolve_launch(self) -> None:
+        """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""
+        if self.config_file is not None:
+            launch = Strategy.from_config_file(self.config_file, self.world_size)
+            self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
+        self.world_size = self.world_size or 1
+
+    def resolve_precision(self) -> str:
+        """A prediction for a GPU is not bound to what this machine can do: `auto` is then bf16."""
+        if self.device == "cuda" and self.mode == "predict":
+            return "bf16" if self.mixed_precision == "auto" else self.mixed_precision
+        return resolve_mixed_precision(self.mixed_precision)
+
+    @property
+    def budget_bytes(self) -> int:
+        return GPUS[self.gpu].capacity_bytes if self.budget_gib is None else int(self.budget_gib * GIB)
+
+
+def strategy_of(config: ProbeConfig) -> Strategy:
+    """The strategy that a ProbeConfig's flags choose. Raises UserError for what cannot be."""
+    if config.config_file is not None:
+        return Strategy.from_config_file(config.config_file, config.world_size)
+    return Strategy.from_flags(config.strategy, config.offload, config.world_size)

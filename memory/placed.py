@@ -1,0 +1,105 @@
+"""A trace of several memories: the device's, and the host's, pinned and ordinary."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from memory.record import Allocation, Record, Recorder
+from memory.stand_in import HOST
+from memory.trace import Trace
+
+
+@dataclass
+class PlacedTrace:
+    """The device's memory, and the host's: page-locked and ordinary. A trace for a CPU run is all `device`."""
+
+    device: Trace
+    pinned: Trace
+    host: Trace
+
+
+class PlacedRecorder(Recorder):
+    """A recorder that also notes in which memory each allocation lies. While `purpose` is set, it is the category."""
+
+    def __init__(self, model: nn.Module, device: str, workspaces: dict, block_bytes: int) -> None:
+        super().__init__(model, workspaces, block_bytes)
+        self.device = torch.device(device)
+        self.places: dict[Allocation, str] = {}
+        self.purpose: str | None = None
+
+    def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
+        allocation = super().allocated(tensor, op)
+        if allocation not in self.places:
+            is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
+            self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
+            allocation.category = self.purpose
+        return allocation
+
+    @contextmanager
+    def on_stream(self, stream: int) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def note_pinned(self, tensor: torch.Tensor) -> None:
+        self.places[self.find(tensor)] = "pinned"
+
+
+def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedTrace:
+    """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
+    split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
+
+    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Trace:
+        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before))
+
+    is_apart = recorder.device != torch.device(HOST)  # a CPU run's host memory is not told apart, nor is its loading
+    return PlacedTrace(
+        device=trace_of(
+            "device",
+            num_events_before_steps if is_split else 0,
+            splitting(recorder) if is_split and is_apart else None,
+        ),
+        pinned=trace_of("pinned"),
+        host=trace_of("host", num_events_before_steps),
+    )
+
+
+def splitting(recorder: PlacedRecorder) -> Record:
+    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
+    record = Record(phase_starts=[(0, "load")])
+    for nbytes, weight in recorder.record.events:
+        if nbytes > 0 and weight.op == "load" and weight.category in ("weights", "trained"):
+            pair = []
+            for what in ("split", "a copy to split"):
+                pair.append(replace(weight, start=len(record.events), op=what, category="weights"))
+                record.events.append((nbytes, pair[-1]))
+            for allocation in pair:
+                allocation.end = len(record.events)
+                record.events.append((-nbytes, allocation))
+    return record
+
+
+def _select(
+    record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None = None
+) -> Record:
+    """The events of some allocations, behind those of `before`. Of those before `first` only what is still alive then
+    is kept, made at once."""
+    selected, copies = before or Record(), {}
+    phase_starts = dict(record.phase_starts)
+    for index, (nbytes, allocation) in enumerate(record.events):
+        if index in phase_starts and phase_starts[index] not in [phase for _, phase in selected.phase_starts[-1:]]:
+            selected.phase_starts.append((len(selected.events), phase_starts[index]))
+        was_released = allocation.end is not None and allocation.end < first
+        if was_released or not is_wanted(allocation):
+            continue
+        if index == allocation.start:
+            copies[allocation] = replace(allocation, start=len(selected.events), end=None)
+        else:
+            copies[allocation].end = len(selected.events)
+        selected.events.append((nbytes, copies[allocation]))
+    return selected

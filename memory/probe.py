@@ -1,0 +1,57 @@
+"""One configuration's memory: predicted, measured, or both.
+
+python -m memory.probe --recipe FLAGS.yaml        # what a run asks beside itself: the result is the last line
+"""
+
+import time
+from dataclasses import asdict
+
+from memory.config import ProbeConfig
+from memory.explain import suggest
+from memory.measure import measure
+from memory.placed import PlacedTrace
+from memory.predict import summarize, trace_step
+from step import check_positions
+from utils import run_script
+
+
+def probe(config: ProbeConfig) -> dict:
+    """One configuration's memory: predicted, measured or both, in the contract's keys."""
+    return probe_and_trace(config)[0]
+
+
+def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedTrace | None]:
+    """What probe returns, and the traced step that a prediction comes from."""
+    start = time.monotonic()
+    check_positions(config)
+    result, trace = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
+    if config.mode != "measure":
+        trace = trace_step(config)
+        result |= summarize(trace, config)
+    if config.mode != "predict":
+        measured = measure(config)
+        if config.mode == "both":
+            result |= compare(result["peak_allocated_bytes"], measured["peak_allocated_bytes"])
+            measured = {"measured": measured}
+        result |= measured
+    result["budget_bytes"] = config.budget_bytes
+    result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
+    return result | {"seconds": time.monotonic() - start}, trace
+
+
+def compare(predicted_bytes: int, measured_bytes: int) -> dict[str, float]:
+    return {
+        "predicted_peak_allocated_bytes": predicted_bytes,
+        "measured_peak_allocated_bytes": measured_bytes,
+        "error": predicted_bytes / measured_bytes - 1,
+    }
+
+
+def main(config: ProbeConfig) -> dict:
+    """What training/forecast.py asks for: the prediction, with --explain also what to change."""
+    result = probe(config)
+    return result | (suggest(config, result["device_bytes"]) if config.explain else {})
+
+
+if __name__ == "__main__":
+    run_script(main, ProbeConfig)

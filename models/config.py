@@ -1,0 +1,47 @@
+"""The flags that every script with a model has, and the precision that a machine computes in."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from utils import UserError, check_choice
+
+
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The flags that every script with a model honours."""
+
+    model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(ATTN_IMPLEMENTATIONS)})
+    mixed_precision: str = field(
+        default="auto", metadata={"help": "auto (what the hardware does natively) | no | fp16 | bf16"}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)
+        check_choice("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
+        self.mixed_precision = self.resolve_precision()
+
+    def resolve_precision(self) -> str:
+        return resolve_mixed_precision(self.mixed_precision)
+
+
+def resolve_mixed_precision(mixed_precision: str) -> str:
+    """`auto` to bf16 on a GPU that has it, fp16 on an older one, no on a CPU (few have bf16 units; others emulate).
+
+    Raises:
+        UserError: the machine cannot compute in the precision asked for.
+    """
+    has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if mixed_precision == "auto":
+        return ("bf16" if has_bf16 else "fp16") if has_gpu else "no"
+    if mixed_precision == "fp16" and not has_gpu:
+        raise UserError("--mixed_precision fp16: this machine has no GPU, and CPUs train in 'no' or 'bf16'")
+    if mixed_precision == "bf16" and has_gpu and not has_bf16:
+        raise UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16 units, choose fp16")
+    return mixed_precision

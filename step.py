@@ -1,0 +1,253 @@
+"""The one training step: train.py runs it, memory_probe.py predicts and measures it."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import quiet  # noqa: F401 (before PEFT)
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import set_seed
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from layers.quantization import QUANTIZATIONS
+from layers.recompute_activation import recompute_activations
+from layers.tiled_mlp import tile_frozen_mlps
+from models.config import MIXED_PRECISIONS, ModelConfig
+from models.loading import load_model, num_positions
+from models.lora import (
+    ALL_LINEAR,
+    check_beside_lora,
+    freeze_unused,
+    lora_pattern,
+    lora_targets,
+    select_modules,
+    trained_parameters,
+)
+from utils import UserError, check_choice, check_minimum, name_some
+
+
+VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
+LANGUAGE_MODULES = ["language_model", "lm_head"]
+OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
+
+
+@dataclass(kw_only=True)
+class StepConfig(ModelConfig):
+    """What a training step is made of: the flags that train.py and memory_probe.py share."""
+
+    lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
+    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "of the adapter's inputs"})
+    lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
+        metadata={"help": "linear layers of the language model, by name, or all-linear"},
+    )
+    use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
+    use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
+    quantize: str = field(
+        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
+    )
+    trainable_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
+    )
+    loss: str = field(
+        default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
+    )
+    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
+    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
+    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches of an update"})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
+    checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
+    mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
+    optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
+    seed: int = field(default=42, metadata={"help": "of the adapter's start, the order of samples, and dropout"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
+        check_choice("optim", self.optim, tuple(OPTIMIZERS))
+        check_choice("quantize", self.quantize, QUANTIZATIONS)
+        check_choice("loss", self.loss, ("chunked", "full"))
+        check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
+        check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, dataloader_num_workers=0, seed=0)
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
+        if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
+            # It finds packed samples in a single row alone; in several they would see each other.
+            raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
+        if self.checkpoint_every_n_layers > 1 and not self.gradient_checkpointing:
+            raise UserError(
+                f"--checkpoint_every_n_layers {self.checkpoint_every_n_layers}: nothing is checkpointed with "
+                "--no_gradient_checkpointing, leave one of them out"
+            )
+        if self.lora_dropout >= 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
+            raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
+        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
+        for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
+            raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
+
+    @property
+    def modules_trained_in_full(self) -> list[str]:
+        """`trainable_modules`, or its default, which depends on the rank."""
+        if self.trainable_modules is not None:
+            return self.trainable_modules
+        return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
+
+    @property
+    def step_flags(self) -> dict[str, Any]:
+        """The flags of this class alone, which memory_probe.py takes as they are."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
+
+
+def build_accelerator(
+    mixed_precision: str,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 0.0,
+    project_dir: str | None = None,
+) -> Accelerator:
+    """The strategy is the launch config's, the rest the flags'. `project_dir` takes TensorBoard's logs."""
+    on_cpu = not torch.cuda.is_available()
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    accelerator = Accelerator(
+        cpu=on_cpu and not uses_deepspeed,  # DeepSpeed finds the CPU itself; this flag would switch it off
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with="tensorboard" if project_dir else None,
+        project_dir=project_dir,
+        # The sampler has made the processes' shares even; accelerate's way would repeat samples.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+        # Without a GPU DeepSpeed would ask for a backend of its own and count one process.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
+    )
+    if uses_deepspeed:
+        # NaN in a gradient skips the step; in bf16 stage 2 looks for it only when told to.
+        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        deepspeed_config["gradient_clipping"] = max_grad_norm  # the engine clips, accelerator cannot
+        deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
+    return accelerator
+
+
+def check_positions(config: StepConfig) -> None:
+    """Raise UserError where rows may be longer than the language model has positions for."""
+    positions = num_positions(config.model)
+    if config.max_seq_len > positions:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
+            f"(max_position_embeddings); choose --max_seq_len {positions} or less"
+        )
+
+
+def build_model(
+    config: StepConfig, is_deepspeed: bool, report: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
+
+    What is trained is held in fp32; DeepSpeed keeps fp32 masters of its own and wants one dtype in the module.
+    `report` is told what is trained in full, and what is not although it was asked for.
+    """
+    if is_deepspeed and config.use_dora and config.quantize != "none":
+        raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
+    dtype = MIXED_PRECISIONS[config.mixed_precision]
+    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
+    model.chunked_loss = config.loss == "chunked"
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
+        )
+    modules = select_modules(model, config.modules_trained_in_full)
+    targets = lora_targets(config.lora_target_modules, getattr(model.model, "language_model", model.model))
+    model.requires_grad_(False)
+    if config.lora_r:
+        check_beside_lora(model, modules, targets, config.modules_trained_in_full)
+        set_seed(config.seed)  # the same adapter, whatever was drawn while loading
+        model = get_peft_model(model, lora_config(config, targets, list(modules)))
+    else:
+        for module in modules.values():
+            module.requires_grad_(True)
+    unused = freeze_unused(model)
+    if trained := [path for path in modules if path not in unused]:
+        report(f"Trained in full: {name_some(trained)}")
+    if unused:
+        report(f"Not trained, because the loss does not depend on it: {name_some(unused)}")
+    if not trained_parameters(model):
+        raise UserError(f"--trainable_modules {' '.join(config.modules_trained_in_full)}: nothing is left to train")
+    tile_frozen_mlps(model, config.mlp_tiles)
+    recompute_activations(model)
+    if not is_deepspeed:
+        for parameter in trained_parameters(model):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def lora_config(config: StepConfig, targets: list[str], modules: list[str]) -> LoraConfig:
+    """LoRA on the language model alone, and `modules`, by whole paths, in full: PEFT matches names by their end, and
+    CLIP has a q_proj too."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias=config.lora_bias,
+        target_modules=lora_pattern(targets),
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        modules_to_save=modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_optimizer(
+    model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    return OPTIMIZERS[optim](trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
+
+
+def training_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batch: dict[str, torch.Tensor],
+    num_items_in_batch: int,
+    max_grad_norm: float,
+    skip_nonfinite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """One micro-batch forward and backward, and at the end of an update the optimizer's step.
+
+    Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
+    label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
+    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
+    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
+    """
+    loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
+    # The engine takes the mean over micro-batches and processes; the shares are to be added up.
+    accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+    grad_norm = None
+    if accelerator.sync_gradients:
+        grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
+        grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
+    is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
+    if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips
+        optimizer.step()
+    if accelerator.sync_gradients and not is_skipped and not accelerator.optimizer_step_was_skipped:
+        scheduler.step()
+    optimizer.zero_grad()
+    return loss.detach(), grad_norm
