@@ -20,7 +20,7 @@ from data.demo import ensure_demo
 from eval import EvalConfig, main
 from evaluation import answer as answering
 from evaluation.answer import answer_batches
-from evaluation.held_out import HeldOut
+from evaluation.held_out import HeldOut, evaluate
 from evaluation.tasks import conversations
 from models.generation import Answer, generate_answers, prompt_inputs
 from models.loading import load_model, load_processor
@@ -332,7 +332,7 @@ def test_evaluate_for_training(accelerator):
     model = load_model(MODEL, torch.float32, "sdpa").train()
     processor = load_processor(MODEL)
     held_out = HeldOut.of(dataset, processor, batch_size=4)
-    predictions = evaluation.evaluate(accelerator, model, processor, held_out)
+    predictions = evaluate(accelerator, model, processor, held_out)
     assert model.training
     assert [prediction.index for prediction in predictions] == list(range(6))
     assert [prediction.id for prediction in predictions] == dataset.records["id"][:6]
