@@ -12,14 +12,14 @@ import torch
 import step
 from memory import measure_cpu as memory_measure_cpu
 from memory import measure_gpu as memory_measure_gpu
-from memory.ddp import ddp_bucket_sizes, with_ddp_buckets
+from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets
 from memory.host import host_breakdown, pinned_blocks_bytes
 from memory.launch import launched
 from memory.measure_cpu import measure_strategy
 from memory.placed import PlacedTrace
 from memory.predict import trace_strategy
 from memory.record import Allocation, Record
-from memory.strategy import DDP_BUCKET_BYTES, Strategy
+from memory.strategy import Strategy
 from step import StepConfig, build_model
 from utils import ALLOCATOR_VARIABLE, UserError
 
