@@ -19,8 +19,8 @@ from memory.calibrate import calibrate, entry
 from memory.charts import step_chart
 from memory.config import ProbeConfig
 from memory.explain import explain, suggest
-from memory.placed import PlacedTrace
-from memory.probe import probe, probe_and_trace
+from memory.placed import PlacedRecord
+from memory.probe import probe_and_trace
 from memory.report import report
 from memory.sweep import run_sweep
 from utils import run_script
@@ -32,7 +32,7 @@ def main(config: ProbeConfig) -> dict:
         print(entry(result), flush=True)
         return result
     if config.sweep:
-        return run_sweep(config, probe)
+        return run_sweep(config)
     result, trace = probe_and_trace(config)
     print(report(result), flush=True)
     if config.explain:
@@ -44,7 +44,7 @@ def main(config: ProbeConfig) -> dict:
     return result
 
 
-def write_output(folder: Path, result: dict, trace: PlacedTrace | None) -> None:
+def write_output(folder: Path, result: dict, trace: PlacedRecord | None) -> None:
     """The result and, of a prediction, a picture of the step as it goes on."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -91,9 +91,8 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     A config class may have a `default_recipe(flags)`: it sees the parsed flags and names the recipe that lies below
     all of them, or returns None.
     """
-    parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser = flag_parser(config_class)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
-    parser.error = _raise_user_error
 
     recipe_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe")
@@ -110,6 +109,13 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
         words = [*read_recipe(path, names), *words]
     config, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     return config
+
+
+def flag_parser(config_class: type) -> HfArgumentParser:
+    """A parser of the class's flags. It raises UserError where argparse would end the process."""
+    parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser.error = _raise_user_error
+    return parser
 
 
 def read_recipe(path: str | Path, names: set[str]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from child_processes import process_pool
 from memory.config import ProbeConfig
+from memory.launch import in_fresh_process
 from memory.measure import measure
-from memory.measure_gpu import measure_in_this_process
+from memory.measure_gpu import measure_this_process
 from memory.probe import probe
 from utils import GIB, check_choice, run_script
 
@@ -115,13 +115,12 @@ def describe(row: dict[str, Any]) -> str:
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:
     """What the allocator did in a run, in order: bytes and address of every block and segment."""
-    with process_pool() as pool:
-        return pool.submit(_record_history, config).result()
+    return in_fresh_process(_record_history, config)
 
 
 def _record_history(config: ProbeConfig) -> dict[str, Any]:
     torch.cuda.memory._record_memory_history(max_entries=2**21, context=None)
-    measured = measure_in_this_process(config, config.images_per_sample, limit_bytes=None)
+    measured = measure_this_process(config)
     events = torch.cuda.memory._snapshot()["device_traces"][0]
     trace = [(event["action"], event["addr"], event["size"]) for event in events]
     return {"machine": machine(), "config": asdict(config), "measured": measured, "events": trace}

@@ -67,7 +67,7 @@ def predict_row(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     config = ProbeConfig(model=model, mode="predict", eval_samples=0, **step)
     trace = trace_step(config)
     whole = summarize(trace, config)
-    device = {gpu: device_memory(trace, replace(config, gpu=gpu))["device_bytes"] for gpu in HEADLINE_CARDS}
+    device = {gpu: device_memory(trace.device, replace(config, gpu=gpu))["device_bytes"] for gpu in HEADLINE_CARDS}
     return {key: whole[key] for key in ("peak_allocated_bytes", "host_bytes", "breakdown")} | {"device_bytes": device}
 
 

@@ -22,11 +22,9 @@ from torch.utils.flop_counter import flop_registry
 
 import step
 from benchmarks.tables import ROOT, write_tables
-from memory.charts import COLOURS
+from memory.categories import CATEGORIES
 from memory.config import ProbeConfig
 from memory.predict import summarize, trace_step
-from memory.report import WORDS
-from memory.trace import CATEGORIES
 from mgm.patch_info_mining import MGMPatchInfoMining, View
 from utils import GIB, run_script
 
@@ -143,9 +141,9 @@ def ladder_chart(rows: list[dict[str, Any]]) -> Figure:
     titles = [("" if i == 0 else "+ ") + row["title"] for i, row in enumerate(rows)]
     left = [0.0] * len(rows)
     for category in CATEGORIES:
-        widths = [row["breakdown"][category] / GIB for row in rows]
+        widths = [row["breakdown"][category.name] / GIB for row in rows]
         if max(widths) > 0.05:
-            axes.barh(titles, widths, left=left, color=COLOURS[category], label=WORDS[category])
+            axes.barh(titles, widths, left=left, color=category.colour, label=category.title)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, title, end in zip(rows, titles, left, strict=True):
         axes.text(end + 0.4, title, f"{row['peak_allocated_bytes'] / GIB:.2f} GiB", va="center", fontsize="small")

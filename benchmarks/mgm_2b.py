@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import step
-from memory.config import ProbeConfig, strategy_of
+from memory.config import ProbeConfig
 from memory.host import host_breakdown
-from memory.predict import trace_strategy
+from memory.predict import trace_step
 from memory.probe import probe
 from models.lora import count_parameters
 from utils import run_script
@@ -77,7 +77,7 @@ def lora(flags: dict[str, Any]) -> dict[str, int]:
 def host(flags: dict[str, Any]) -> dict[str, Any]:
     """The host's memory by purpose while the steps run."""
     config = probe_config(flags)
-    trace = trace_strategy(config, strategy_of(config), config.device)
+    trace = trace_step(config)
     return {"host": host_breakdown(trace, config.dataloader_num_workers, config.world_size)}
 
 

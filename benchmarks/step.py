@@ -160,7 +160,9 @@ class Ours:
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
         flags = step.StepConfig(mixed_precision=config.mixed_precision, per_device_train_batch_size=1)
         model = build_peft_model(OurLanguageModel, config)  # first: ZeRO-3 would draw its weights otherwise
-        self.accelerator = step.build_accelerator(flags)
+        self.accelerator = step.build_accelerator(
+            flags.mixed_precision, flags.per_device_train_batch_size, max_grad_norm=flags.max_grad_norm
+        )
         if self.accelerator.state.deepspeed_plugin is not None:
             model.to(config.dtype)  # the engine has fp32 masters of its own
         if gradient_checkpointing:

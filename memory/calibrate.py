@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from child_processes import process_pool
+from memory.config import ProbeConfig
+from memory.launch import in_fresh_process
 from memory.measure_gpu import measure_gpu
 from memory.strategy import Strategy
-from step import StepConfig
 from utils import GIB, UserError
 
 
-def calibrate(config: StepConfig) -> dict[str, Any]:
+def calibrate(config: ProbeConfig) -> dict[str, Any]:
     """The constants of this machine's GPU in bytes, from two steps of the configuration.
 
     Raises:
@@ -25,8 +25,7 @@ def calibrate(config: StepConfig) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise UserError("--calibrate: this machine has no GPU to measure")
     single, parallel = (_measure(config, name) for name in ("single", "zero2"))
-    with process_pool() as pool:
-        workspace_bytes = pool.submit(measure_cublas_workspace).result()
+    workspace_bytes = in_fresh_process(measure_cublas_workspace)
     return {
         "mode": "calibrate",
         "gpu_name": single["gpu_name"],
@@ -38,8 +37,8 @@ def calibrate(config: StepConfig) -> dict[str, Any]:
     } | overheads(single, parallel)
 
 
-def _measure(config: StepConfig, strategy_name: str) -> dict[str, Any]:
-    measured = measure_gpu(config, Strategy.from_flags(strategy_name), config.images_per_sample)
+def _measure(config: ProbeConfig, strategy_name: str) -> dict[str, Any]:
+    measured = measure_gpu(config, Strategy.from_flags(strategy_name))
     if measured["oom"]:
         raise UserError(f"--calibrate: {measured['oom']}; choose a smaller --model or --max_seq_len")
     return measured

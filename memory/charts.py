@@ -4,23 +4,11 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
-from memory.report import WORDS
-from memory.trace import CATEGORIES, Trace
+from memory.categories import CATEGORIES
+from memory.record import Record
 from utils import GIB
 
 
-COLOURS = {
-    "weights": "#4e79a7",
-    "trained": "#59a14f",
-    "gradients": "#f28e2b",
-    "optimizer": "#edc948",
-    "batch": "#bab0ac",
-    "activations": "#76b7b2",
-    "loss": "#e15759",
-    "vision": "#b07aa1",
-    "temporaries": "#9c755f",
-    "communication": "#ff9da7",
-}
 OVERHEAD_COLOUR = "#e8e8e8"
 MAX_POINTS = 2000  # of a timeline: more cannot be seen
 
@@ -32,9 +20,9 @@ def sweep_chart(rows: list[dict], keys: list[str]) -> Figure:
     labels = [", ".join(f"{key} {row['config'][key]}" for key in keys) for row in rows]
     left = [0.0] * len(rows)
     for category in CATEGORIES:
-        widths = [row.get("breakdown", {}).get(category, 0) / GIB for row in rows]
+        widths = [row.get("breakdown", {}).get(category.name, 0) / GIB for row in rows]
         if max(widths) > 0.005:
-            axes.barh(labels, widths, left=left, color=COLOURS[category], label=WORDS[category])
+            axes.barh(labels, widths, left=left, color=category.colour, label=category.title)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     # What was measured has no breakdown.
     rest = "allocator and context" if all("breakdown" in row for row in rows) else "all that was measured"
@@ -48,19 +36,19 @@ def sweep_chart(rows: list[dict], keys: list[str]) -> Figure:
     return figure
 
 
-def step_chart(trace: Trace) -> Figure:
+def step_chart(record: Record) -> Figure:
     """What is allocated, by category, allocation by allocation through two updates; the second is the steady state."""
-    series = category_series(trace)
-    points = highest_points(trace.timeline())
-    used = [category for category in CATEGORIES if max(series[category]) > 0]
+    series = category_series(record)
+    points = highest_points(record.timeline())
+    used = [category for category in CATEGORIES if max(series[category.name]) > 0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    heights = [[series[category][point] / GIB for point in points] for category in used]
-    axes.stackplot(points, heights, colors=[COLOURS[c] for c in used], labels=[WORDS[c] for c in used])
-    for start, phase in trace.record.phase_starts:
+    heights = [[series[category.name][point] / GIB for point in points] for category in used]
+    axes.stackplot(points, heights, colors=[c.colour for c in used], labels=[c.title for c in used])
+    for start, phase in record.phase_starts:
         axes.axvline(start, color="white", linewidth=0.6)
         axes.text(start, axes.get_ylim()[1], f" {phase}", fontsize="x-small", va="top", rotation=90)
-    axes.set_xlabel("allocations and releases")
+    axes.set_xlabel("allocations and frees")
     axes.set_ylabel("GiB allocated")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
@@ -73,9 +61,9 @@ def highest_points(timeline: list[int]) -> list[int]:
     return [max(range(start, min(start + stride, len(timeline))), key=timeline.__getitem__) for start in starts]
 
 
-def category_series(trace: Trace) -> dict[str, list[int]]:
+def category_series(record: Record) -> dict[str, list[int]]:
     """Bytes of each category after each event."""
-    changes = {category: [0] * len(trace.record.events) for category in CATEGORIES}
-    for index, (nbytes, allocation) in enumerate(trace.record.events):
+    changes = {category.name: [0] * len(record.events) for category in CATEGORIES}
+    for index, (nbytes, allocation) in enumerate(record.events):
         changes[allocation.category][index] = nbytes
     return {category: list(accumulate(values)) for category, values in changes.items()}

@@ -75,9 +75,14 @@ class ProbeConfig(StepConfig):
     def budget_bytes(self) -> int:
         return GPUS[self.gpu].capacity_bytes if self.budget_gib is None else int(self.budget_gib * GIB)
 
+    @property
+    def launch(self) -> Strategy:
+        """The strategy that the flags choose. Raises UserError for what cannot be."""
+        if self.config_file is not None:
+            return Strategy.from_config_file(self.config_file, self.world_size)
+        return Strategy.from_flags(self.strategy, self.offload, self.world_size)
 
-def strategy_of(config: ProbeConfig) -> Strategy:
-    """The strategy that a ProbeConfig's flags choose. Raises UserError for what cannot be."""
-    if config.config_file is not None:
-        return Strategy.from_config_file(config.config_file, config.world_size)
-    return Strategy.from_flags(config.strategy, config.offload, config.world_size)
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """Of each of two handles: that of the thread that runs forward, and autograd's."""
+        return GPUS[self.gpu].family.cublas_workspace_bytes if self.device == "cuda" else 0

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from memory.config import ProbeConfig
 from memory.predict import predict
+from memory.record import Record
 from memory.report import as_flags
-from memory.trace import Trace
 from models.loading import load_config
-from step import StepConfig
 from utils import MIB, size
 
 
-def suggest(config: StepConfig, device_bytes: int) -> dict[str, Any]:
-    """What each change of a ProbeConfig's flags would do to its `device_bytes`, and the least that fits the budget.
+def suggest(config: ProbeConfig, device_bytes: int) -> dict[str, Any]:
+    """What each change of a flag would do to `device_bytes`, and the least that fits the budget.
 
     Returns `changes`, in the order of how much they cost (see changes_of), each with `flags`, `device_bytes`,
     `saved_bytes` and `fits`; and `nearest`, the `flags` and `device_bytes` of the first change, or else of the first
@@ -28,7 +28,7 @@ def suggest(config: StepConfig, device_bytes: int) -> dict[str, Any]:
     return {"changes": changes, "nearest": nearest}
 
 
-def _together(config: StepConfig, device_bytes: int) -> dict[str, Any] | None:
+def _together(config: ProbeConfig, device_bytes: int) -> dict[str, Any] | None:
     """Change after change, as long as something saves memory and it does not fit."""
     made, useless = {}, []
     while True:
@@ -45,16 +45,16 @@ def _together(config: StepConfig, device_bytes: int) -> dict[str, Any] | None:
             return {"flags": made, "device_bytes": device_bytes}
 
 
-def _traced(config: StepConfig, flags: dict[str, Any], device_bytes: int) -> dict[str, Any]:
+def _traced(config: ProbeConfig, flags: dict[str, Any], device_bytes: int) -> dict[str, Any]:
     needed_bytes = predict(replace(config, **flags))["device_bytes"]
     saved_bytes, fits = device_bytes - needed_bytes, needed_bytes <= config.budget_bytes
     return {"flags": flags, "device_bytes": needed_bytes, "saved_bytes": saved_bytes, "fits": fits}
 
 
-def explain(config: StepConfig, trace: Trace, suggestions: dict[str, Any]) -> list[str]:
-    """Lines for a reader: the logits of the device's trace, then each change with what it saves, most first."""
+def explain(config: ProbeConfig, record: Record, suggestions: dict[str, Any]) -> list[str]:
+    """Lines for a reader: the logits of the device's record, then each change with what it saves, most first."""
     vocab_size = load_config(config.model).get_text_config().vocab_size
-    lines = ["The logits:", *logits_lines(trace, config.max_seq_len, vocab_size), "What to change first:"]
+    lines = ["The logits:", *logits_lines(record, config.max_seq_len, vocab_size), "What to change first:"]
     for change in sorted(suggestions["changes"], key=lambda change: -change["saved_bytes"]):
         if change["saved_bytes"] > 0:
             lines.append(f"  {size(change['saved_bytes']):>12} less with {as_flags(change['flags'])}")
@@ -63,16 +63,16 @@ def explain(config: StepConfig, trace: Trace, suggestions: dict[str, Any]) -> li
     return lines
 
 
-def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
-    """Every kind of tensor with a number for each word of the vocabulary: its size, and how many live at the peak."""
+def logits_lines(record: Record, length: int, vocab_size: int) -> list[str]:
+    """Every kind of tensor with a number for each vocabulary entry: its size, and how many live at the peak."""
     at_peak = Counter()
     sizes: dict[tuple[str, int], None] = {}  # in order of appearance
-    for nbytes, allocation in trace.record.events:
+    for nbytes, allocation in record.events:
         shape = allocation.shape
         # The loss leaves out each row's last position, or does not.
         if nbytes > 0 and shape[-1:] == (vocab_size,) and {length, length - 1} & {shape[0], *shape[1:-1]}:
             sizes[allocation.dtype, nbytes] = None
-    for allocation in trace.alive_at(trace.peak_index):
+    for allocation in record.alive_at(record.peak_index):
         at_peak[allocation.dtype, allocation.nbytes] += (allocation.dtype, allocation.nbytes) in sizes
     return [
         f"  {nbytes / MIB:.2f} MiB in {dtype}, {at_peak[dtype, nbytes]} of them alive at the peak"
@@ -80,7 +80,7 @@ def logits_lines(trace: Trace, length: int, vocab_size: int) -> list[str]:
     ]
 
 
-def changes_of(config: StepConfig) -> Iterator[dict[str, Any]]:
+def changes_of(config: ProbeConfig) -> Iterator[dict[str, Any]]:
     """The flags that could be changed, one thing at a time: first what leaves every update as it is and costs time
     alone, then what trains less, last what cuts samples."""
     if config.eval_samples and config.per_device_eval_batch_size > 1:

@@ -1,18 +1,17 @@
-"""The other wall: what training takes of the host's memory, all processes of one computer together.
+"""Host RAM: what training needs of it, all processes of one computer together.
 
     host_breakdown(trace_strategy(config, strategy), num_workers=2, world_size=strategy.world_size)  # bytes by purpose
 
-What DeepSpeed offloads comes from its trace. Page-locked ("pinned") memory comes in blocks of a power of two, which is
-where an offloaded run takes more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
+What DeepSpeed offloads comes from its trace. Pinned (pinned) memory comes in blocks of a power of two, which is
+where an offloaded run needs more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
 checkpoint's file, which the system can drop.
 """
 
 from collections import Counter
 
 from data.loader import PREFETCH_FACTOR
-from memory.placed import PlacedTrace
+from memory.placed import PlacedRecord
 from memory.record import Record
-from memory.trace import Trace
 
 
 # Resident memory of a process with torch, transformers, peft and deepspeed, besides what it offloads. On a CPU it was
@@ -25,37 +24,37 @@ WORKER_BYTES = 64 * 2**20
 
 
 def host_breakdown(
-    trace: PlacedTrace, num_workers: int, world_size: int = 1, device_type: str = "cuda"
+    record: PlacedRecord, num_workers: int, world_size: int = 1, device_type: str = "cuda"
 ) -> dict[str, int]:
     """Bytes of host memory by purpose while the steps run, for `world_size` processes on one host, each with
     `num_workers` data workers.
 
-    The tensors are those of the peaks of page-locked and of ordinary memory. On a CPU the device's are the host's too.
+    The tensors are those of the peaks of pinned and of ordinary memory. On a CPU the device's are the host's too.
     Raises KeyError for a trace without a batch.
     """
-    in_host = [trace.pinned, trace.host] + ([trace.device] if device_type == "cpu" else [])
+    in_host = [record.pinned, record.host] + ([record.device] if device_type == "cpu" else [])
     sums = Counter({"process": PROCESS_BYTES[device_type]})
     for part in in_host:
-        if part.record.events:
+        if part.events:
             sums.update(part.breakdown())
-    live_pinned_bytes = trace.pinned.peak_bytes if trace.pinned.record.events else 0
-    sums["pinned_rounding"] = pinned_blocks_bytes(trace.pinned.record) - live_pinned_bytes
+    live_pinned_bytes = record.pinned.peak_bytes if record.pinned.events else 0
+    sums["pinned_rounding"] = pinned_blocks_bytes(record.pinned) - live_pinned_bytes
     sums["workers"] = num_workers * WORKER_BYTES
-    sums["batches"] = num_workers * PREFETCH_FACTOR * batch_bytes(trace.device)
+    sums["batches"] = num_workers * PREFETCH_FACTOR * batch_bytes(record.device)
     return {purpose: world_size * nbytes for purpose, nbytes in sums.items() if nbytes}
 
 
-def batch_bytes(trace: Trace) -> int:
+def batch_bytes(record: Record) -> int:
     """Bytes of one batch on the device."""
-    return sum(nbytes for nbytes, allocation in trace.record.events if nbytes > 0 and allocation.category == "batch")
+    return sum(nbytes for nbytes, allocation in record.events if nbytes > 0 and allocation.category == "batch")
 
 
 def pinned_blocks_bytes(record: Record) -> int:
     """Bytes that PyTorch's pinned-memory allocator holds at the end of a record.
 
-    It rounds each request up to a power of two and keeps what is released for the next request of that size
+    It rounds each request up to a power of two and keeps what is freed for the next request of that size
     (ATen/core/CachingHostAllocator.h, allocate and free; `pinned_max_round_threshold` is without limit by default). In
-    MiB: 3, 5, release of 3, 4, 2 take blocks of 4, 8, none (the first one again) and 2.
+    MiB: 3, 5, freeing 3, 4, 2 take blocks of 4, 8, none (the first one again) and 2.
     """
     total, unused = 0, Counter()
     for nbytes, allocation in record.events:

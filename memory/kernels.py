@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memory.allocator import MIN_BLOCK_BYTES
-from memory.record import Workspace
+from memory.recorder import Workspace
 
 
 aten = torch.ops.aten

@@ -1,14 +1,21 @@
-"""Start a step as a launcher would: its environment, in a process of its own."""
+"""Start a step as a launcher would: the launcher's environment, and processes of its own."""
 
 import json
 import os
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
+
+from child_processes import process_pool
+from utils import quiet_libraries
+
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def launched(
 
     Args:
         deepspeed_config: what `deepspeed_config_file` holds; empty: no DeepSpeed.
-        splits_weights: `zero3_init_flag`, as weights are read.
+        splits_weights: `zero3_init_flag`: weights are split as they are read.
         gpu: whether the computer's GPUs are seen.
     """
     environment = {
@@ -53,3 +60,37 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def in_fresh_process(
+    function: Callable[..., Result], *arguments: Any, method: str = "spawn", preload: str | None = None
+) -> Result:
+    """What `function` returns in a process of its own, which inherits no state of DeepSpeed, accelerate or CUDA.
+
+    `method` and `preload` are process_pool's. What the function prints goes to stderr. An error of a library comes
+    back as a plain ValueError or RuntimeError.
+    """
+    with process_pool(method=method, preload=preload) as pool:
+        return pool.submit(_run, function, *arguments).result()
+
+
+def on_every_rank(function: Callable[..., Result], world_size: int, *arguments: Any) -> list[Result]:
+    """The same for the processes of a launch, which run at the same time."""
+    with process_pool(world_size) as pool:
+        runs = [pool.submit(_run_as, rank, function, *arguments) for rank in range(world_size)]
+        return [run.result() for run in runs]
+
+
+def _run_as(rank: int, function: Callable[..., Result], *arguments: Any) -> Result:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return _run(function, *arguments)
+
+
+def _run(function: Callable[..., Result], *arguments: Any) -> Result:
+    quiet_libraries()
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, where the last line is a script's result
+        try:
+            return function(*arguments)
+        except (ValueError, RuntimeError) as error:  # a library's own class may not survive pickling
+            plain_type = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise plain_type(str(error)) from error

@@ -1,101 +1,58 @@
-"""Measures the peak memory of the steps that memory/trace.py predicts: the same code on the same batch, for real.
-
-    measurement = measure_training(StepConfig(model="tiny", mixed_precision="no"))
-
-Each measurement runs in a process of its own, so that nothing of an earlier one is in its way.
-"""
+"""Measure a step's peak on a CPU, by PyTorch's profiler: one process, or real DeepSpeed or DDP over gloo."""
 
 import gc
-import os
-import sys
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 
 import torch
-from transformers import get_scheduler
 
-import step
-from child_processes import process_pool
-from data.worst_case import worst_case_batch
 from layers.quantization import state_tensors
+from memory.config import ProbeConfig
 from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise
-from memory.launch import launched
+from memory.launch import in_fresh_process, launched, on_every_rank
+from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, local_accelerator
 from memory.strategy import Strategy
-from memory.updates import accelerator_for, end_run, probe_accelerator, run_updates
-from memory.zero import NUM_UPDATES
-from utils import quiet_libraries
 
 
-@dataclass
-class Measurement:
-    """`events`: bytes of each allocation (positive) and release (negative) after the model and batch were there."""
-
-    peak_bytes: int
-    baseline_bytes: int
-    events: list[int]
-
-
-def measure_training(config: step.StepConfig, images_per_sample: int = 1) -> Measurement:
-    """Run a few updates on the CPU in a fresh process and return their peak of allocated bytes."""
-    # The server has imported what is needed, once; each measurement is a fork of it.
-    with process_pool(method="forkserver", preload=__name__) as pool:
-        return pool.submit(measure_on_cpu, config, images_per_sample).result()
+def measure_cpu(config: ProbeConfig, strategy: Strategy) -> int:
+    """Bytes at the peak of rank 0, in fresh processes. Device and host together: a CPU has one memory for both."""
+    if strategy.name == "single":
+        # The fork server has imported what is needed, once; each measurement is a fork of it.
+        return in_fresh_process(measure_single, config, method="forkserver", preload=__name__)
+    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
+        return on_every_rank(measure_rank, strategy.world_size, config)[0]
 
 
-def measure_on_cpu(config: step.StepConfig, images_per_sample: int) -> Measurement:
-    quiet_libraries()
+def measure_single(config: ProbeConfig) -> int:
+    """The peak of this process alone: what is there before the first update, and what the run adds."""
     gc.collect()  # garbage of the caller's that is freed while the profiler watches would be taken off the peak
-    with probe_accelerator(config) as accelerator:
-        model = step.build_model(config, is_deepspeed=False).train()
-        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
-        batch = worst_case_batch(model.config, config, images_per_sample)
+    with local_accelerator(config) as accelerator:
+        probed = ProbedStep.build(config, accelerator)
+        model = probed.model
         states = [tensor for _, tensor in state_tensors(model)]
-        tensors = [*model.parameters(), *model.buffers(), *states, *batch.values()]
+        tensors = [*model.parameters(), *model.buffers(), *states, *probed.batch.values()]
         storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
         with profile_memory() as profiler:
-            model, optimizer = accelerator.prepare(model, optimizer)
-            run_updates(accelerator, model, optimizer, batch, config)
-            end_run(accelerator, model, config, images_per_sample, "cpu", enter_phase=lambda phase: None)
-    baseline_bytes, events = sum(storages.values()), memory_events(profiler)
-    return Measurement(baseline_bytes + rise(events), baseline_bytes, events)
+            probed.prepare()
+            probed.run_updates()
+            probed.end_run()
+    return sum(storages.values()) + rise(memory_events(profiler))
 
 
-def measure_strategy(config: step.StepConfig, strategy: Strategy, images_per_sample: int = 1) -> int:
-    """Bytes at the peak of rank 0's steady state and of what follows it.
+def measure_rank(config: ProbeConfig) -> int:
+    """The peak of a launched process in its steady state and at the end of a run.
 
-    Device and host together: a CPU has one memory for both.
+    Tensors that gloo's threads are the last to hold are freed where the profiler does not see it. So what is there
+    when a micro-batch begins is counted by walking over all tensors, and only what it adds comes from the profiler.
     """
-    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
-        with process_pool(strategy.world_size) as pool:
-            ranks = range(strategy.world_size)
-            runs = [pool.submit(_measure, config, rank, strategy.world_size, images_per_sample) for rank in ranks]
-            return [run.result() for run in runs][0]
-
-
-def _measure(config: step.StepConfig, rank: int, world_size: int, images_per_sample: int) -> int:
-    quiet_libraries()
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    with redirect_stdout(sys.stderr):
-        accelerator = accelerator_for(config)
-        is_deepspeed = accelerator.state.deepspeed_plugin is not None
-        model = step.build_model(config, is_deepspeed).train()
-        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
-        batch = worst_case_batch(model.config, config, images_per_sample)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        scheduler = get_scheduler("constant", optimizer)
-        peaks = []
-        for _ in range(NUM_UPDATES * accelerator.gradient_accumulation_steps):
-            before_bytes = bytes_in_use(model)
-            with profile_memory() as profiler:
-                with accelerator.accumulate(model):
-                    step.training_step(
-                        accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
-                    )
-            peaks.append(before_bytes + rise(memory_events(profiler)))
-        before_bytes = bytes_in_use(model)
+    probed = ProbedStep.build(config, launched_accelerator(config))
+    probed.prepare()
+    for _ in range(DEEPSPEED_UPDATES * probed.accelerator.gradient_accumulation_steps):
+        before_bytes = bytes_in_use(probed.model)
         with profile_memory() as profiler:
-            end_run(accelerator, model, config, images_per_sample, "cpu", enter_phase=lambda phase: None)
-        end_bytes = before_bytes + rise(memory_events(profiler))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        return max(peaks[-1], end_bytes)
+            probed.micro_batch()
+    step_bytes = before_bytes + rise(memory_events(profiler))
+    before_bytes = bytes_in_use(probed.model)
+    with profile_memory() as profiler:
+        probed.end_run()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return max(step_bytes, before_bytes + rise(memory_events(profiler)))

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from memory.record import Allocation, Record, Recorder
+from memory.record import Allocation, Record
+from memory.recorder import Recorder
 from memory.stand_in import HOST
-from memory.trace import Trace
 
 
 @dataclass
-class PlacedTrace:
+class PlacedRecord:
     """The device's memory, and the host's: page-locked and ordinary. A trace for a CPU run is all `device`."""
 
-    device: Trace
-    pinned: Trace
-    host: Trace
+    device: Record
+    pinned: Record
+    host: Record
 
 
 class PlacedRecorder(Recorder):
@@ -50,15 +50,15 @@ class PlacedRecorder(Recorder):
         self.places[self.find(tensor)] = "pinned"
 
 
-def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedTrace:
+def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedRecord:
     """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
     split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
 
-    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Trace:
-        return Trace(_select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before))
+    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Record:
+        return _select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before)
 
     is_apart = recorder.device != torch.device(HOST)  # a CPU run's host memory is not told apart, nor is its loading
-    return PlacedTrace(
+    return PlacedRecord(
         device=trace_of(
             "device",
             num_events_before_steps if is_split else 0,

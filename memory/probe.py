@@ -9,7 +9,7 @@ from dataclasses import asdict
 from memory.config import ProbeConfig
 from memory.explain import suggest
 from memory.measure import measure
-from memory.placed import PlacedTrace
+from memory.placed import PlacedRecord
 from memory.predict import summarize, trace_step
 from step import check_positions
 from utils import run_script
@@ -20,7 +20,7 @@ def probe(config: ProbeConfig) -> dict:
     return probe_and_trace(config)[0]
 
 
-def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedTrace | None]:
+def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
     """What probe returns, and the traced step that a prediction comes from."""
     start = time.monotonic()
     check_positions(config)

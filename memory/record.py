@@ -1,27 +1,12 @@
-"""Records every allocation and release that the code inside makes: `with Recorder(model) as record: ...`.
+"""What was allocated and released, in order: what a trace finds and a prediction is made from."""
 
-Works on real and on fake tensors. What is counted are untyped storages, once however many tensors view them, from the
-operator that made them until the last reference is gone.
-"""
-
-import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import nn
-from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from memory.categories import CATEGORIES
 
 
 PHASES = ("load", "forward", "backward", "step", "save", "evaluate")
-# Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments and its output.
-Workspace = Callable[[tuple, dict, Any], int]
 
 
 class TraceError(Exception):
@@ -48,171 +33,57 @@ class Allocation:
 
 @dataclass
 class Record:
-    """What was allocated, in order. `events` holds (bytes, allocation): positive bytes at its start, negative at its
-    end."""
+    """What was allocated and released, in order, and what can be said about it. All figures are bytes.
+
+    `events` holds (bytes, allocation): positive bytes at its start, negative at its end. `phase_starts` holds the
+    index of a phase's first event, and its name.
+    """
 
     events: list[tuple[int, Allocation]] = field(default_factory=list)
     phase_starts: list[tuple[int, str]] = field(default_factory=list)
 
+    def timeline(self) -> list[int]:
+        """Bytes in use after each event."""
+        total, totals = 0, []
+        for nbytes, _ in self.events:
+            total += nbytes
+            totals.append(total)
+        return totals
 
-class ModuleTracker:
-    """Which module is at work: the innermost running forward, or in the backward pass the module whose forward made
-    the autograd node that runs.
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.timeline())
 
-    Autograd numbers its nodes in the order of their creation, so the number at each change of module is enough to
-    find a node's module again, and nothing has to be attached to the graph.
-    """
+    @property
+    def peak_index(self) -> int:
+        """The event with which the peak is reached."""
+        timeline = self.timeline()
+        return timeline.index(max(timeline))
 
-    def __init__(self, model: nn.Module) -> None:
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.running: list[nn.Module] = []
-        self.first_nodes: list[int] = [0]
-        self.node_paths: list[str] = [""]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+    def alive_at(self, index: int) -> list[Allocation]:
+        """What is in use after event `index`, in order of allocation."""
+        started = [allocation for nbytes, allocation in self.events[: index + 1] if nbytes >= 0]
+        return [allocation for allocation in started if allocation.end is None or allocation.end > index]
 
-    def __enter__(self) -> "ModuleTracker":
-        self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
-            # Checkpointing leaves the recomputation by an exception as soon as it has what it needs.
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
-        return self
+    def breakdown(self) -> dict[str, int]:
+        """The bytes of each category at the peak; they add up to `peak_bytes`."""
+        sums = Counter({category.name: 0 for category in CATEGORIES})
+        for allocation in self.alive_at(self.peak_index):
+            sums[allocation.category] += allocation.nbytes
+        return dict(sums)
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def phase_peaks(self) -> dict[str, int]:
+        """The most that was in use during each phase."""
+        peaks = dict.fromkeys(PHASES, 0)
+        starts = [*self.phase_starts, (len(self.events), "")]
+        timeline = self.timeline()
+        for (start, phase), (end, _) in zip(starts, starts[1:], strict=False):
+            in_use = timeline[max(start - 1, 0) : end]
+            peaks[phase] = max([peaks[phase], *in_use])
+        return peaks
 
-    def current(self) -> tuple[str, bool]:
-        """The module's path, and whether its forward runs (rather than its backward)."""
-        if self.running:
-            return self.paths[self.running[-1]], True
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return "", True
-        return self.node_paths[bisect_right(self.first_nodes, node._sequence_nr()) - 1], False
-
-    def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        if module in self.paths:
-            self.running.append(module)
-            self._mark_nodes()
-
-    def _leave_module(self, module: nn.Module, args: tuple, output: object) -> None:
-        if module in self.running:
-            del self.running[self.running.index(module) :]
-            self._mark_nodes()
-
-    def _mark_nodes(self) -> None:
-        self.first_nodes.append(torch.autograd._get_sequence_nr())
-        self.node_paths.append(self.current()[0])  # inside a backward function, that function's module
-
-
-class Recorder(TorchDispatchMode):
-    """See the module's docstring. Set `phase` as the run goes on; `workspaces` adds what kernels hide, by operator.
-
-    `block_bytes`: what the device's allocator hands out is a multiple of it.
-    """
-
-    def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None, block_bytes: int = 1) -> None:
-        super().__init__()
-        self.record = Record()
-        self.workspaces = workspaces or {}
-        self.block_bytes = block_bytes
-        self.modules = ModuleTracker(model)
-        self.phase = PHASES[0]
-        self.counters_are_known = False
-        self.stream = 0  # whose turn it is, where there are several
-        self._live: dict[int, Allocation] = {}  # by the address of the storage
-        self._references: dict[int, weakref.ref] = {}
-        self._addend = self._sum = 0
-
-    def __enter__(self) -> "Recorder":
-        self.modules.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self.modules.__exit__(*error)
-        self._references.clear()  # what is released from now on is none of the record's business
-
-    def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        self._addend = self._sum = 0
-        if self.counters_are_known and func is torch.ops.aten._local_scalar_dense.default:
-            is_flag = args[0].dtype in (torch.bool, torch.uint8)
-            return False if is_flag else 1.0  # no overflow, no invalid norm, no answer that has ended
-        try:
-            output = func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            path = self.modules.current()[0] or "the training step"
-            raise TraceError(f"{func} in {path} depends on the data: its memory cannot be predicted") from error
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self.allocated(leaf, str(func))
-        if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
-            self._watch_sum(args[0], output)
-        workspace = self.workspaces.get(func.overloadpacket.__name__)
-        if workspace is not None and (nbytes := workspace(args, kwargs, output)):
-            self._end(self._begin(nbytes, (nbytes,), "torch.uint8", str(func)))
-        return output
-
-    def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
-        """The allocation behind a tensor; a new one when its storage was not known yet."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        nbytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
-        if key in self._live and self._live[key].nbytes != nbytes:  # resized in place
-            self._released(key)
-        if key not in self._live:
-            self._live[key] = self._begin(nbytes, tuple(tensor.shape), str(tensor.dtype), op)
-            self._references[key] = weakref.ref(storage, lambda _: self._released(key))
-        return self._live[key]
-
-    def reserve(self, nbytes: int, op: str) -> Allocation:
-        """Bytes that no tensor holds and that are never released."""
-        return self._begin(nbytes, (nbytes,), "uint8", op)
-
-    def find(self, tensor: torch.Tensor) -> Allocation | None:
-        return self._live.get(tensor.untyped_storage()._cdata)
-
-    def enter_phase(self, phase: str) -> None:
-        self.phase = phase
-        self.counters_are_known = phase == "evaluate"  # generation asks after every token which answers have ended
-        self.record.phase_starts.append((len(self.record.events), phase))
-
-    def _begin(self, nbytes: int, shape: tuple[int, ...], dtype: str, op: str) -> Allocation:
-        path, is_forward = self.modules.current()
-        events = self.record.events
-        allocation = Allocation(nbytes, shape, dtype.removeprefix("torch."), op, path, self.phase, len(events))
-        allocation.made_in_forward, allocation.stream = is_forward, self.stream
-        events.append((nbytes, allocation))
-        return allocation
-
-    def _end(self, allocation: Allocation) -> None:
-        allocation.end = len(self.record.events)
-        in_backward = self.phase == "backward" and not self.modules.running  # running: a recomputation
-        allocation.saved_for_backward = allocation.made_in_forward and in_backward
-        self.record.events.append((-allocation.nbytes, allocation))
-
-    def _released(self, key: int) -> None:
-        self._references.pop(key, None)
-        allocation = self._live.pop(key, None)
-        if allocation is not None and not self._becomes_sum(key, allocation):
-            self._end(allocation)
-
-    def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
-        """Autograd adds a gradient to one that waits for it in place, if nothing else holds the waiting one (a view is
-        held by its base; torch/csrc/autograd/input_buffer.cpp) - except for fake tensors, as for all subclasses. Such
-        an addend is released as soon as the sum is made."""
-        same_form = addend.shape == total.shape and addend.dtype == total.dtype and not addend._is_view()
-        if isinstance(addend, FakeTensor) and same_form and is_non_overlapping_and_dense_or_false(addend):
-            self._addend, self._sum = addend.untyped_storage()._cdata, total.untyped_storage()._cdata
-
-    def _becomes_sum(self, key: int, addend: Allocation) -> bool:
-        """Whether what was released is such an addend. Its allocation then goes on as the sum's."""
-        if self._addend != key or self._sum not in self._live:
-            return False
-        total = self._live[self._sum]
-        self.record.events[total.start] = (0, total)  # as if it had never been made
-        total.nbytes, total.end = 0, total.start
-        self._live[self._sum] = addend
-        return True
+    def largest_tensors(self, count: int = 10) -> list[dict[str, object]]:
+        """The largest tensors alive at the peak, largest first."""
+        alive = sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)
+        keys = ("nbytes", "shape", "dtype", "category", "module", "op")
+        return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]

@@ -2,23 +2,12 @@
 
 from typing import Any
 
+from memory.categories import TITLES
 from memory.gpus import GPUS
 from utils import MIB, size
 
 
 BAR_WIDTH = 24  # characters
-WORDS = {  # the categories of a breakdown, as a reader calls them
-    "weights": "frozen weights",
-    "trained": "trained parameters",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "batch": "batch",
-    "activations": "activations",
-    "loss": "logits and loss",
-    "vision": "vision side",
-    "temporaries": "temporaries",
-    "communication": "communication",
-}
 
 
 def report(result: dict) -> str:
@@ -59,7 +48,7 @@ def breakdown_lines(result: dict) -> list[str]:
     for category, nbytes in sorted(result["breakdown"].items(), key=lambda pair: -pair[1]):
         if nbytes >= total / 1000:
             bar = "#" * round(BAR_WIDTH * nbytes / total)
-            lines.append(f"  {WORDS[category]:<20}{size(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
+            lines.append(f"  {TITLES[category]:<20}{size(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
     lines.append("Largest tensors:")
     for tensor in result["largest_tensors"][:5]:
         shape = " x ".join(map(str, tensor["shape"]))

@@ -3,9 +3,6 @@
 import itertools
 import json
 import shutil
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +12,20 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from memory.charts import sweep_chart
+from memory.config import ProbeConfig
+from memory.probe import probe
 from memory.report import markdown_table
-from step import StepConfig
-from utils import UserError
+from utils import UserError, flag_parser
 
 
 FOLDER = "results/sweep"
 FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
-BOOLEANS = {"true": True, "false": False}
 
 
-def run_sweep(config: StepConfig, probe: Callable[[StepConfig], dict]) -> dict[str, Any]:
+def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     """Probe every combination. Rows that an interrupted sweep has left behind are taken as they are."""
     folder = Path(config.output or FOLDER)
-    grid = parse_grid(config, config.sweep)
+    grid = parse_grid(config.sweep)
     rows = []
     for values in tqdm(combinations(grid), desc="Probing", unit="row"):
         row_config = replace(config, sweep=None, output=None, **values)
@@ -56,35 +53,26 @@ def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Fi
             writer.add_hparams(flags, figures, run_name=row_name({key: row["config"][key] for key in keys}))
 
 
-def parse_grid(config: StepConfig, words: list[str]) -> dict[str, list[Any]]:
-    """`KEY=V1,V2` words to the values of each flag. Raises UserError for what is no flag or no value of it."""
-    hints = typing.get_type_hints(type(config))
-    names = {field.name for field in fields(config)} - {"sweep", "output", "explain", "calibrate"}
+def parse_grid(words: list[str]) -> dict[str, list[Any]]:
+    """`KEY=V1,V2` words to the values of each flag; a list's parts are joined by `+`.
+
+    Raises:
+        UserError: a word that is no flag, or no value of it.
+    """
+    names = {field.name for field in fields(ProbeConfig)} - {"sweep", "output", "explain", "calibrate"}
+    parser = flag_parser(ProbeConfig)
     grid = {}
     for word in words:
         name, equals, values = word.partition("=")
         name = name.replace("-", "_")
         if not equals or not values or name not in names:
             raise UserError(f"--sweep {word}: expected FLAG=VALUE,VALUE with one of this script's flags")
-        grid[name] = [parse_value(flag_type(hints[name]), value, word) for value in values.split(",")]
+        try:
+            parsed = [parser.parse_args([f"--{name}", *value.split("+")]) for value in values.split(",")]
+        except UserError as error:
+            raise UserError(f"--sweep {word}: {error}") from None
+        grid[name] = [getattr(flags, name) for flags in parsed]
     return grid
-
-
-def parse_value(kind: type, value: str, word: str) -> Any:
-    """A flag's value as its type has it; a list's parts are joined by `+`."""
-    try:
-        if kind is bool:
-            return BOOLEANS[value.lower()]
-        return value.split("+") if kind is list else kind(value)
-    except (KeyError, ValueError):
-        raise UserError(f"--sweep {word}: {value!r} is no {kind.__name__}") from None
-
-
-def flag_type(hint: Any) -> type:
-    """`float | None` to float, `list[str]` to list."""
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    return typing.get_origin(hint) or hint
 
 
 def combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -97,7 +85,7 @@ def row_name(values: dict[str, Any]) -> str:
     return "_".join(words).replace("/", "-")
 
 
-def read_row(path: Path, config: StepConfig) -> dict | None:
+def read_row(path: Path, config: ProbeConfig) -> dict | None:
     """A row of an earlier sweep, if it was probed with the same flags."""
     if not path.exists():
         return None

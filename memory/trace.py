@@ -1,161 +1,85 @@
-"""Predicts the peak memory of training from the code that trains, without weights and without a GPU.
+"""Predict the peak memory of training from the code that trains, without weights and without a GPU.
 
-    trace = trace_training(StepConfig(model="mgm-2b", mixed_precision="bf16"), device_type="cuda")
-    trace.peak_bytes, trace.breakdown(), trace.phase_peaks(), trace.largest_tensors()
+    record = trace_single(ProbeConfig(model="mgm-2b", mode="predict"))
+    record.peak_bytes, record.breakdown(), record.phase_peaks(), record.largest_tensors()
 
-The model is built by step.build_model on `meta` and then made of fake tensors, which have shapes and lifetimes but no
-data; step.training_step runs on them, and a Recorder (memory/record.py) notes what is allocated and released. Where
-CUDA's kernels allocate otherwise than the CPU's stands in memory/kernels.py.
+step.build_model builds the model on `meta`. Fake tensors then take the place of its own: they have shapes and
+lifetimes but no data. step.training_step runs on them, and a Recorder (memory/recorder.py) notes what is allocated and
+freed. memory/kernels.py has what CUDA's kernels allocate otherwise than the CPU's.
 """
 
 import copy
-import itertools
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
-from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GenerationMixin, masking_utils
 
 import step
-from data.worst_case import worst_case_batch
-from layers.quantization import dequantize, replace_tensors, state_tensors
+from layers.quantization import replace_tensors, state_tensors
+from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.record import PHASES, Allocation, Record, Recorder
-from memory.updates import end_run, probe_accelerator, run_updates, watch_phases
+from memory.known import known_length, known_mask, known_quantization
+from memory.probed_step import ProbedStep, local_accelerator
+from memory.record import Allocation, Record
+from memory.recorder import Recorder
 from models.lora import trained_parameters
 
 
-CATEGORIES = (
-    "weights", "trained", "gradients", "optimizer", "batch", "activations", "loss", "vision", "temporaries",
-    "communication",
-)  # fmt: skip
 LANGUAGE_MODULE = "language_model"
 
 
-@dataclass
-class Trace:
-    """The record of a steady-state window of training, and what can be said about it. All figures are bytes."""
-
-    record: Record
-
-    def timeline(self) -> list[int]:
-        """Bytes in use after each event."""
-        total, totals = 0, []
-        for nbytes, _ in self.record.events:
-            total += nbytes
-            totals.append(total)
-        return totals
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(self.timeline())
-
-    @property
-    def peak_index(self) -> int:
-        """The event with which the peak is reached."""
-        timeline = self.timeline()
-        return timeline.index(max(timeline))
-
-    def alive_at(self, index: int) -> list[Allocation]:
-        """What is in use after event `index`, in order of allocation."""
-        started = [allocation for nbytes, allocation in self.record.events[: index + 1] if nbytes >= 0]
-        return [allocation for allocation in started if allocation.end is None or allocation.end > index]
-
-    def breakdown(self) -> dict[str, int]:
-        """The bytes of each category at the peak; they add up to `peak_bytes`."""
-        sums = Counter({category: 0 for category in CATEGORIES})
-        for allocation in self.alive_at(self.peak_index):
-            sums[allocation.category] += allocation.nbytes
-        return dict(sums)
-
-    def phase_peaks(self) -> dict[str, int]:
-        """The most that was in use during each phase."""
-        peaks = dict.fromkeys(PHASES, 0)
-        starts = [*self.record.phase_starts, (len(self.record.events), "")]
-        timeline = self.timeline()
-        for (start, phase), (end, _) in zip(starts, starts[1:], strict=False):
-            in_use = timeline[max(start - 1, 0) : end]
-            peaks[phase] = max([peaks[phase], *in_use])
-        return peaks
-
-    def largest_tensors(self, count: int = 10) -> list[dict[str, object]]:
-        """The largest tensors alive at the peak, largest first."""
-        alive = sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)
-        keys = ("nbytes", "shape", "dtype", "category", "module", "op")
-        return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]
-
-
-def trace_training(
-    config: step.StepConfig, device_type: str = "cuda", images_per_sample: int = 1, cublas_workspace_bytes: int = 0
-) -> Trace:
-    """Trace the updates of a training run in its steady state on the worst case of a batch.
-
-    Args:
-        config: the flags of a step.
-        device_type: what is predicted, `cuda` or `cpu`.
-        images_per_sample: of each row of the batch.
-        cublas_workspace_bytes: of each of two handles, that of the thread that runs forward and autograd's.
+def trace_single(config: ProbeConfig) -> Record:
+    """Trace the updates of one process in their steady state, on the largest batch that can come.
 
     Raises:
         TraceError: the step does something whose memory depends on data.
-        ValueError: the images take more positions than a row has.
+        ValueError: the images need more positions than a row has.
     """
+    on_gpu = config.device == "cuda"
     config = copy.copy(config)
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     fake_mode = FakeTensorMode()
-    with probe_accelerator(config) as accelerator:
+    with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
-        recorder = Recorder(model, WORKSPACES[device_type], BLOCK_BYTES[device_type])
-        with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
-            batch = worst_case_batch(model.config, config, images_per_sample)
-            adopt(recorder, model, batch, cublas_workspace_bytes)
-            optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
-            if device_type == "cuda":
-                use_foreach(optimizer)
-            PhaseHooks(recorder, accelerator, model, optimizer)
+        recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
+        with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
+            probed = ProbedStep.build(config, accelerator, model)
+            record_loaded(recorder, probed)
+            if on_gpu:
+                use_foreach(probed.optimizer)
+            PhaseHooks(recorder, probed)
             with recorder, known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
-                wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+                probed.prepare(device_placement=[False, True])
                 with nullcontext() if config.packing else known_mask():  # a packed row needs a mask
-                    run_updates(accelerator, wrapped, optimizer, batch, config)
+                    probed.run_updates()
                 with known_mask(), known_length():
-                    end_run(
-                        accelerator,
-                        wrapped,
-                        config,
-                        images_per_sample,
-                        device="cpu",
-                        enter_phase=recorder.enter_phase,
-                        has_host=device_type == "cpu",
-                    )
+                    probed.end_run(recorder.enter_phase, copies_to_host=not on_gpu)
     categorize(recorder.record, model)
-    return Trace(recorder.record)
+    return recorder.record
 
 
-def adopt(recorder: Recorder, model: nn.Module, batch: dict[str, torch.Tensor], cublas_workspace_bytes: int) -> None:
-    """Record what is there before the first step."""
+def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
+    """Record what exists before the first step: weights, batch, cuBLAS's workspaces."""
     recorder.enter_phase("load")
+    model, workspace_bytes = probed.model, probed.config.cublas_workspace_bytes
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *state_tensors(model)]:
         allocation = recorder.allocated(tensor, "load")
         allocation.module = name
         allocation.category = "trained" if tensor.requires_grad else "weights"
-    for name, tensor in batch.items():
+    for name, tensor in probed.batch.items():
         allocation = recorder.allocated(tensor, "load")
         allocation.module, allocation.category = name, "batch"
-    for thread in ("forward", "backward") if cublas_workspace_bytes else ():
-        recorder.reserve(cublas_workspace_bytes, f"cuBLAS, {thread}")
+    for thread in ("forward", "backward") if workspace_bytes else ():
+        recorder.reserve(workspace_bytes, f"cuBLAS, {thread}")
 
 
 def build_fake_model(
-    config: step.StepConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
+    config: ProbeConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
     """step.build_model's model, in training mode, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -188,50 +112,16 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return parameter
 
 
-@contextmanager
-def known_mask() -> Iterator[None]:
-    """transformers makes no attention mask for a batch without padding. It looks for padding in the data, which fake
-    tensors lack, so it is told what the worst case has: a single row is never padded, several are."""
-    with (
-        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        patch.object(masking_utils, "fast_all", lambda mask: len(mask) == 1),
-    ):
-        yield
-
-
-@contextmanager
-def known_length() -> Iterator[None]:
-    """generate asks after each token whether all answers have ended, which fake tensors cannot tell: they have after
-    the two of answer_worst_case."""
-    num_tokens = itertools.count()
-    with patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(num_tokens) < 2):
-        yield
-
-
-@contextmanager
-def known_quantization() -> Iterator[None]:
-    """DoRA asks for whole weights, and PEFT tells a quantized one by its class, which fake tensors lack."""
-
-    def weight_of(layer: nn.Module) -> torch.Tensor:
-        state = getattr(layer.weight, "quant_state", None)
-        return layer.weight if state is None else dequantize(layer.weight, state)
-
-    with patch.object(dora, "dequantize_module_weight", weight_of):
-        yield
-
-
 class PhaseHooks:
     """Tells a recorder where training_step is, and which storages turn out to be gradients and optimizer state."""
 
-    def __init__(
-        self, recorder: Recorder, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ):
-        self.recorder, self.optimizer = recorder, optimizer
-        watch_phases(accelerator, model, recorder.enter_phase)
-        for parameter in trained_parameters(model):
+    def __init__(self, recorder: Recorder, probed: ProbedStep) -> None:
+        self.recorder, self.optimizer = recorder, probed.optimizer
+        probed.watch_phases(recorder.enter_phase)
+        for parameter in trained_parameters(probed.model):
             parameter.register_post_accumulate_grad_hook(self._mark_gradient)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
 
     def _mark_gradient(self, parameter: torch.Tensor) -> None:
         self.recorder.find(parameter.grad).category = "gradients"

@@ -1,173 +1,132 @@
-"""Traces train.py's steps under DeepSpeed, for any number of processes, on one computer without a GPU.
+"""Trace train.py's step under DeepSpeed, for any number of processes, on one computer without a GPU.
 
-    trace = trace_deepspeed(StepConfig(model="mgm-2b", mixed_precision="bf16"), deepspeed_config, world_size=4)
-    trace.device.peak_bytes, trace.pinned.peak_bytes, trace.host.peak_bytes
+    record = trace_deepspeed(config, Strategy.from_config_file("accelerate_configs/zero3.yaml"))
+    record.device.peak_bytes, record.pinned.peak_bytes, record.host.peak_bytes
 
-Nothing here knows what ZeRO gathers, keeps, splits or frees: DeepSpeed's own engine runs, of the installed version and
-on the launch config's own values, over fake tensors. What it believes to see is made of three parts:
+ZeRO splits optimizer state, gradients and, in stage 3, weights among processes, and can keep them in host memory; what
+a layer needs is gathered just before it runs. Nothing here knows what ZeRO gathers, keeps, splits or frees: the
+installed DeepSpeed's own engine runs, on the launch config's own values. It runs against three substitutes:
 
 - PyTorch's fake process group: as many processes as wanted, and collectives that return at once;
-- a stand-in for DeepSpeed's accelerator, which says that there is one device;
-- fake tensors on two devices, `cpu:0` for the GPU and `cpu` for the host. They are told apart like a GPU and its host:
-  `.to` copies from one to the other, and what mixes them fails.
+- a stand-in for DeepSpeed's accelerator, which reports one device;
+- fake tensors on two devices, `cpu:0` for the GPU and `cpu` for the host. `.to` copies between them, and an operation
+  that mixes them fails, as it would with a GPU and its host.
 
-What is not seen: a GPU frees a gathered weight only when the stream that used it has got there (record_stream), so a
-real peak can lie above the prediction by what is released while the stream still works on it.
-One CPU process allocates what this says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's
-weights are gathered, allocated 0.0 to 6.4 % more in ten measured steps: gloo's threads let go of what they have sent
-when they get to it.
+Not seen: a GPU frees a gathered weight only when the stream that used it has got there (record_stream). So a real peak
+can lie above the prediction by what is freed while the stream still works on it. One CPU process allocates what this
+says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's weights are gathered, allocated 0.0 to
+6.4 % more in ten measured steps: gloo's threads free what they have sent when they get to it.
 """
 
-import sys
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import step
-from child_processes import process_pool
-from data.worst_case import with_few_micro_batches, worst_case_batch
+from data.worst_case import with_few_micro_batches
+from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.launch import launched
-from memory.placed import PlacedRecorder, PlacedTrace, split_by_place
+from memory.known import known_device, known_length, known_mask, known_quantization
+from memory.launch import in_fresh_process, launched
+from memory.placed import PlacedRecord, PlacedRecorder, split_by_place
+from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
+from memory.record import TraceError
 from memory.stand_in import STAND_IN_DEVICE, install_stand_in
-from memory.trace import (
-    adopt,
-    build_fake_model,
-    categorize,
-    known_length,
-    known_mask,
-    known_quantization,
-    random_states,
-)
-from memory.updates import accelerator_for, end_run, run_updates
-from utils import quiet_libraries
+from memory.strategy import Strategy
+from memory.trace import build_fake_model, categorize, random_states, record_loaded
 
 
-# DeepSpeed records the order of the modules in the first step and fetches ahead from the second one on, so that the
-# third is the first one like all others.
-NUM_UPDATES = 3
-
-
-def trace_deepspeed(
-    config: step.StepConfig,
-    deepspeed_config: dict[str, Any],
-    world_size: int = 1,
-    device_type: str = "cuda",
-    images_per_sample: int = 1,
-    cublas_workspace_bytes: int = 0,
-) -> PlacedTrace:
-    """Trace the updates of rank 0 in their steady state, on the worst case of a batch, in a process of its own.
-
-    Args:
-        config: the flags of a step.
-        deepspeed_config: what `deepspeed_config_file` holds, "auto" included.
-        world_size: processes, each with a device of its own.
-        device_type: what is predicted, `cuda` or `cpu`.
-        images_per_sample: of each row of the batch.
-        cublas_workspace_bytes: as in trace_training.
+def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
+    """Trace the updates of rank 0 in their steady state, on the largest batch that can come, in a fresh process.
 
     Raises:
         TraceError: the step does something whose memory depends on data.
         ValueError: DeepSpeed or the batch refuses the configuration.
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
-    with launched(deepspeed_config, world_size):
-        with process_pool() as pool:  # DeepSpeed, accelerate and torch.distributed keep global state
-            settings = (world_size, device_type, images_per_sample, cublas_workspace_bytes)
-            return pool.submit(_trace, config, *settings).result()
+    # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
+    deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
+    with launched(deepspeed_config, strategy.world_size):
+        return in_fresh_process(trace_this_process, config, strategy.world_size)
 
 
-def _trace(config: step.StepConfig, *settings: Any) -> PlacedTrace:
-    quiet_libraries()
-    with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and a script's last line on stdout is its result
-        try:
-            return _trace_in_this_process(config, *settings)
-        except (ValueError, RuntimeError) as error:  # those of libraries do not survive the way to another process
-            plain_type = ValueError if isinstance(error, ValueError) else RuntimeError
-            raise plain_type(str(error)) from None
-
-
-def _trace_in_this_process(
-    config: step.StepConfig, world_size: int, device_type: str, images_per_sample: int, cublas_workspace_bytes: int
-) -> PlacedTrace:
+def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     config = with_few_micro_batches(config)
-    device = STAND_IN_DEVICE[device_type]
+    device = STAND_IN_DEVICE[config.device]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)
     model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
     # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
     model._apply = lambda fn, recurse=True: model
-    recorder = PlacedRecorder(model, device, WORKSPACES[device_type], BLOCK_BYTES[device_type])
+    recorder = PlacedRecorder(model, device, WORKSPACES[config.device], BLOCK_BYTES[config.device])
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
-    accelerator = accelerator_for(config)
-    with fake_mode, kernels_of(device_type), random_states(recorder, device_type):
-        batch = worst_case_batch(model.config, config, images_per_sample)
-        batch = send_to_device(batch, device)
-        adopt(recorder, model, batch, cublas_workspace_bytes)
-        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
+    accelerator = launched_accelerator(config)
+    with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
+        probed = ProbedStep.build(config, accelerator, model, device)
+        record_loaded(recorder, probed)
         with recorder, known_quantization():
-            engine, optimizer = prepare(recorder, accelerator, model, optimizer, device_type)
-            page_lock_tied(recorder, model)
+            prepare(recorder, probed)
+            pin_tied(recorder, model, splits_weights(probed.model))
             num_events_before_steps = len(recorder.record.events)
             with nullcontext() if config.packing else known_mask():
-                run_updates(accelerator, engine, optimizer, batch, config, NUM_UPDATES)
-            with known_mask(), known_length(), made_on_their_device():
-                end_run(accelerator, engine, config, images_per_sample, device, recorder.enter_phase)
+                probed.run_updates(DEEPSPEED_UPDATES)
+            with known_mask(), known_length(), known_device():
+                probed.end_run(recorder.enter_phase)
     categorize(recorder.record, model)
-    return split_by_place(recorder, num_events_before_steps, is_split=hasattr(engine.optimizer, "parameter_offload"))
+    return split_by_place(recorder, num_events_before_steps, splits_weights(probed.model))
 
 
-@contextmanager
-def made_on_their_device() -> Iterator[None]:
-    """torch.tensor forgets a fake device's index: what is asked for on `cpu:0` comes on `cpu`, the host. transformers'
-    key-value cache begins with such a tensor."""
-    make = torch.tensor
-
-    def tensor(*args: Any, device: torch.device | str | None = None, **kwargs: Any) -> torch.Tensor:
-        made = make(*args, **kwargs)
-        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
-
-    with patch.object(torch, "tensor", tensor):
-        yield
-
-
-def prepare(
-    recorder: PlacedRecorder,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    device_type: str,
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """accelerator.prepare, with the engine's phases and purposes told to the recorder."""
+def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
+    """accelerator.prepare; the recorder is told the engine's phases and what its tensors are for."""
     recorder.counters_are_known = True
     with _purpose(recorder, "optimizer"):
-        engine, optimizer = accelerator.prepare(model, optimizer)
-    zero = engine.optimizer
-    if device_type == "cuda" and not getattr(zero, "offload_optimizer", False):
-        use_foreach(zero.optimizer)
-    zero.optimizer.register_step_post_hook(lambda *_: _name_optimizer_state(recorder, zero.optimizer))
+        probed.prepare()
+    engine = probed.model
+    zero, is_stage_3 = engine.optimizer, splits_weights(engine)
+    optimizer = private(zero, "optimizer")
+    if probed.config.device == "cuda" and not (is_stage_3 and private(zero, "offload_optimizer")):
+        use_foreach(optimizer)
+    optimizer.register_step_post_hook(lambda *_: _name_optimizer_state(recorder, optimizer))
     _name_what_stays(recorder, engine)
     _tell_phases(recorder, engine)
-    if hasattr(zero, "parameter_offload"):
-        _tell_purpose(recorder, zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "weights")
+    if is_stage_3:
+        coordinator = private(zero, "parameter_offload").get_param_coordinator()
+        _tell_purpose(recorder, coordinator, "fetch_sub_module", "weights")
         _tell_purpose(recorder, zero, "_post_step", "weights")
-    return engine, optimizer
 
 
-def page_lock_tied(recorder: PlacedRecorder, model: nn.Module) -> None:
-    """`zero3_init_flag` makes a weight that will be tied like any other: its part is page-locked by the time the model
-    gives it up for the one that it is tied to. PyTorch keeps the block, of MGM-2B's head 1 GiB."""
+def splits_weights(engine: nn.Module) -> bool:
+    """Whether the engine is ZeRO's stage 3."""
+    return engine.zero_optimization_partition_weights()
+
+
+def private(owner: object, name: str) -> Any:
+    """An attribute of DeepSpeed's that is not documented; tests/test_private_apis.py lists each.
+
+    Raises:
+        TraceError: this version of DeepSpeed does not have it.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        what = f"{type(owner).__name__}.{name}, which a prediction needs"
+        raise TraceError(f"DeepSpeed {version('deepspeed')} has no {what}") from None
+
+
+def pin_tied(recorder: PlacedRecorder, model: nn.Module, is_split: bool) -> None:
+    """`zero3_init_flag` makes a weight that will be tied like any other: its part is pinned before the model drops it
+    for the weight that it is tied to. PyTorch keeps the block: 1 GiB for MGM-2B's head."""
+    if not is_split:
+        return
     names = {name for name, _ in model.named_parameters()}  # a tied weight is here under its first name alone
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        part = getattr(parameter, "ds_tensor", None)
-        if name not in names and part is not None and recorder.places.get(recorder.find(part)) == "pinned":
+        part = private(parameter, "ds_tensor")
+        if name not in names and recorder.places.get(recorder.find(part)) == "pinned":
             with _purpose(recorder, "weights"):
                 recorder.note_pinned(part.clone())
 
@@ -199,7 +158,7 @@ def _purpose(recorder: PlacedRecorder, purpose: str) -> Iterator[None]:
 
 
 def _tell_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: str) -> None:
-    function = getattr(owner, name)
+    function = private(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _purpose(recorder, purpose):
@@ -210,14 +169,15 @@ def _tell_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: s
 
 def _name_what_stays(recorder: PlacedRecorder, engine: nn.Module) -> None:
     """The categories of what DeepSpeed has made before the first step: by default it is the optimizer's."""
-    zero = engine.optimizer
+    zero, is_stage_3 = engine.optimizer, splits_weights(engine)
     for parameter in engine.module.parameters():
         category = "trained" if parameter.requires_grad else "weights"
-        _name(recorder, category, [parameter, getattr(parameter, "ds_tensor", None)])
-    _name(recorder, "gradients", [getattr(zero, "grad_partitions_flat_buffer", None)])
-    _name(recorder, "gradients", [master.grad for master in getattr(zero, "fp32_partitioned_groups_flat", [])])
-    buckets = getattr(zero, "ipg_buckets", {}).values()
-    _name(recorder, "communication", [getattr(bucket, "buffer", None) for bucket in buckets])
+        _name(recorder, category, [parameter, private(parameter, "ds_tensor")] if is_stage_3 else [parameter])
+    if is_stage_3:
+        _name(recorder, "gradients", [private(zero, "grad_partitions_flat_buffer")])
+        _name(recorder, "gradients", [master.grad for master in private(zero, "fp32_partitioned_groups_flat")])
+    buckets = private(zero, "ipg_buckets").values()
+    _name(recorder, "communication", [private(bucket, "buffer") for bucket in buckets])
 
 
 def _name_optimizer_state(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:

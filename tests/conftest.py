@@ -24,6 +24,7 @@ from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.patch_info_mining import MGMPatchInfoMining
 from mgm.processing_mgm import MGMProcessor
 from models.loading import load_model, load_processor
+from step import StepConfig, build_model
 
 
 # Softmax does not feel what is added to all of a row's products. A bias of the keys adds that, where positions do not
@@ -146,10 +147,10 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
     """A step of train.py's model on text: called with StepConfig's flags it returns the loss and all gradients."""
 
-    def step(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
-        config = step.StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
+    def run(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
+        config = StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
         torch.manual_seed(0)
-        model = step.build_model(config, is_deepspeed=False).train()
+        model = build_model(config, is_deepspeed=False).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, and then so are most gradients
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -162,7 +163,7 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
         gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {"loss": loss.detach()} | gradients
 
-    return step
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

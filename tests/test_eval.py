@@ -15,12 +15,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 
-import eval as evaluation
 from data.demo import ensure_demo
 from eval import EvalConfig, main
 from evaluation import answer as answering
 from evaluation.answer import answer_batches
-from evaluation.held_out import HeldOut, evaluate
+from evaluation.held_out import HeldOut, evaluate, exact_match
 from evaluation.tasks import conversations
 from models.generation import Answer, generate_answers, prompt_inputs
 from models.loading import load_model, load_processor
@@ -336,13 +335,13 @@ def test_evaluate_for_training(accelerator):
     assert model.training
     assert [prediction.index for prediction in predictions] == list(range(6))
     assert [prediction.id for prediction in predictions] == dataset.records["id"][:6]
-    assert evaluation.exact_match(predictions) == sum(p.is_exact for p in predictions) / 6
+    assert exact_match(predictions) == sum(p.is_exact for p in predictions) / 6
 
 
 def test_nothing_held_out(accelerator, capfd):
     """No progress bar of nothing."""
     held_out = HeldOut.of(None, load_processor(MODEL), batch_size=4)
-    assert evaluation.evaluate(accelerator, torch.nn.Linear(1, 1), load_processor(MODEL), held_out) == []
+    assert evaluate(accelerator, torch.nn.Linear(1, 1), load_processor(MODEL), held_out) == []
     assert "Answering" not in capfd.readouterr().err
 
 
@@ -389,9 +388,9 @@ def test_long_answers_are_not_cut(accelerator, tiny_model):
         return output
 
     model.lm_head.register_forward_hook(dictated)
-    (first, second) = evaluation.evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, batch_size=2))
+    (first, second) = evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, batch_size=2))
     assert first.prediction == second.prediction == reply and first.is_exact and not first.is_cut
-    (cut, _) = evaluation.evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, 2, max_new_tokens=32))
+    (cut, _) = evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, 2, max_new_tokens=32))
     assert cut.is_cut and not cut.is_exact
 
 

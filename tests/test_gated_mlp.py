@@ -13,9 +13,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import step
 from layers.recompute_activation import GatedActivation, recompute_activations
-from memory.trace import trace_training
+from memory.config import ProbeConfig
+from memory.trace import trace_single
 from models.loading import load_model
-from step import StepConfig
 
 
 class Layer(GradientCheckpointingLayer):
@@ -94,7 +94,9 @@ def test_a_second_backward_pass_is_refused():
 
 def test_a_quarter_less_is_kept(monkeypatch):
     """A layer keeps two wide tensors in place of three, and its backward pass needs fewer at a time."""
-    config = StepConfig(
+    config = ProbeConfig(
+        mode="predict",
+        device="cpu",
         model="tiny",
         mixed_precision="no",
         gradient_checkpointing=False,
@@ -102,9 +104,9 @@ def test_a_quarter_less_is_kept(monkeypatch):
         lora_dropout=0.0,
         per_device_train_batch_size=32,
     )
-    traces = [trace_training(config, "cpu")]
+    traces = [trace_single(config)]
     monkeypatch.setattr(step, "recompute_activations", lambda model: None)
-    traces.append(trace_training(config, "cpu"))
+    traces.append(trace_single(config))
     slim, plain = (trace.peak_bytes for trace in traces)
     text_config = load_model("tiny", torch.float32, "sdpa").config.text_config
     wide_bytes = 4 * 400 * config.per_device_train_batch_size * text_config.intermediate_size

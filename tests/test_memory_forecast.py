@@ -1,7 +1,6 @@
 """The prediction in a process beside a run: what it is asked, what comes back, and that it harms nothing."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,4 +136,3 @@ def test_constants_of_a_card(name, capability, key):
 def test_step_flags_are_the_steps_alone():
     """TrainConfig's and the environment's have no place in them."""
     assert "output_dir" not in step_flags() and step_flags()["lora_r"] == 4
-    assert os.path.isfile(memory_forecast.PROBE)

@@ -13,21 +13,28 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import get_scheduler
 
-import step
-from data.worst_case import longest_row, worst_case_batch
+from data.worst_case import longest_row
+from memory.config import ProbeConfig
 from memory.cpu_profile import bytes_in_use
-from memory.measure_cpu import measure_on_cpu
-from memory.trace import trace_training
-from memory.updates import probe_accelerator
+from memory.measure_cpu import measure_single
+from memory.probed_step import ProbedStep, local_accelerator
+from memory.trace import trace_single
 from training import run_memory as memory_run
 from training.forecast import Row
 from training.run_memory import RunMemory
 
 
 ROOT = Path(__file__).parent.parent
-STEP = {"model": "tiny", "per_device_train_batch_size": 2, "lora_r": 4, "max_seq_len": 60, "mixed_precision": "no"}
+STEP = {
+    "mode": "predict",
+    "device": "cpu",
+    "model": "tiny",
+    "per_device_train_batch_size": 2,
+    "lora_r": 4,
+    "max_seq_len": 60,
+    "mixed_precision": "no",
+}
 
 
 class StandInForecast:
@@ -44,20 +51,18 @@ class StandInForecast:
         self.problem = None if self.result else "the run ended before it was computed"
 
 
-def run(config: step.StepConfig, folder: Path, num_updates: int, result: dict | None, forecast: bool = True) -> dict:
+def run(config: ProbeConfig, folder: Path, num_updates: int, result: dict | None, forecast: bool = True) -> dict:
     """A few real updates on the worst case of a batch, the forecast coming after the first."""
-    with probe_accelerator(config) as accelerator:
-        model = step.build_model(config, is_deepspeed=False).train()
-        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
-        batch = worst_case_batch(model.config, config, 1)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        scheduler = get_scheduler("constant", optimizer)
+    with local_accelerator(config) as accelerator:
+        probed = ProbedStep.build(config, accelerator)
+        probed.prepare()
         with SummaryWriter(str(folder)) as writer:
-            memory = RunMemory(accelerator, config.step_flags, model, optimizer, Row(60, 1), writer, forecast)
+            memory = RunMemory(
+                accelerator, config.step_flags, probed.model, probed.optimizer, Row(60, 1), writer, forecast
+            )
             for update in range(num_updates * config.gradient_accumulation_steps):
-                with accelerator.accumulate(model):
-                    step.training_step(accelerator, model, optimizer, scheduler, batch, 100, config.max_grad_norm)
-                memory.micro_batch(batch)
+                probed.micro_batch()
+                memory.micro_batch(probed.batch)
                 memory.log(update + 1)
                 if forecast:
                     memory.forecast.result = result
@@ -74,12 +79,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, capsys, accumulation):
     """The second update's last micro-batch: within 0.1 % of what memory_probe.py measures of that batch. What can be
     looked up is, to the byte, what is predicted; the predicted lines begin at step 0."""
-    config = step.StepConfig(**STEP, gradient_accumulation_steps=accumulation)
-    trace = trace_training(config, "cpu")
+    config = ProbeConfig(**STEP, gradient_accumulation_steps=accumulation)
+    trace = trace_single(config)
     predicted = {"peak_allocated_bytes": trace.peak_bytes, "breakdown": trace.breakdown(), "host_bytes": 1}
     others_bytes = bytes_in_use(nn.Identity())  # what other tests have left behind: a run's process has no such thing
     got = run(config, tmp_path, 3, predicted)
-    expected = measure_on_cpu(config, 1).peak_bytes
+    expected = measure_single(config)
     assert got["measured_peak_allocated_bytes"] - others_bytes == pytest.approx(expected, rel=1e-3)
     assert got["error"] == got["predicted_peak_allocated_bytes"] / got["measured_peak_allocated_bytes"] - 1
     for name in ("weights", "trained", "optimizer"):
@@ -100,7 +105,7 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
 
 def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
     """No prediction in time and a single update: one line says both, and run.json has nulls."""
-    got = run(step.StepConfig(**STEP), tmp_path, 1, None)
+    got = run(ProbeConfig(**STEP), tmp_path, 1, None)
     assert got["predicted_peak_allocated_bytes"] is got["measured_peak_allocated_bytes"] is got["error"] is None
     line = capsys.readouterr().out.splitlines()[-1]
     assert "no prediction (the run ended before it was computed), nothing measured" in line
@@ -110,7 +115,7 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
 def test_without_a_forecast(monkeypatch, tmp_path, capsys):
     """--forecast false: no process is started, and the line says why nothing is predicted."""
     monkeypatch.setattr(memory_run, "Forecast", lambda *_: pytest.fail("a process was started"))
-    got = run(step.StepConfig(**STEP), tmp_path, 2, None, forecast=False)
+    got = run(ProbeConfig(**STEP), tmp_path, 2, None, forecast=False)
     assert got["problem"] == "--forecast false" and got["measured_peak_allocated_bytes"]
     assert "no prediction (--forecast false), measured 0." in capsys.readouterr().out.splitlines()[-1]
 

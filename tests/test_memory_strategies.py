@@ -12,15 +12,16 @@ import torch
 import step
 from memory import measure_cpu as memory_measure_cpu
 from memory import measure_gpu as memory_measure_gpu
+from memory.config import ProbeConfig
 from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets
 from memory.host import host_breakdown, pinned_blocks_bytes
 from memory.launch import launched
-from memory.measure_cpu import measure_strategy
-from memory.placed import PlacedTrace
+from memory.measure_cpu import measure_cpu
+from memory.placed import PlacedRecord
 from memory.predict import trace_strategy
 from memory.record import Allocation, Record
 from memory.strategy import Strategy
-from step import StepConfig, build_model
+from step import build_model
 from utils import ALLOCATOR_VARIABLE, UserError
 
 
@@ -28,9 +29,9 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 MIB = 2**20
 
 
-def tiny_config(**flags: object) -> StepConfig:
-    defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
-    return StepConfig(**(defaults | {"lora_r": 8} | flags))
+def tiny_config(**flags: object) -> ProbeConfig:
+    defaults = {"model": "tiny", "mixed_precision": "no", "max_seq_len": 48, "lora_r": 8}
+    return ProbeConfig(mode="predict", **(defaults | flags))
 
 
 def small_buckets(strategy: Strategy) -> Strategy:
@@ -50,7 +51,7 @@ def small_buckets(strategy: Strategy) -> Strategy:
 
 
 @functools.cache
-def traced(name: str, offload: str = "none", world_size: int = 1, lora_r: int = 8) -> PlacedTrace:
+def traced(name: str, offload: str = "none", world_size: int = 1, lora_r: int = 8) -> PlacedRecord:
     """The trace of a tiny run on GPUs. Tests only read it, so that they can share it."""
     strategy = small_buckets(Strategy.from_flags(name, offload, world_size))
     return trace_strategy(tiny_config(lora_r=lora_r), strategy)
@@ -66,7 +67,7 @@ def parameter_bytes(lora_r: int = 8) -> dict[bool, int]:
     return sums
 
 
-def host_bytes(trace: PlacedTrace) -> int:
+def host_bytes(trace: PlacedRecord) -> int:
     return trace.pinned.peak_bytes + trace.host.peak_bytes
 
 
@@ -158,13 +159,13 @@ def test_ddp_adds_the_trained_parameters_once_more() -> None:
     single, ddp = traced("single").device, traced("ddp").device
     assert ddp.peak_bytes - single.peak_bytes == parameter_bytes()[True]
     assert ddp.breakdown()["communication"] == parameter_bytes()[True]
-    for nbytes, allocation in ddp.record.events:
+    for nbytes, allocation in ddp.events:
         at = allocation.start if nbytes > 0 else allocation.end
-        assert nbytes == 0 or ddp.record.events[at] == (nbytes, allocation)
+        assert nbytes == 0 or ddp.events[at] == (nbytes, allocation)
 
 
 def test_ddp_leaves_the_given_record_alone() -> None:
-    record = traced("single").device.record
+    record = traced("single").device
     before = [(nbytes, a.start, a.end) for nbytes, a in record.events]
     with_ddp_buckets(record)
     assert [(nbytes, a.start, a.end) for nbytes, a in record.events] == before
@@ -176,7 +177,7 @@ def test_offload_moves_bytes_from_the_device_to_the_host() -> None:
     traces = [traced("zero3", offload) for offload in ("none", "optimizer", "param")]
     device = [trace.device.peak_bytes for trace in traces]
     assert device[0] > device[1] > device[2]
-    assert traces[0].pinned.record.events == []
+    assert traces[0].pinned.events == []
     assert host_bytes(traces[1]) < host_bytes(traces[2])
     # The persistent device share of the weights goes down by what the host gains.
     assert traces[2].pinned.breakdown()["weights"] > parameter_bytes()[False] * 0.9
@@ -203,7 +204,7 @@ def test_processes_share_what_stage_3_splits() -> None:
 @pytest.mark.slow
 def test_a_tied_heads_block_is_kept() -> None:
     """The head is page-locked beside the embedding that it will be tied to; only the embedding's part stays."""
-    record = traced("zero3", "param").pinned.record
+    record = traced("zero3", "param").pinned
     embedding = max(allocation.nbytes for nbytes, allocation in record.events if allocation.category == "weights")
     copies = [allocation for nbytes, allocation in record.events if nbytes == embedding]
     assert [allocation.end is None for allocation in copies] == [True, False]
@@ -226,7 +227,7 @@ def test_host_breakdown_counts_processes_and_workers() -> None:
     assert min(one.values()) > 0 and {"weights", "optimizer", "workers", "batches", "process"} <= one.keys()
     more = host_breakdown(trace, num_workers=3)
     assert {key for key in one if more[key] != one[key]} == {"workers", "batches"}
-    assert sum(one.values()) >= pinned_blocks_bytes(trace.pinned.record) + trace.host.peak_bytes
+    assert sum(one.values()) >= pinned_blocks_bytes(trace.pinned) + trace.host.peak_bytes
 
 
 class Built(Exception):
@@ -236,8 +237,8 @@ class Built(Exception):
 @pytest.mark.parametrize(
     "measure_here",
     [
-        lambda config: memory_measure_cpu._measure(config, rank=0, world_size=1, images_per_sample=1),
-        lambda config: memory_measure_gpu.measure_in_this_process(config, images_per_sample=1, limit_bytes=None),
+        memory_measure_cpu.measure_rank,
+        memory_measure_gpu.measure_this_process,
     ],
     ids=["strategy", "gpu"],
 )
@@ -247,8 +248,8 @@ def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatc
     for name in ("RANK", "LOCAL_RANK", ALLOCATOR_VARIABLE):  # what is measured in a process of its own sets them
         monkeypatch.setenv(name, "0")
 
-    def build(config: StepConfig) -> None:
-        raise Built(config.gradient_accumulation_steps)
+    def build(mixed_precision: str, micro_batch_size: int, gradient_accumulation_steps: int, *_: object) -> None:
+        raise Built(gradient_accumulation_steps)
 
     monkeypatch.setattr(step, "build_accelerator", build)
     for given, expected in ((1, 1), (2, 2), (128, 2)):
@@ -282,10 +283,13 @@ def test_every_launch_takes_a_free_port() -> None:
 def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, flags: dict) -> None:
     """Device and host bytes together, within 0.1 % of what the same steps allocate under real DeepSpeed or DDP on the
     CPU."""
-    strategy, config = small_buckets(Strategy.from_flags(name, offload, world_size)), tiny_config(**flags)
-    predicted_bytes = trace_strategy(config, strategy, "cpu").device.peak_bytes
+    strategy, config = (
+        small_buckets(Strategy.from_flags(name, offload, world_size)),
+        tiny_config(device="cpu", **flags),
+    )
+    predicted_bytes = trace_strategy(config, strategy).device.peak_bytes
     for attempt in range(3):  # on a busy machine single measurements came out up to a tenth lower
-        measured_bytes = measure_strategy(config, strategy)
+        measured_bytes = measure_cpu(config, strategy)
         if attempt == 2 or predicted_bytes == pytest.approx(measured_bytes, rel=1e-3):
             break
     assert predicted_bytes == pytest.approx(measured_bytes, rel=1e-3)

@@ -16,39 +16,40 @@ from torch.profiler import ProfilerActivity, profile
 
 from layers.quantization import quantize_linear, state_tensors
 from memory.allocator import replay_events
+from memory.config import ProbeConfig
 from memory.cpu_profile import memory_events, rise
 from memory.kernels import WORKSPACES, kernels_of
-from memory.measure_cpu import measure_on_cpu, measure_training
-from memory.record import Recorder, TraceError
-from memory.trace import Trace, fake_model, trace_training
-from step import StepConfig
+from memory.measure_cpu import measure_cpu, measure_single
+from memory.record import Record, TraceError
+from memory.recorder import Recorder
+from memory.trace import fake_model, trace_single
 
 
 TINY_LORA = {"q_proj": 128 + 128, "v_proj": 128 + 32, "o_proj": 128 + 128}  # inputs + outputs, for each unit of rank
 
 
-def tiny_config(**flags: object) -> StepConfig:
-    defaults = {"model": "tiny", "mixed_precision": "no", "per_device_train_batch_size": 1, "max_seq_len": 48}
-    return StepConfig(**(defaults | {"lora_r": 8} | flags))
+def tiny_config(device: str = "cpu", **flags: object) -> ProbeConfig:
+    defaults = {"model": "tiny", "mixed_precision": "no", "max_seq_len": 48, "lora_r": 8}
+    return ProbeConfig(mode="predict", device=device, **(defaults | flags))
 
 
 @functools.cache
-def traced(device_type: str, **flags: object) -> Trace:
+def traced(device: str, **flags: object) -> Record:
     """The trace of a tiny run with one image a row. Tests only read it, so that they can share it."""
-    return trace_training(tiny_config(**flags), device_type)
+    return trace_single(tiny_config(device, **flags))
 
 
-def started(trace: Trace, **attributes: object) -> list:
+def started(trace: Record, **attributes: object) -> list:
     """The allocations of a trace whose attributes have these values."""
-    allocations = [allocation for nbytes, allocation in trace.record.events if nbytes > 0]
+    allocations = [allocation for nbytes, allocation in trace.events if nbytes > 0]
     return [a for a in allocations if all(getattr(a, key) == value for key, value in attributes.items())]
 
 
 def test_prediction_is_what_the_allocator_does() -> None:
     """LoRA, checkpointing, sdpa, two rows with an image each: within 0.01 % of the profiler's memory events."""
     config = tiny_config(per_device_train_batch_size=2)
-    measured_bytes = measure_on_cpu(config, images_per_sample=1).peak_bytes
-    assert trace_training(config, "cpu").peak_bytes == pytest.approx(measured_bytes, rel=1e-4)
+    measured_bytes = measure_single(config)
+    assert trace_single(config).peak_bytes == pytest.approx(measured_bytes, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -71,9 +72,9 @@ def test_prediction_is_what_the_allocator_does() -> None:
 def test_prediction_of_every_kind_of_run(images: int, flags: dict) -> None:
     """With and without images, eager, full fine-tuning, accumulation, DoRA, 4-bit weights, packing: within 0.02 % of a
     fresh process."""
-    config = tiny_config(**flags)
-    measured_bytes = measure_training(config, images).peak_bytes
-    assert trace_training(config, "cpu", images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
+    config = tiny_config(images_per_sample=images, **flags)
+    measured_bytes = measure_cpu(config, config.launch)
+    assert trace_single(config).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
 
 
 def test_breakdown_adds_up_and_holds_what_is_known() -> None:
@@ -110,8 +111,8 @@ def test_cuda_steps_all_parameters_at_once() -> None:
     for device_type in ("cpu", "cuda"):
         trace = traced(device_type, lora_r=0)
         trained = sum(a.nbytes for a in started(trace, category="trained"))
-        in_step = [a.phase == "step" and a.category == "temporaries" for _, a in trace.record.events]
-        sizes = [nbytes for (nbytes, _), counts in zip(trace.record.events, in_step, strict=True) if counts]
+        in_step = [a.phase == "step" and a.category == "temporaries" for _, a in trace.events]
+        sizes = [nbytes for (nbytes, _), counts in zip(trace.events, in_step, strict=True) if counts]
         temporary_bytes[device_type] = max(itertools.accumulate(sizes))
     assert temporary_bytes["cpu"] < 0.5 * trained <= trained <= temporary_bytes["cuda"]
 
@@ -184,22 +185,21 @@ def test_attention_kernel_of_cuda(dtype: str, rows: int, expected: str) -> None:
 
 def test_fp16_takes_as_much_as_bf16() -> None:
     """Both are two bytes; the fake run must not ask for the GPU that fp16 training needs."""
-    config = tiny_config(mixed_precision="bf16")
-    config.mixed_precision = "fp16"  # as a flag it is refused where there is no GPU
-    assert trace_training(config, "cuda").peak_bytes == traced("cuda", mixed_precision="bf16").peak_bytes
+    config = tiny_config("cuda", mixed_precision="fp16")
+    assert trace_single(config).peak_bytes == traced("cuda", mixed_precision="bf16").peak_bytes
 
 
 def test_folder_is_not_read_for_weights(tmp_path: Path) -> None:
     """A folder with nothing but the config gives the prediction."""
     shutil.copy("data/tiny_mgm/config.json", tmp_path)
-    assert trace_training(tiny_config(model=str(tmp_path)), "cpu").peak_bytes > 2**20
+    assert trace_single(tiny_config(model=str(tmp_path))).peak_bytes > 2**20
 
 
 def test_the_callers_accelerator_is_left_alone() -> None:
     """Accelerate's state is shared by all accelerators of a process: a trace in another precision lets it be."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=7)
-    trace_training(tiny_config(mixed_precision="bf16"), "cuda")
+    trace_single(tiny_config("cuda", mixed_precision="bf16"))
     assert accelerator.mixed_precision == AcceleratorState().mixed_precision == "no"
     assert accelerator.gradient_accumulation_steps == 7
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -273,15 +273,15 @@ def test_what_depends_on_data_is_an_error(operation: object, op: str) -> None:
 
 def test_images_must_fit_the_row() -> None:
     """The tiny model's image takes 16 positions: three fit 48, four do not."""
-    trace_training(tiny_config(), "cpu", images_per_sample=3)
+    trace_single(tiny_config(images_per_sample=3))
     with pytest.raises(ValueError, match="4 images take 64 positions, but max_seq_len is 48"):
-        trace_training(tiny_config(), "cpu", images_per_sample=4)
+        trace_single(tiny_config(images_per_sample=4))
 
 
 def test_replay_of_a_trace() -> None:
     """The allocator's peak is the trace's, rounded up: at most 512 bytes a tensor more, and 1 MiB a large block."""
     trace = traced("cuda", mixed_precision="bf16")
-    replay = replay_events(trace.record.events)
+    replay = replay_events(trace.events)
     num_alive = len(trace.alive_at(trace.peak_index))
     assert trace.peak_bytes <= replay.peak_allocated_bytes < trace.peak_bytes + 512 * num_alive + 8 * 2**20
     assert replay.peak_reserved_bytes >= replay.peak_allocated_bytes
@@ -332,11 +332,11 @@ def test_4_bit_layers_make_their_weights_anew() -> None:
 def test_mgm_2b_in_4_bits() -> None:
     """By hand: 1,981,808,640 weights in the language model's layers, half a byte each, a byte for 64 and 4 bytes for
     16,384 of them; two tables of 64 and 1024 bytes for each of 126 layers; the rest of MGM-2B in bf16."""
-    config = StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, quantize="nf4")
+    config = ProbeConfig(model="mgm-2b", mode="predict", quantize="nf4")
     packed = 18 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16384)
     expected = packed // 2 + packed // 64 + 4 * packed // 64 // 256 + 126 * (64 + 1024)
     expected += 2 * (3_019_166_144 - packed)
-    assert trace_training(config, "cuda").breakdown()["weights"] == pytest.approx(expected, rel=1e-3)
+    assert trace_single(config).breakdown()["weights"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -344,10 +344,10 @@ def test_mgm_2b() -> None:
     """MGM-2B, LoRA r=16 in bf16, 2048 tokens. By hand: the 3,019,166,144 parameters in bf16; in fp32 3,022,848 of
     LoRA, 13,259,008 of projector and mining; the loss's backward has 2048 x 256,000 logits three times in fp32.
     Without them the step takes half."""
-    config = StepConfig(model="mgm-2b", mixed_precision="bf16", per_device_train_batch_size=1, loss="full")
-    trace = trace_training(config, "cuda")
+    config = ProbeConfig(model="mgm-2b", mode="predict", loss="full")
+    trace = trace_single(config)
     breakdown = trace.breakdown()
     assert breakdown["trained"] == pytest.approx(4 * (3_022_848 + 13_259_008), rel=1e-4)  # blocks of 512 bytes
     assert breakdown["weights"] == pytest.approx(2 * 3_019_166_144, rel=1e-3)  # and a few buffers
     assert breakdown["loss"] == pytest.approx(3 * 4 * 2048 * 256_000, rel=1e-4)
-    assert trace_training(replace(config, loss="chunked"), "cuda").peak_bytes < 6.5 * 2**30 < trace.peak_bytes / 1.5
+    assert trace_single(replace(config, loss="chunked")).peak_bytes < 6.5 * 2**30 < trace.peak_bytes / 1.5

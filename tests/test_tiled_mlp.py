@@ -9,8 +9,12 @@ from conftest import assert_same_gradients
 from torch import nn
 
 from layers.tiled_mlp import tile_frozen_mlps, tiles
-from memory.trace import trace_training
-from step import StepConfig
+from memory.config import ProbeConfig
+from memory.trace import trace_single
+
+
+def cpu_config(**flags: object) -> ProbeConfig:
+    return ProbeConfig(mode="predict", device="cpu", model="tiny", mixed_precision="no", **flags)
 
 
 @pytest.fixture
@@ -67,10 +71,12 @@ def test_tiles_are_all_tokens_in_order():
 def test_tiling_lowers_the_predicted_peak():
     peaks = []
     for num_tiles in (1, 4):
-        config = StepConfig(
-            model="tiny", mixed_precision="no", mlp_tiles=num_tiles, max_seq_len=400, per_device_train_batch_size=8
+        config = cpu_config(
+            mlp_tiles=num_tiles,
+            max_seq_len=400,
+            per_device_train_batch_size=8,
         )
-        trace = trace_training(config, device_type="cpu")
+        trace = trace_single(config)
         peaks.append(max(total for total in trace.timeline()))
     assert peaks[1] < peaks[0]
 
@@ -87,8 +93,10 @@ def test_checkpointing_every_other_layer(step):
     assert set(seen_all.values()) == {2 * 3 * 21} and sorted(Counter(seen.values()).items()) == [(63, 2), (126, 2)]
     peaks = []
     for flags in ({}, {"checkpoint_every_n_layers": 2}, {"gradient_checkpointing": False}):
-        config = StepConfig(
-            model="tiny", mixed_precision="no", max_seq_len=300, per_device_train_batch_size=4, **flags
+        config = cpu_config(
+            max_seq_len=300,
+            per_device_train_batch_size=4,
+            **flags,
         )
-        peaks.append(trace_training(config, device_type="cpu").peak_bytes)
+        peaks.append(trace_single(config).peak_bytes)
     assert peaks[0] < peaks[1] < peaks[2]

@@ -14,9 +14,9 @@ from data.batching import TrainCollator
 from data.packing import PackedCollator
 from data.worst_case import worst_case_batch
 from memory.config import ProbeConfig
-from memory.measure_cpu import measure_training
+from memory.measure_cpu import measure_cpu
 from memory.predict import predict
-from memory.trace import trace_training
+from memory.trace import trace_single
 from mgm.configuration_mgm import PRESETS, hd
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.processing_mgm import MGMProcessor, build_processor
@@ -90,9 +90,9 @@ def test_packed_rows(preset, rows, processor):
 def test_hd_images_are_predicted_and_run(num_images, packing):
     """The prediction for a CPU is within 0.02 % of the profiler's memory events."""
     flags = {"model": "tiny-hd", "mixed_precision": "no", "max_seq_len": 250, "lora_r": 4}
-    config = StepConfig(**flags, per_device_train_batch_size=1, packing=packing)
-    measured_bytes = measure_training(config, num_images).peak_bytes
-    assert trace_training(config, "cpu", num_images).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
+    config = ProbeConfig(mode="predict", device="cpu", **flags, images_per_sample=num_images, packing=packing)
+    measured_bytes = measure_cpu(config, config.launch)
+    assert trace_single(config).peak_bytes == pytest.approx(measured_bytes, rel=2e-4)
 
 
 @pytest.mark.slow

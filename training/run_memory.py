@@ -17,12 +17,12 @@ from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
 from data.worst_case import Row
+from memory.categories import RESIDENT
 from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise
 from training.forecast import Forecast
 from utils import GIB, UserError
 
 
-CATEGORIES = ("weights", "trained", "gradients", "optimizer")  # of a breakdown: those that can be looked up in a run
 # TensorBoard's tags and memory_probe.py's keys. `host_bytes` are of all processes on one computer, workers included.
 FIGURES = {"peak_allocated_bytes": "peak_allocated_bytes", "host_bytes": "host_bytes"}
 GPU_FIGURES = {"reserved_bytes": "peak_reserved_bytes", "device_bytes": "device_bytes"}
@@ -161,7 +161,7 @@ def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def layout() -> dict[str, dict[str, list]]:
     """TensorBoard's tab of custom scalars: each measured line and its predicted one in a chart."""
     names = ["peak_allocated_bytes", *(["reserved_bytes"] if torch.cuda.is_available() else [])]
-    names += [f"{category}_bytes" for category in CATEGORIES]
+    names += [f"{category}_bytes" for category in RESIDENT]
     return {"memory": {name: ["Multiline", [f"memory/{name}", f"memory/predicted_{name}"]] for name in names}}
 
 

@@ -1,0 +1,140 @@
+"""The step that is predicted and measured: train.py's own, on the largest batch, and how a run ends after it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import get_scheduler
+
+import step
+from data.worst_case import with_few_micro_batches, worst_case_batch, worst_case_questions
+from memory.config import ProbeConfig
+from models.gather import gather_trained
+from models.generation import answer_worst_case
+
+
+# DeepSpeed records the order of the modules in the first update and fetches ahead from the second one on, so the third
+# is the first one like all others.
+DEEPSPEED_UPDATES = 3
+
+
+@dataclass
+class ProbedStep:
+    """train.py's model, optimizer and step on the largest batch that can come.
+
+    probed = ProbedStep.build(config, accelerator)
+    probed.prepare()
+    probed.run_updates()
+    probed.end_run()
+    """
+
+    config: ProbeConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, torch.Tensor]
+
+    @classmethod
+    def build(
+        cls,
+        config: ProbeConfig,
+        accelerator: Accelerator,
+        model: nn.Module | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "ProbedStep":
+        """`model`: one that is built already. `device`: where the batch lies.
+
+        Raises:
+            ValueError: the images need more positions than a row has.
+        """
+        if model is None:
+            model = step.build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
+        batch = worst_case_batch(model.config, config, config.images_per_sample)
+        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
+        return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device))
+
+    def prepare(self, **options: list[bool]) -> None:
+        """accelerator.prepare."""
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, **options)
+        self.scheduler = get_scheduler("constant", self.optimizer)
+
+    def micro_batch(self) -> None:
+        """The last one of an update includes the optimizer's step."""
+        with self.accelerator.accumulate(self.model):
+            step.training_step(
+                self.accelerator,
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.batch,
+                self.batch["labels"].numel(),
+                self.config.max_grad_norm,
+            )
+
+    def run_updates(self, num_updates: int = 2) -> None:
+        """The second update finds the optimizer's state in place."""
+        for _ in range(num_updates * self.accelerator.gradient_accumulation_steps):
+            self.micro_batch()
+
+    def end_run(self, enter_phase: Callable[[str], None] = lambda phase: None, copies_to_host: bool = True) -> None:
+        """What train.py does after the last update: copy what was trained to the host, and answer held-out questions.
+
+        `copies_to_host` False: the copies are left out, because the one device that is traced would have to hold them.
+        """
+        enter_phase("save")
+        if copies_to_host:
+            gather_trained(self.accelerator, self.model)
+        clear_device_cache()
+        if self.config.eval_samples:
+            enter_phase("evaluate")
+            model_config = self.accelerator.unwrap_model(self.model).config
+            questions = worst_case_questions(model_config, self.config, self.config.images_per_sample)
+            device = self.batch["input_ids"].device
+            answer_worst_case(self.accelerator, self.model, send_to_device(questions, device))
+
+    def watch_phases(self, enter_phase: Callable[[str], None]) -> None:
+        """Call `enter_phase` whenever the step goes on to `forward`, `backward` or `step`."""
+        self.model.register_forward_pre_hook(lambda *_: enter_phase("forward") if self.model.training else None)
+        backward = self.accelerator.backward
+
+        def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:
+            enter_phase("backward")
+            backward(loss, **kwargs)
+            enter_phase("step")
+
+        self.accelerator.backward = backward_with_phase
+
+
+@contextmanager
+def local_accelerator(config: ProbeConfig) -> Iterator[Accelerator]:
+    """An accelerator of one CPU process. Accelerators share their state; the caller's is put back at the end."""
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    saved = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield Accelerator(
+            cpu=True,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=with_few_micro_batches(config).gradient_accumulation_steps,
+        )
+    finally:
+        for state, before in zip(states, saved, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def launched_accelerator(config: ProbeConfig) -> Accelerator:
+    """The accelerator of a process that a launcher has started, with few micro-batches an update."""
+    return step.build_accelerator(
+        config.mixed_precision,
+        config.per_device_train_batch_size,
+        with_few_micro_batches(config).gradient_accumulation_steps,
+        config.max_grad_norm,
+    )
