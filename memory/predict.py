@@ -14,7 +14,6 @@ from memory.record import Record, TraceError
 from memory.strategy import Strategy
 from memory.trace import trace_single
 from memory.zero import trace_deepspeed
-from mgm.configuration_mgm import MGMConfig
 from models.loading import load_config
 from utils import UserError, allocator_settings, brief_error
 
@@ -44,8 +43,8 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
     except (AttributeError, TypeError, RuntimeError) as error:
-        if load_config(config.model).model_type == MGMConfig.model_type:
-            raise  # a mistake of ours: it keeps its traceback
+        if not type(load_config(config.model)).__module__.startswith("transformers."):
+            raise  # the model is ours, and so is the mistake: it keeps its traceback
         raise UserError(
             f"--model {config.model}: its training step cannot be traced ({brief_error(error)})"
         ) from error

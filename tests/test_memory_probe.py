@@ -114,7 +114,7 @@ def test_the_allocators_settings_are_the_runs(settings, expected, monkeypatch):
 def test_host_memory_counts_the_runs_workers(predicted):
     """A worker more, its memory and two batches more."""
     trace = trace_step(tiny_config())
-    batch = sum(nbytes for nbytes, a in trace.device.record.events if nbytes > 0 and a.category == "batch")
+    batch = sum(nbytes for nbytes, a in trace.device.events if nbytes > 0 and a.category == "batch")
     for num_workers in (0, 1, 5):
         host_bytes = summarize(trace, tiny_config(dataloader_num_workers=num_workers))["host_bytes"]
         assert host_bytes - predicted["host_bytes"] == (num_workers - 2) * (WORKER_BYTES + 2 * batch)

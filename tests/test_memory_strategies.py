@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import step
-from memory import measure_cpu as memory_measure_cpu
-from memory import measure_gpu as memory_measure_gpu
 from memory.config import ProbeConfig
 from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets
 from memory.host import host_breakdown, pinned_blocks_bytes
 from memory.launch import launched
-from memory.measure_cpu import measure_cpu
+from memory.measure_cpu import measure_cpu, measure_rank
+from memory.measure_gpu import measure_this_process
 from memory.placed import PlacedRecord
 from memory.predict import trace_strategy
 from memory.record import Allocation, Record
@@ -237,8 +236,8 @@ class Built(Exception):
 @pytest.mark.parametrize(
     "measure_here",
     [
-        memory_measure_cpu.measure_rank,
-        memory_measure_gpu.measure_this_process,
+        measure_rank,
+        measure_this_process,
     ],
     ids=["strategy", "gpu"],
 )
