@@ -252,8 +252,8 @@ def replay_events(
     expandable_segments: bool = False,
     release_before: Collection[int] = (),
 ) -> Replay:
-    """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones release what
-    it stands for.
+    """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones free
+    that allocation.
 
     Events of 0 bytes are passed over. Before the events `release_before` the cache is given back, as empty_cache does.
     The replay ends at the first request that `budget_bytes` cannot serve.

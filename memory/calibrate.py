@@ -1,8 +1,8 @@
-"""Measures what memory/gpus.py holds of a GPU: `python memory_probe.py --calibrate`, where that GPU is.
+"""Measure the constants of memory/gpus.py: `python memory_probe.py --calibrate`, on a machine with that GPU.
 
-What a process takes besides its tensors is what is left of the device's use when PyTorch's reserved memory is taken
-away: the CUDA context before the first kernel, and after a step of training the kernels and libraries that it loaded.
-The same step under DeepSpeed has NCCL's buffers too. Nothing else may use the GPU meanwhile.
+A process uses more of the device than PyTorch reserves: the CUDA context before the first kernel, and after a training
+step the kernels and libraries that it loaded. Under DeepSpeed NCCL's buffers come on top. Nothing else may use the GPU
+meanwhile.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def _measure(config: ProbeConfig, strategy_name: str) -> dict[str, Any]:
 
 
 def overheads(single: dict[str, int], parallel: dict[str, int]) -> dict[str, int]:
-    """What is left of the device's use, given measurements of one process without and with DeepSpeed."""
+    """What the device holds beyond PyTorch's reserve, from measurements of one process without and with DeepSpeed."""
     context_bytes = single["context_bytes"]
     besides = [run["device_bytes"] - run["peak_reserved_bytes"] - context_bytes for run in (single, parallel)]
     return {"context_bytes": context_bytes, "kernels_bytes": besides[0], "nccl_bytes": besides[1] - besides[0]}

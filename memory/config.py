@@ -1,4 +1,4 @@
-"""ProbeConfig: the flags of memory_probe.py, which are a step's and what is asked about it."""
+"""ProbeConfig: the flags of memory_probe.py, a step's and what is asked about it."""
 
 import math
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class ProbeConfig(StepConfig):
         self.world_size = self.world_size or 1
 
     def resolve_precision(self) -> str:
-        """A prediction for a GPU is not bound to what this machine can do: `auto` is then bf16."""
+        """A prediction for a GPU does not depend on this machine: `auto` is then bf16."""
         if self.device == "cuda" and self.mode == "predict":
             return "bf16" if self.mixed_precision == "auto" else self.mixed_precision
         return resolve_mixed_precision(self.mixed_precision)

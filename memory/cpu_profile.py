@@ -1,4 +1,4 @@
-"""Reads what the CPU's allocator did from PyTorch's profiler, which is the only one that counts it.
+"""Read what the CPU's allocator did from PyTorch's profiler: nothing else counts it.
 
 with profile_memory() as profiler:
     step()
@@ -15,13 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def profile_memory() -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports on stderr that it starts and stops
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def memory_events(profiler: profile) -> list[int]:
-    """The allocator's events in the order of time: bytes of each allocation (positive) and release (negative). The
-    profiler hangs them on the operators that made them."""
+    """The allocator's events in the order of time: bytes of each allocation (positive) and free (negative). The
+    profiler attaches them to the operators that made them."""
     pending = list(profiler.profiler.kineto_results.experimental_event_tree())
     found = []
     while pending:
@@ -53,7 +53,7 @@ def bytes_in_use(model: nn.Module) -> int:
             if part is None or part.is_shared():
                 continue
             storage = part.untyped_storage()
-            if storage.device.type != "meta":  # a fake tensor's, which takes nothing
+            if storage.device.type != "meta":  # a fake tensor's, which has no memory
                 sizes[storage.data_ptr()] = storage.nbytes()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         buckets = [bucket.buffer() for bucket in model.reducer._get_zeros_like_grad_buckets()]

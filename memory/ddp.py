@@ -32,7 +32,7 @@ def ddp_bucket_sizes(parameter_sizes_bytes: Iterable[int]) -> list[int]:
 def with_ddp_buckets(record: Record) -> Record:
     """The record of a process that also holds DDP's buckets, from the end of loading on.
 
-    `gradient_as_bucket_view` is off by default: each gradient is there twice, by itself and in a bucket.
+    `gradient_as_bucket_view` is off by default: each gradient exists twice, by itself and in a bucket.
     """
     trained = [4 * math.prod(a.shape) for nbytes, a in record.events if nbytes > 0 and a.category == "trained"]  # fp32
     first_step = next(index for index, phase in record.phase_starts if phase != "load")

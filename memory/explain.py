@@ -1,4 +1,4 @@
-"""What fills the memory and what to change first: every suggestion is traced, none is guessed."""
+"""What fills the memory, and what to change first. Every suggestion is traced, none is guessed."""
 
 from collections import Counter
 from collections.abc import Iterator

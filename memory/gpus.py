@@ -1,4 +1,4 @@
-"""What GPUs hold, and what a process takes of one besides its tensors. Bytes; GiB = 2**30, MiB = 2**20.
+"""What GPUs hold, and what a process needs of one besides its tensors. Bytes; GiB = 2**30, MiB = 2**20.
 
 Capacities are those of PyTorch's own messages ("GPU 0 has a total capacity of ..."): a card's nominal size less what
 the driver keeps. `python memory_probe.py --calibrate` measures this table's figures where there is a GPU.

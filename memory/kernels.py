@@ -57,7 +57,7 @@ def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int
 
     Source: bitsandbytes/backends, _gemm_4bit_default_impl and cuda's _dequant_linear_fallback, which holds the scales
     without their mean as well. On CUDA few tokens (at most 1536, depending on GPU and shape) go through a kernel that
-    takes the weight as it is; making it is the worst case.
+    takes the packed weight; unpacking it is the worst case.
     """
     x, _, (rows, columns), _, block_size, *_ = args
     return rows * columns * x.element_size() + 4 * num_scales * -(-rows * columns // block_size)
@@ -95,7 +95,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
 
 
 def use_foreach(optimizer: torch.optim.Optimizer) -> None:
-    """On CUDA an optimizer takes all parameters at once, with temporaries for all of them; on a CPU one by one."""
+    """On CUDA an optimizer updates all parameters at once, with temporaries for all; on a CPU one after the other."""
     for group in optimizer.param_groups:
         group["foreach"] = True
 

@@ -1,4 +1,4 @@
-"""A trace of several memories: the device's, and the host's, pinned and ordinary."""
+"""Records of several memories: the device's, and the host's, pinned and ordinary."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from memory.stand_in import HOST
 
 @dataclass
 class PlacedRecord:
-    """The device's memory, and the host's: page-locked and ordinary. A trace for a CPU run is all `device`."""
+    """The device's memory, and the host's: pinned and ordinary. A CPU run has all of it in `device`."""
 
     device: Record
     pinned: Record
@@ -51,13 +51,16 @@ class PlacedRecorder(Recorder):
 
 
 def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedRecord:
-    """One trace for each memory. The host's begin when the engine is there, and the device's too if the weights are
-    split among processes or offloaded: `zero3_init_flag` does that while it reads them, one by one."""
+    """A record for each memory.
+
+    The host's records begin when the engine has been built. So does the device's if ZeRO-3 splits the weights: it does
+    so while it reads them, parameter by parameter.
+    """
 
     def trace_of(place: str, first: int = 0, before: Record | None = None) -> Record:
         return _select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before)
 
-    is_apart = recorder.device != torch.device(HOST)  # a CPU run's host memory is not told apart, nor is its loading
+    is_apart = recorder.device != torch.device(HOST)  # a CPU run has one memory, and its loading is not recorded
     return PlacedRecord(
         device=trace_of(
             "device",
@@ -70,7 +73,7 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
 
 
 def splitting(recorder: PlacedRecorder) -> Record:
-    """ZeRO-3 makes each weight on the device, with a copy of it, before it takes it to pieces."""
+    """ZeRO-3 makes each weight on the device, and a copy of it, before it splits it."""
     record = Record(phase_starts=[(0, "load")])
     for nbytes, weight in recorder.record.events:
         if nbytes > 0 and weight.op == "load" and weight.category in ("weights", "trained"):
@@ -87,15 +90,15 @@ def splitting(recorder: PlacedRecorder) -> Record:
 def _select(
     record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None = None
 ) -> Record:
-    """The events of some allocations, behind those of `before`. Of those before `first` only what is still alive then
-    is kept, made at once."""
+    """The events of some allocations, after those of `before`. Of what was allocated before the event `first` only
+    what is still alive then is kept, without its temporaries."""
     selected, copies = before or Record(), {}
     phase_starts = dict(record.phase_starts)
     for index, (nbytes, allocation) in enumerate(record.events):
         if index in phase_starts and phase_starts[index] not in [phase for _, phase in selected.phase_starts[-1:]]:
             selected.phase_starts.append((len(selected.events), phase_starts[index]))
-        was_released = allocation.end is not None and allocation.end < first
-        if was_released or not is_wanted(allocation):
+        was_freed = allocation.end is not None and allocation.end < first
+        if was_freed or not is_wanted(allocation):
             continue
         if index == allocation.start:
             copies[allocation] = replace(allocation, start=len(selected.events), end=None)

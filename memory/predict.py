@@ -1,4 +1,4 @@
-"""A configuration's predicted memory: the traced step, the allocator's replay of it, what a process takes besides."""
+"""Predict a configuration's memory: trace the step, replay the allocator, add what a process needs besides."""
 
 import re
 from collections.abc import Hashable, Iterator
@@ -18,7 +18,7 @@ from models.loading import load_config
 from utils import UserError, allocator_settings, brief_error
 
 
-PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # what PEFT adds to paths
+PEFT_NAMES = re.compile(r"^base_model\.model\.?|modules_to_save\.default\.|\.base_layer")  # PEFT adds these to paths
 
 
 def predict(config: ProbeConfig) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class ProbedStep:
             )
 
     def run_updates(self, num_updates: int = 2) -> None:
-        """The second update finds the optimizer's state in place."""
+        """From the second update on the optimizer has its state."""
         for _ in range(num_updates * self.accelerator.gradient_accumulation_steps):
             self.micro_batch()
 

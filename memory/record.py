@@ -1,4 +1,4 @@
-"""What was allocated and released, in order: what a trace finds and a prediction is made from."""
+"""What was allocated and freed, in order: a trace makes it, a prediction is computed from it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class TraceError(Exception):
 
 @dataclass(eq=False)
 class Allocation:
-    """One storage: `start` and `end` (None: never released) are positions in the record's event list."""
+    """One storage: `start` and `end` (None: never freed) are positions in the record's event list."""
 
     nbytes: int
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Allocation:
 
 @dataclass
 class Record:
-    """What was allocated and released, in order, and what can be said about it. All figures are bytes.
+    """What was allocated and freed, in order, and what follows from it. All figures are bytes.
 
     `events` holds (bytes, allocation): positive bytes at its start, negative at its end. `phase_starts` holds the
     index of a phase's first event, and its name.

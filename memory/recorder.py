@@ -1,7 +1,7 @@
-"""Records every allocation and release that the code inside makes: `with Recorder(model) as recorder: ...`.
+"""Record every allocation and free of the code inside: `with Recorder(model) as recorder: ...`.
 
-Works on real and on fake tensors. What is counted are untyped storages, once however many tensors view them, from the
-operator that made them until the last reference is gone.
+Works on real and on fake tensors. It counts untyped storages, each once however many tensors view it, from the
+operator that made it until the last reference is gone.
 """
 
 import weakref
@@ -77,9 +77,9 @@ class ModuleTracker:
 
 
 class Recorder(TorchDispatchMode):
-    """See the module's docstring. Set `phase` as the run goes on; `workspaces` adds what kernels hide, by operator.
+    """See the module's docstring. `workspaces` adds what kernels allocate internally, by operator.
 
-    `block_bytes`: what the device's allocator hands out is a multiple of it.
+    `block_bytes`: the device's allocator rounds each request up to a multiple of it.
     """
 
     def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None, block_bytes: int = 1) -> None:
@@ -89,9 +89,9 @@ class Recorder(TorchDispatchMode):
         self.block_bytes = block_bytes
         self.modules = ModuleTracker(model)
         self.phase = PHASES[0]
-        self.counters_are_known = False
+        self.answers_items = False
         self.items = ItemAnswers()
-        self.stream = 0  # whose turn it is, where there are several
+        self.stream = 0  # the current one, where there are several
         self._live: dict[int, Allocation] = {}  # by the address of the storage
         self._references: dict[int, weakref.ref] = {}
         self._addend = self._sum = 0
@@ -103,12 +103,12 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.modules.__exit__(*error)
-        self._references.clear()  # what is released from now on is none of the record's business
+        self._references.clear()  # what is freed from now on does not belong to the record
 
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self._addend = self._sum = 0
-        if self.counters_are_known and func is torch.ops.aten._local_scalar_dense.default:
+        if self.answers_items and func is torch.ops.aten._local_scalar_dense.default:
             return self.items.answer(args[0])
         try:
             output = func(*args, **kwargs)
@@ -131,14 +131,14 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         nbytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
         if key in self._live and self._live[key].nbytes != nbytes:  # resized in place
-            self._released(key)
+            self._freed(key)
         if key not in self._live:
             self._live[key] = self._begin(nbytes, tuple(tensor.shape), str(tensor.dtype), op)
-            self._references[key] = weakref.ref(storage, lambda _: self._released(key))
+            self._references[key] = weakref.ref(storage, lambda _: self._freed(key))
         return self._live[key]
 
     def reserve(self, nbytes: int, op: str) -> Allocation:
-        """Bytes that no tensor holds and that are never released."""
+        """Bytes that no tensor holds and that are never freed."""
         return self._begin(nbytes, (nbytes,), "uint8", op)
 
     def find(self, tensor: torch.Tensor) -> Allocation | None:
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
-        self.counters_are_known = phase == "evaluate"  # generation asks after every token which answers have ended
+        self.answers_items = phase == "evaluate"  # generation asks after every token which answers have ended
         self.record.phase_starts.append((len(self.record.events), phase))
 
     def _begin(self, nbytes: int, shape: tuple[int, ...], dtype: str, op: str) -> Allocation:
@@ -163,22 +163,22 @@ class Recorder(TorchDispatchMode):
         allocation.saved_for_backward = allocation.made_in_forward and in_backward
         self.record.events.append((-allocation.nbytes, allocation))
 
-    def _released(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self._references.pop(key, None)
         allocation = self._live.pop(key, None)
         if allocation is not None and not self._becomes_sum(key, allocation):
             self._end(allocation)
 
     def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
-        """Autograd adds a gradient to one that waits for it in place, if nothing else holds the waiting one (a view is
+        """Autograd adds a gradient in place to one that waits for it, if nothing else holds the waiting one (a view is
         held by its base; torch/csrc/autograd/input_buffer.cpp) - except for fake tensors, as for all subclasses. Such
-        an addend is released as soon as the sum is made."""
+        an addend is freed as soon as the sum exists."""
         same_form = addend.shape == total.shape and addend.dtype == total.dtype and not addend._is_view()
         if isinstance(addend, FakeTensor) and same_form and is_non_overlapping_and_dense_or_false(addend):
             self._addend, self._sum = addend.untyped_storage()._cdata, total.untyped_storage()._cdata
 
     def _becomes_sum(self, key: int, addend: Allocation) -> bool:
-        """Whether what was released is such an addend. Its allocation then goes on as the sum's."""
+        """Whether what was freed is such an addend. Its allocation then becomes the sum's."""
         if self._addend != key or self._sum not in self._live:
             return False
         total = self._live[self._sum]

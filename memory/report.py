@@ -11,7 +11,7 @@ BAR_WIDTH = 24  # characters
 
 
 def report(result: dict) -> str:
-    """A few lines that tell at a glance what fills the memory and whether it fits."""
+    """A few lines: what fills the memory, and whether it fits."""
     lines = [title(result), ""]
     if result.get("breakdown"):
         lines += [*breakdown_lines(result), ""]
@@ -80,7 +80,7 @@ def verdict(result: dict) -> str:
 
 
 def markdown_table(rows: list[dict], keys: list[str]) -> str:
-    """A row for each configuration: the flags that set it apart, what it needs, and whether that is there."""
+    """A row for each configuration: the flags that set it apart, what it needs, and whether it fits."""
     columns = [*keys, "allocated", "reserved", "device", "host", "budget", "fits"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:

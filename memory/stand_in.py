@@ -1,7 +1,7 @@
-"""A device and processes that are not there, for DeepSpeed to run on.
+"""Substitutes for a GPU and for other processes, for DeepSpeed to run on.
 
 The device is `cpu:0`: PyTorch's fake tensors tell it from the host, `cpu`. The processes are PyTorch's fake process
-group, whose collectives return at once. For a process of its own: what install_stand_in puts in place stays.
+group, whose collectives return at once. Call it in a fresh process: what install_stand_in replaces is not put back.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory fo
 
 
 def install_stand_in(device: str, world_size: int) -> Any:
-    """Make torch.distributed and DeepSpeed believe in `world_size` processes with a device each. Returns the
-    accelerator; its `note_pinned` is told each tensor that is page-locked, its `on_stream` makes a context in which
+    """Let torch.distributed and DeepSpeed see `world_size` processes with a device each. Returns the
+    accelerator; its `note_pinned` is called with each tensor that is pinned, its `on_stream` makes a context in which
     the stream with that number is used."""
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

@@ -1,11 +1,7 @@
-"""What a strategy does to memory: one process, DDP, and ZeRO 1 to 3 with offload, for any number of processes.
+"""How a run is laid out: one process, DDP, or ZeRO 1 to 3 with offload, on any number of processes.
 
-    strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")          # its actual bucket sizes
-    strategy = Strategy.from_flags("zero3", offload="param", world_size=2)         # accelerate_configs' JSON, adapted
-    trace = trace_strategy(StepConfig(model="mgm-2b", mixed_precision="bf16"), strategy)
-    trace.device.peak_bytes, trace.pinned.peak_bytes, trace.host.peak_bytes
-
-ZeRO is not modelled here but run (memory/zero.py). DDP adds its buckets to the record of one process.
+strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")          # its actual bucket sizes
+strategy = Strategy.from_flags("zero3", offload="param", world_size=2)         # accelerate_configs' JSON, adapted
 """
 
 import json
@@ -66,7 +62,7 @@ class Strategy:
 
     @classmethod
     def from_config_file(cls, path: str | Path, world_size: int | None = None) -> "Strategy":
-        """From a config of accelerate's. `world_size` None: as many processes as it says. Raises UserError."""
+        """From accelerate's config file. `world_size` None: the file's number of processes. Raises UserError."""
         try:
             launch = yaml.safe_load(Path(path).read_text())
             kind, world_size = launch["distributed_type"], world_size or launch.get("num_processes", 1)

@@ -1,4 +1,4 @@
-"""Every combination of some flags' values: a JSON file a row, and where the rows lead to."""
+"""Every combination of some flags' values: a JSON file a row, a table, a chart, TensorBoard."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
 
 
 def run_sweep(config: ProbeConfig) -> dict[str, Any]:
-    """Probe every combination. Rows that an interrupted sweep has left behind are taken as they are."""
+    """Probe every combination. Rows that an interrupted sweep has saved are not probed again."""
     folder = Path(config.output or FOLDER)
     grid = parse_grid(config.sweep)
     rows = []

@@ -113,7 +113,7 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 class PhaseHooks:
-    """Tells a recorder where training_step is, and which storages turn out to be gradients and optimizer state."""
+    """Tell a recorder which phase the step is in, and which storages are gradients and optimizer state."""
 
     def __init__(self, recorder: Recorder, probed: ProbedStep) -> None:
         self.recorder, self.optimizer = recorder, probed.optimizer
@@ -127,10 +127,10 @@ class PhaseHooks:
         self.recorder.find(parameter.grad).category = "gradients"
 
     def _before_step(self, *_: object) -> None:
-        self.recorder.counters_are_known = True
+        self.recorder.answers_items = True
 
     def _after_step(self, *_: object) -> None:
-        self.recorder.counters_are_known = False
+        self.recorder.answers_items = False
         for state in self.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor) and (allocation := self.recorder.find(value)):
@@ -139,8 +139,7 @@ class PhaseHooks:
 
 @contextmanager
 def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
-    """Checkpointing keeps the random state of each region, made where a dispatch mode does not see it. It is in the
-    host's memory; a GPU's peak does not have it."""
+    """Checkpointing keeps the random state of each region. No dispatch mode sees it, so it is recorded here. It is in host memory: a GPU's peak does not include it."""
     get_rng_state = torch.get_rng_state
 
     def get_and_record() -> torch.Tensor:
@@ -153,7 +152,7 @@ def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
 
 
 def categorize(record: Record, model: nn.Module) -> None:
-    """Give each allocation without a category the one that its module and its life tell."""
+    """Give each allocation without a category the one that follows from its module and its lifetime."""
     paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == LANGUAGE_MODULE]
     joint = paths[0].rpartition(".")[0] if paths else None
     for nbytes, allocation in record.events:

@@ -83,7 +83,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
 
 def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
     """accelerator.prepare; the recorder is told the engine's phases and what its tensors are for."""
-    recorder.counters_are_known = True
+    recorder.answers_items = True
     with _purpose(recorder, "optimizer"):
         probed.prepare()
     engine = probed.model
@@ -91,13 +91,13 @@ def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
     optimizer = private(zero, "optimizer")
     if probed.config.device == "cuda" and not (is_stage_3 and private(zero, "offload_optimizer")):
         use_foreach(optimizer)
-    optimizer.register_step_post_hook(lambda *_: _name_optimizer_state(recorder, optimizer))
-    _name_what_stays(recorder, engine)
-    _tell_phases(recorder, engine)
+    optimizer.register_step_post_hook(lambda *_: _categorize_state(recorder, optimizer))
+    _categorize_prepared(recorder, engine)
+    _watch_phases(recorder, engine)
     if is_stage_3:
         coordinator = private(zero, "parameter_offload").get_param_coordinator()
-        _tell_purpose(recorder, coordinator, "fetch_sub_module", "weights")
-        _tell_purpose(recorder, zero, "_post_step", "weights")
+        _mark_purpose(recorder, coordinator, "fetch_sub_module", "weights")
+        _mark_purpose(recorder, zero, "_post_step", "weights")
 
 
 def splits_weights(engine: nn.Module) -> bool:
@@ -131,14 +131,14 @@ def pin_tied(recorder: PlacedRecorder, model: nn.Module, is_split: bool) -> None
                 recorder.note_pinned(part.clone())
 
 
-def _tell_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
+def _watch_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
     def told(phase: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             recorder.enter_phase(phase)
             # DeepSpeed reads norms, with offload in the backward pass already; the model's forward has no right to.
-            recorder.counters_are_known = phase != "forward"
+            recorder.answers_items = phase != "forward"
             result = function(*args, **kwargs)
-            recorder.counters_are_known = True
+            recorder.answers_items = True
             return result
 
         return run
@@ -157,7 +157,7 @@ def _purpose(recorder: PlacedRecorder, purpose: str) -> Iterator[None]:
         recorder.purpose = before
 
 
-def _tell_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: str) -> None:
+def _mark_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: str) -> None:
     function = private(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -167,24 +167,24 @@ def _tell_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: s
     setattr(owner, name, run)
 
 
-def _name_what_stays(recorder: PlacedRecorder, engine: nn.Module) -> None:
+def _categorize_prepared(recorder: PlacedRecorder, engine: nn.Module) -> None:
     """The categories of what DeepSpeed has made before the first step: by default it is the optimizer's."""
     zero, is_stage_3 = engine.optimizer, splits_weights(engine)
     for parameter in engine.module.parameters():
         category = "trained" if parameter.requires_grad else "weights"
-        _name(recorder, category, [parameter, private(parameter, "ds_tensor")] if is_stage_3 else [parameter])
+        _set_category(recorder, category, [parameter, private(parameter, "ds_tensor")] if is_stage_3 else [parameter])
     if is_stage_3:
-        _name(recorder, "gradients", [private(zero, "grad_partitions_flat_buffer")])
-        _name(recorder, "gradients", [master.grad for master in private(zero, "fp32_partitioned_groups_flat")])
+        _set_category(recorder, "gradients", [private(zero, "grad_partitions_flat_buffer")])
+        _set_category(recorder, "gradients", [master.grad for master in private(zero, "fp32_partitioned_groups_flat")])
     buckets = private(zero, "ipg_buckets").values()
-    _name(recorder, "communication", [private(bucket, "buffer") for bucket in buckets])
+    _set_category(recorder, "communication", [private(bucket, "buffer") for bucket in buckets])
 
 
-def _name_optimizer_state(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:
-    _name(recorder, "optimizer", [value for state in optimizer.state.values() for value in state.values()])
+def _categorize_state(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:
+    _set_category(recorder, "optimizer", [value for state in optimizer.state.values() for value in state.values()])
 
 
-def _name(recorder: PlacedRecorder, category: str, tensors: list[Any]) -> None:
+def _set_category(recorder: PlacedRecorder, category: str, tensors: list[Any]) -> None:
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and (allocation := recorder.find(tensor)):
             allocation.category = category
