@@ -31,8 +31,8 @@ def gpu_table() -> str:
     # A row that was measured after the last prediction waits for the next one.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
     parts = [
-        f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. Sizes are measured; the error is "
-        "prediction / measurement - 1. Defaults: bf16, LoRA r=16, one row of 2048 tokens with an image, checkpointing.",
+        f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. Sizes are measured; error = "
+        "prediction / measurement - 1. Default: bf16, LoRA r=16, one row of 2048 tokens with an image, checkpointing.",
         *error_rows(rows),
     ]
     if earlier := matrix.get("earlier"):
