@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_tests
 
-Writes results/gpu/tests.json, from which the README's table comes; what runs on two GPUs goes beside it, with
+Writes results/gpu/tests.json, from which docs/gpu_guide.md's table comes; what runs on two GPUs goes beside it, with
 `--output results/gpu/tests_two_gpus.json`. On any machine a test warns when the code has changed since
 (tests/test_gpu_record.py). The last line on stdout is the same as JSON.
 """

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import step
+from benchmarks.memory_tables import ladder_titles
 from benchmarks.tables import ROOT, write_tables
 from memory.categories import CATEGORIES
 from memory.config import ProbeConfig
@@ -70,7 +71,7 @@ def main(config: LadderConfig) -> dict[str, Any]:
     result = {"model": config.model, "max_seq_len": config.max_seq_len}
     result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
     (ROOT / "results/ladder.json").write_text(json.dumps(result, indent=1) + "\n")
-    ladder_chart([*rungs, *branches]).savefig(ROOT / "docs/ladder.png", dpi=120)
+    ladder_chart(result).savefig(ROOT / "docs/ladder.png", dpi=120)
     write_tables()
     return {"rungs": len(rungs), "output": "results/ladder.json"}
 
@@ -134,11 +135,11 @@ def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch
     return F.linear(normed, linear.weight, linear.bias)
 
 
-def ladder_chart(rows: list[dict[str, Any]]) -> Figure:
-    """A bar a rung, by what the peak holds, and what a card has to have for it."""
+def ladder_chart(ladder: dict[str, Any]) -> Figure:
+    """One bar per rung, split by what the peak holds, and the sizes of two cards."""
+    rows, titles = [*ladder["rungs"], *ladder["branches"]], ladder_titles(ladder)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    titles = [("" if i == 0 else "+ ") + row["title"] for i, row in enumerate(rows)]
     left = [0.0] * len(rows)
     for category in CATEGORIES:
         widths = [row["breakdown"][category.name] / GIB for row in rows]
@@ -146,12 +147,14 @@ def ladder_chart(rows: list[dict[str, Any]]) -> Figure:
             axes.barh(titles, widths, left=left, color=category.colour, label=category.title)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, title, end in zip(rows, titles, left, strict=True):
-        axes.text(end + 0.4, title, f"{row['peak_allocated_bytes'] / GIB:.2f} GiB", va="center", fontsize="small")
+        size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(end + 0.4, title, size, va="center", fontsize="small", bbox=box, zorder=3)
     for gib in (8, 24):
         axes.axvline(gib, color="black", linestyle="--", linewidth=0.8)
     axes.set_xlim(0, max(left) * 1.12)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB allocated at the peak (dashed: 8 and 24)")
+    axes.set_xlabel("GiB allocated at the peak (dashed lines: 8 GiB and 24 GiB)")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
 

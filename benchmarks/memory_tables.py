@@ -19,17 +19,22 @@ def ladder_table() -> str:
     without = {row["title"]: f"{row['peak_allocated_bytes'] / GIB:.2f} GiB" for row in ladder["without"]}
     alone = {row["title"]: start - row["peak_allocated_bytes"] for row in ladder["alone"]}
     lines = [
-        "| step by step | allocated | on an RTX 4090 | TFLOP a step | alone it saves | all but this |",
+        "| technique | allocated | device, RTX 4090 | TFLOP a step | saved when used alone | peak without it |",
         "|---|---|---|---|---|---|",
     ]
-    for index, row in enumerate([*ladder["rungs"], *ladder["branches"]]):
-        is_branch = index >= len(ladder["rungs"])
-        title = ("" if index == 0 else "or, in the end, " if is_branch else "+ ") + row["title"]
+    rows = [*ladder["rungs"], *ladder["branches"]]
+    for title, row in zip(ladder_titles(ladder), rows, strict=True):
         saved = f"{alone[row['title']] / GIB:.2f} GiB" if row["title"] in alone else ""
         lines.append(
             "| " + " | ".join([title, *sizes(row), operations(row), saved, without.get(row["title"], "")]) + " |"
         )
     return "\n".join(lines)
+
+
+def ladder_titles(ladder: dict[str, Any]) -> list[str]:
+    """Each rung adds to those above it; a branch adds to all rungs, not to the other branch."""
+    rungs = [("+ " if index else "") + row["title"] for index, row in enumerate(ladder["rungs"])]
+    return rungs + [f"{word} {row['title']}" for word, row in zip(("then", "or"), ladder["branches"], strict=True)]
 
 
 def sizes(row: dict[str, Any]) -> list[str]:
@@ -49,9 +54,9 @@ def loss_table() -> str:
         labels = round(config["tokens"] * config["label_share"])
         parts += [
             f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, {labels} of them "
-            f"labelled, {config['vocab_size']:,} words, {config['hidden_size']} wide.",
+            f"labelled, {config['vocab_size']:,} vocabulary entries, hidden size {config['hidden_size']}.",
             "",
-            "| the loss by way of | memory above its inputs | time | error of the gradient |",
+            "| method | memory on top of the inputs | time | error of the gradient |",
             "|---|---|---|---|",
         ]
         for way, row in rows.items():

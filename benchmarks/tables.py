@@ -1,6 +1,7 @@
 """Write the documents' tables from what lies in results/: `python -m benchmarks.tables`. A test compares them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,7 @@ FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("memory", "memory_accuracy", "speed", "lora", "host_memory")),
+    *(f"docs/{name}.md" for name in ("gpu_guide", "memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
 GPU_TESTS, TWO_GPU_TESTS = (ROOT / f"results/gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
@@ -30,19 +31,19 @@ def gpu_table() -> str:
     # A row that was measured after the last prediction waits for the next one.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
     parts = [
-        f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. MGM-2B in bf16, LoRA r=16, a row of 2048 "
-        "tokens with an image, checkpointing, unless the first column says otherwise:",
+        f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. Sizes are measured; error = "
+        "prediction / measurement - 1. Default: bf16, LoRA r=16, one row of 2048 tokens with an image, checkpointing.",
         *error_rows(rows),
     ]
     if earlier := matrix.get("earlier"):
-        parts += ["Predicted and measured before the step in question became smaller:", *error_rows(earlier)]
+        parts += ["Older rows, measured before the step was made smaller:", *error_rows(earlier)]
     return "\n\n".join(parts)
 
 
 def error_rows(rows: list[dict[str, Any]]) -> list[str]:
     """A table of what was measured and how far off the prediction is, and a line that sums it up."""
     lines = [
-        "| what differs | measured: allocated | device | error: allocated | reserved | device |",
+        "| flags | allocated | device | error: allocated | error: reserved | error: device |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -62,13 +63,13 @@ def error(row: dict[str, Any], name: str) -> float:
 
 def describe(flags: dict[str, Any]) -> str:
     words = [f"{name} {value}" for name, value in flags.items() if DEFAULTS.get(name) != value]
-    return ", ".join(words) or "nothing"
+    return ", ".join(words) or "defaults"
 
 
 def lora_table() -> str:
     """Predicted for MGM-2B: what each way of training trains and takes."""
     rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["lora"]
-    lines = ["| trained | parameters | share | peak | device |", "|---|---|---|---|---|"]
+    lines = ["| trained | parameters | share | allocated | device |", "|---|---|---|---|---|"]
     for row in rows:
         share = f"{row['trainable_params'] / row['total_params']:.2%}"
         sizes = [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
@@ -116,7 +117,7 @@ def cpu_table() -> str:
         lines += [
             f"**{title}**",
             "",
-            "| model | what differs | measured | predicted | error |",
+            "| model | flags | measured | predicted | error |",
             "|---|---|---|---|---|",
         ]
         part = [row for row in rows if ("strategy" in row["flags"]) == kept]
@@ -128,23 +129,29 @@ def cpu_table() -> str:
         errors = [row["error"] for row in part]
         worst, lowest = max(errors, key=abs), min(errors)
         lines += ["", f"{len(part)} rows. Median error {median(map(abs, errors)):.3%}, worst {worst:+.3%}, "
-                  f"most below what was measured {min(lowest, 0):+.3%}.", ""]  # fmt: skip
+                  f"furthest below the measurement {min(lowest, 0):+.3%}.", ""]  # fmt: skip
     return "\n".join(lines).strip()
 
 
-def headline_table() -> str:
-    """Each row of results/headline.json: what it needs, on which cards that is there, and what else was said of it."""
+def headline_table(is_short: bool = False) -> str:
+    """Each row of results/headline.json: what it needs, which cards have that much, and what other estimators say.
+
+    The README's short form has the usual rank and full fine-tuning. ZeRO-2 is not in it: it splits nothing on one GPU.
+    """
     headline = json.loads(HEADLINE.read_text())
     estimates = headline["estimates"]
     capacities = {gpu: GPUS[gpu].capacity_bytes for gpu in HEADLINE_CARDS}
     columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
-    columns += ["device, predicted", "measured on an H100", "host", "accelerate says", "DeepSpeed says"]
+    columns += ["device, predicted", "device, measured on an H100", "host RAM"]
+    columns += [] if is_short else ["accelerate's estimate", "DeepSpeed's estimate"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in headline["rows"]:
         rank, length, strategy = row["flags"].values()
+        if is_short and (rank not in (16, 0) or strategy == "zero2"):
+            continue
         fits = ["yes" if row["device_bytes"][gpu] <= capacity else "no" for gpu, capacity in capacities.items()]
         sizes = [row["device_bytes"]["rtx4090"], measured_device_bytes(row), row["host_bytes"]]
-        sizes += [estimates["accelerate"], estimates.get(strategy)]
+        sizes += [] if is_short else [estimates["accelerate"], estimates.get(strategy)]
         words = [f"{size / GIB:.1f} GiB" if size is not None else "" for size in sizes]
         lines.append("| " + " | ".join([str(rank or "full"), str(length), strategy, *fits, *words]) + " |")
     return "\n".join(lines)
@@ -179,6 +186,7 @@ def gpu_tests_table() -> str:
 TABLES = {
     "gpu-tests": gpu_tests_table,
     "headline": headline_table,
+    "headline-short": partial(headline_table, is_short=True),
     "gpu": gpu_table,
     "cpu": cpu_table,
     "ladder": ladder_table,

@@ -9,15 +9,16 @@ import pytest
 
 from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
+from data.check import CheckConfig
 from eval import EvalConfig
 from memory.config import ProbeConfig
 from train import TrainConfig
 
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted(ROOT.glob("docs/*.md"))
+DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "memory_probe.py": ProbeConfig}
-SCRIPTS |= {"convert_mgm.py": ConvertConfig}
+SCRIPTS |= {"convert_mgm.py": ConvertConfig, "data.check": CheckConfig}
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -28,7 +29,17 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_documents_are_found():
-    assert {"lora.md", "troubleshooting.md", "host_memory.md"} <= {path.name for path in DOCS}
+    assert {"lora.md", "troubleshooting.md", "host_memory.md", "gpu_guide.md"} <= {path.name for path in DOCS}
+
+
+def test_every_file_is_on_the_layout_page():
+    """docs/layout.md links to each Python file of the root and of the folders, by the name that it shows."""
+    links = re.findall(r"^\| \[([\w/]+\.py)\]\(\.\./([\w/]+\.py)\)", (ROOT / "docs/layout.md").read_text(), flags=re.M)
+    assert all(f"/{path}".endswith(f"/{name}") for name, path in links)
+    listed = [path for _, path in links]
+    folders = ("layers", "mgm", "models", "data", "memory", "evaluation", "training", "conversion")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert sorted(listed) == sorted(str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -55,7 +66,8 @@ def test_flags_exist(path):
     assert set(quoted) <= every | FOREIGN_FLAGS, set(quoted) - every
 
 
-FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size"}  # Docker's, lmms-eval's, benchmarks/step.py's
+# Docker's, lmms-eval's, benchmarks/step.py's, accelerate's, every script's
+FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size", "num_processes", "recipe"}
 
 
 @pytest.mark.parametrize("name", ["docs/lora.md", "docs/host_memory.md"])
