@@ -139,7 +139,10 @@ class PhaseHooks:
 
 @contextmanager
 def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
-    """Checkpointing keeps the random state of each region. No dispatch mode sees it, so it is recorded here. It is in host memory: a GPU's peak does not include it."""
+    """Checkpointing keeps the random state of each region. No dispatch mode sees it, so it is recorded here.
+
+    It is in host memory: a GPU's peak does not include it.
+    """
     get_rng_state = torch.get_rng_state
 
     def get_and_record() -> torch.Tensor:
