@@ -2,9 +2,7 @@
 
 import ctypes
 import hashlib
-import inspect
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,15 +13,16 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from tokenizers import Encoding
 
-import chat_templates
-import processing_mgm
-from chunked_loss import IGNORE_INDEX
+from chat_templates import Span
 from data.cache import naming_the_cache
 from data.dataset import FILLER
+from label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
 from processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 
 
+# Of the cached counts. Raise it when label_mask, chat_templates or processing_mgm change them.
+LENGTHS_VERSION = 1
 RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
 MAX_PROCESSES = 16
 TEMPLATE_ERRORS = (ValueError, TemplateError)  # of rendering a conversation
@@ -34,10 +33,9 @@ def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_leng
     """Add `num_tokens` (before truncation) and `num_label_tokens` (after it) to every record.
 
     A record whose image would be cut, or of whose replies nothing is left, has 0 label tokens. Tokenized once and
-    cached, the two columns alone: the fingerprint covers everything that they depend on, the code too.
+    cached, the two columns alone: the fingerprint covers everything that they depend on, the code by its version.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    rules = [inspect.getsource(part) for part in (chat_templates, processing_mgm, count_tokens, _count)]
     dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
     with naming_the_cache():
         lengths = dataset.map(
@@ -46,7 +44,7 @@ def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_leng
             batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
             num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
             remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
+            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, LENGTHS_VERSION)),
             desc="Measuring lengths",
         )
     return datasets.concatenate_datasets([dataset, lengths], axis=1)
@@ -80,26 +78,15 @@ def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_l
     return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
 
 
-def _count(
-    encoding: Encoding, spans: list[tuple[int, int]], processor: MGMProcessor, max_length: int
-) -> tuple[int, int]:
-    """Tokens of one conversation, and those of them that carry loss: they start inside one of the character spans."""
+def _count(encoding: Encoding, replies: list[Span], processor: MGMProcessor, max_length: int) -> tuple[int, int]:
+    """Tokens of one conversation, and how many of them carry a label."""
     input_ids, image_token_id = encoding.ids, processor.image_token_id
-    num_images = input_ids.count(image_token_id)
-    num_added = num_images * (processor.num_image_tokens - 1)  # positions that expanding the images adds
-    if num_images:
-        last_image = len(input_ids) - 1 - input_ids[::-1].index(image_token_id)
-        if last_image + 1 + num_added > max_length:
-            return len(input_ids) + num_added, 0
-    kept = range(1, min(len(input_ids), max_length - num_added))  # the first position is predicted from nothing
-
-    def first_token(character: int) -> int:
-        """The first kept token that starts at `character` or behind it. Looks at few of the costly offsets."""
-        return bisect_left(kept, character, key=lambda i: encoding.token_to_chars(i)[0])
-
-    targets = (kept[first_token(begin) : first_token(end)] for begin, end in spans)
-    num_targets = sum(len(target) - input_ids[target.start : target.stop].count(image_token_id) for target in targets)
-    return len(input_ids) + num_added, num_targets
+    num_tokens = len(input_ids) + input_ids.count(image_token_id) * (processor.num_image_tokens - 1)
+    try:
+        num_kept = count_fitting_tokens(input_ids, image_token_id, processor.num_image_tokens, max_length)
+    except CutImage:
+        return num_tokens, 0
+    return num_tokens, len(find_label_tokens(encoding, input_ids, replies, image_token_id, num_kept))
 
 
 class MicroBatch(list):
@@ -267,11 +254,9 @@ def positions(
 
     Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
     """
-    has_label = labels != IGNORE_INDEX
-    has_label[:, 0] = False  # nothing comes before it
     return {
         "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
-        "label_positions": has_label.flatten().nonzero().squeeze(1),
+        "label_positions": find_label_positions(labels),
     }
 
 

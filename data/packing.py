@@ -99,8 +99,6 @@ class PackedCollator(TrainCollator):
         is_token = batch.pop("attention_mask").bool()
         lengths = is_token.sum(1).split([len(row) for row in rows])
         position_ids = torch.arange(is_token.shape[1]).expand_as(is_token)
-        # The sample before would be asked for the first token.
-        batch["labels"][:, 0] = IGNORE_INDEX
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0}
         for name, fill in padding.items():
             tokens = (position_ids if name == "position_ids" else batch[name])[is_token]

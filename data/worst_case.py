@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from configuration_mgm import MGMConfig
+from label_mask import FIRST_LABEL
 from processing_mgm import IGNORE_INDEX, low_views
 
 
@@ -64,7 +65,7 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
     batch = {"input_ids": input_ids, "labels": labels}
     batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
     batch["label_positions"] = (
-        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, 1), length)
+        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, FIRST_LABEL), length)
     ).flatten()
     if config.packing:
         batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
