@@ -5,7 +5,6 @@ those that lie inside parquet or Arrow files stay there.
 """
 
 import hashlib
-import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,16 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-import data.records
-import data.sources
 from data.cache import naming_the_cache
 from data.images import ImageLookup, naming, open_embedded, open_image
 from data.records import check_record
 from data.sources import Source, find_source
-from processing_mgm import to_messages
 from utils import UserError, brief_error
 
 
+RECORDS_VERSION = (
+    1  # of the cached records: raise it when sources, records or to_messages change what is read or refused
+)
 FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),
@@ -176,7 +175,6 @@ def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
 
     `skips_bad`: those are there too, empty, and a column `problem` says what is wrong with them.
     """
-    rules = [inspect.getsource(part) for part in (data.sources, data.records, read_records, to_messages)]
     try:
         features = EMBEDDED_FEATURES if source.image_column else FEATURES
         with naming_the_cache():
@@ -184,7 +182,7 @@ def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
                 read_records,
                 features=datasets.Features({**features, PROBLEM: datasets.Value("string")}) if skips_bad else features,
                 gen_kwargs={"source": source, "skips_bad": skips_bad},
-                fingerprint=Hasher.hash((source.state, rules, skips_bad)),
+                fingerprint=Hasher.hash((source.state, RECORDS_VERSION, skips_bad)),
             )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
