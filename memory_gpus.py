@@ -6,8 +6,7 @@ the driver keeps. `python memory_probe.py --calibrate` measures this table's fig
 
 from dataclasses import dataclass
 
-
-MIB, GIB = 2**20, 2**30
+from utils import GIB, MIB
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from memory_gpus import GIB, GPUS, MIB
+from memory_gpus import GPUS
+from utils import MIB, size
 
 
 BAR_WIDTH = 24  # characters
@@ -99,11 +100,6 @@ def markdown_table(rows: list[dict], keys: list[str]) -> str:
         sizes = [size(row[name]) if name in row else "" for name in names]
         lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
     return "\n".join(lines)
-
-
-def size(nbytes: float) -> str:
-    """Small sizes in MiB, so that they do not all read 0.00."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
 
 
 def as_flags(changes: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from utils import GIB
 
-GIB = 2**30
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USE = {
     True: """\

@@ -40,6 +40,7 @@ from quantization import check_quantization, keep_layout, nf4_config, quantize_l
 
 
 Config = TypeVar("Config")
+MIB, GIB = 2**20, 2**30
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 # PyTorch reads it when CUDA is first used.
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
@@ -79,6 +80,11 @@ class Interrupted(BaseException):
 def brief_error(error: Exception) -> str:
     """The system's word for it, or the message's first line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def size(nbytes: float) -> str:
+    """Small sizes in MiB, so that they do not all read 0.00."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
 
 
 @dataclass(kw_only=True)
