@@ -9,9 +9,6 @@ every text position labelled: the largest that can come, which the micro-batch t
 from collections.abc import Iterable
 from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -160,13 +157,6 @@ def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
     handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
     return measured
-
-
-def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
-    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
-    longest = int(num_tokens.max())
-    num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
-    return Row(longest, min(num_images, longest // num_image_tokens))
 
 
 def layout() -> dict[str, dict[str, list]]:

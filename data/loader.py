@@ -16,9 +16,8 @@ from data.batching import NamingCollator, TrainCollator, UpdateBatchSampler, col
 from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
 from data.skipping import CheckedCollator, CheckedUpdates
-from data.worst_case import Row, with_rows_of, worst_case_batch
+from data.worst_case import Row, longest_row, with_rows_of, worst_case_batch
 from memory_report import size
-from memory_run import longest_row
 from utils import UserError
 
 
