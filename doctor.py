@@ -20,7 +20,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from data.loader import SHARED_MEMORY, SHARED_MEMORY_REMEDY
+from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from memory_gpus import GIB
 from memory_report import size
 from utils import load_config

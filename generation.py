@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from data.loader import SharingCollator
+from data.sharing import SharingCollator
 from tasks.task import Question
 
 

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import Encoding
 
 from chat_templates import Span
+from data.batch import Batch
 from data.cache import naming_the_cache
 from data.dataset import FILLER
 from label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
@@ -27,6 +28,7 @@ RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not wo
 MAX_PROCESSES = 16
 TEMPLATE_ERRORS = (ValueError, TemplateError)  # of rendering a conversation
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
+Sample = dict[str, Any] | list[dict[str, Any]]  # of a ConversationDataset; packed: a row of them
 
 
 def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_length: int) -> datasets.Dataset:
@@ -260,17 +262,17 @@ def positions(
     }
 
 
-class NamingCollator:
-    """What `collator` makes of samples, and `sample_ids`, so that a message can name them."""
+class BatchCollator:
+    """Samples to a Batch. `collator` makes forward's arguments of them."""
 
-    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+    def __init__(self, collator: Callable[[list[Sample]], dict[str, torch.Tensor]]) -> None:
         self.collator = collator
 
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples) if "id" in sample]}
+    def __call__(self, samples: list[Sample]) -> Batch:
+        return Batch(self.collator(samples), [sample["id"] for sample in flatten(samples) if "id" in sample])
 
 
-def flat(samples: list[Any]) -> Iterator[dict]:
-    """The samples; those of a row, where several share one, one after the other."""
+def flatten(samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """The samples one after the other, also those that share a row."""
     for sample in samples:
-        yield from flat(sample) if isinstance(sample, list) else [sample]
+        yield from sample if isinstance(sample, list) else [sample]
