@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -31,6 +31,10 @@ from out_of_memory import SNAPSHOT
 from training_state import Tensors, TrainingState, load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
 
+
+if TYPE_CHECKING:
+    from run_log import RunLog
+    from train import TrainConfig
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
@@ -66,17 +70,15 @@ class Checkpoints:
     noted. So even in the middle of an update the last one can be saved.
 
     Args:
-        config: with `output_dir`, `save_steps` and `save_total_limit`.
         settings: what must be the same when the run goes on (`run_settings`), with the number of `updates`.
-        log: has `state()`, whatever is to be noted, and `state_dict(state)` and `load_state_dict`, the same as JSON.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        config: Any,
+        config: "TrainConfig",
         state: TrainingState,
-        log: Any,
+        log: "RunLog",
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
