@@ -1,4 +1,4 @@
-"""What ends or disturbs a run: signals, samples that cannot be had, losses that are no numbers."""
+"""What ends or disturbs a run: signals, samples that cannot be loaded, losses that are NaN or infinite."""
 
 import math
 import os
@@ -133,7 +133,8 @@ class Watch:
 
 
 class BadSamples:
-    """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
+    """Subtracts the label tokens of bad samples from an update's, warns of each sample once, and ends a run with too
+    many.
 
     Args:
         log: keeps `bad_samples`, by index since ids may be shared, which a resumed run goes on with, and
@@ -149,7 +150,7 @@ class BadSamples:
         self.num_items_in_batch = self.num_expected = 0
 
     def count(self, batch: Batch, num_items_in_batch: int) -> int:
-        """The update's label tokens, all processes together, without those of its bad samples; at least 1.
+        """The update's label tokens on all processes, without those of its bad samples; at least 1.
 
         Raises:
             BadSample: more than `max_bad_fraction` of the data set is bad, or a file went bad between two looks at it.

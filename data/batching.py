@@ -1,4 +1,4 @@
-"""From conversations to batches: how long each sample is, which samples make up an update, and their collation."""
+"""From conversations to batches: the length of each sample, the samples of each update, and their collation."""
 
 import ctypes
 import hashlib
@@ -34,8 +34,8 @@ Sample = dict[str, Any] | list[dict[str, Any]]  # of a ConversationDataset; pack
 def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_length: int) -> datasets.Dataset:
     """Add `num_tokens` (before truncation) and `num_label_tokens` (after it) to every record.
 
-    A record whose image would be cut, or of whose replies nothing is left, has 0 label tokens. Tokenized once and
-    cached, the two columns alone: the fingerprint covers everything that they depend on, the code by its version.
+    A record has 0 label tokens if truncation would cut one of its images or leaves nothing of its replies. The counts
+    are cached, without the conversations. The cache's key covers all that they depend on, the code by LENGTHS_VERSION.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
@@ -66,9 +66,9 @@ def count_batch(batch: dict[str, list], processor: MGMProcessor, max_length: int
 
 
 def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
-    """`num_tokens` and `num_label_tokens` of each conversation: what `processor.tokenize` returns, only counted.
+    """`num_tokens` and `num_label_tokens` of each conversation, without the lists that `processor.tokenize` builds.
 
-    It renders and tokenizes many at once and expands no image. Half of the time saved is in not building the lists.
+    It is faster because it renders and tokenizes many at once and expands no image.
     """
     prompts, spans = processor.render(conversations)
     tokenizer = processor.tokenizer.backend_tokenizer
@@ -81,7 +81,7 @@ def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_l
 
 
 def _count(encoding: Encoding, replies: list[Span], processor: MGMProcessor, max_length: int) -> tuple[int, int]:
-    """Tokens of one conversation, and how many of them carry a label."""
+    """Tokens of one conversation before truncation, and how many of those left after it carry a label."""
     input_ids, image_token_id = encoding.ids, processor.image_token_id
     num_tokens = len(input_ids) + input_ids.count(image_token_id) * (processor.num_image_tokens - 1)
     try:
@@ -92,32 +92,33 @@ def _count(encoding: Encoding, replies: list[Span], processor: MGMProcessor, max
 
 
 class MicroBatch(list):
-    """The indices of a micro-batch's samples. `others`: those of the process's other micro-batches of the update, at
-    its first one; else None."""
+    """Sample indices of one micro-batch. The first of an update also carries `others`: the indices of this process's
+    other micro-batches in that update."""
 
     def __init__(self, samples: list[int], others: list[int] | None) -> None:
         super().__init__(samples)
         self.others = others
 
-    def __reduce__(self) -> tuple:  # to a worker
+    def __reduce__(self) -> tuple:  # list's own would lose `others` on the way to a worker
         return MicroBatch, (list(self), self.others)
 
 
 class UpdateBatchSampler:
     """Micro-batches in the order of training: update by update, step by step, process by process.
 
-    An update has the same samples whatever way they are shared out among micro-batches and processes, so that
-    1 x 8, 4 x 2 and 2 processes x 4 train alike. Accelerate deals the micro-batches out, one to each process in turn.
-    Where an epoch's last samples are too few for all processes, some get a FILLER, so that all take part.
+    An update has the same samples however they are divided among micro-batches and processes: micro-batches of 1 x 8
+    accumulation steps, 4 x 2, and 4 on 2 processes train alike. accelerate gives the micro-batches to the processes in
+    turn. If an epoch's last samples are too few for all processes, some get a FILLER, so that all take part.
 
     Args:
-        num_tokens: where given, an update's samples are sorted by it, longest first, before they are cut into
-            micro-batches. That cuts padding and leaves the update's loss, a mean over its label tokens, what it is.
-        group_by_length: samples of similar length share an update, as in transformers' LengthGroupedSampler; the
+        num_tokens: if given, an update's samples are sorted by length, longest first, before they are cut into
+            micro-batches. That saves padding. The update's loss stays the same: it is a mean over its label tokens.
+        group_by_length: samples of similar length share an update, as in transformers' LengthGroupedSampler. The
             first update has the longest sample, so that memory runs out at once or never.
     """
 
-    batch_size = None  # the last update of an epoch may have smaller micro-batches; accelerate must not pad them
+    # accelerate reads both. An epoch's last update may have smaller micro-batches, which it must not pad.
+    batch_size = None
     drop_last = False
 
     def __init__(
@@ -138,17 +139,17 @@ class UpdateBatchSampler:
         self.num_tokens = num_tokens
         self.group_by_length = group_by_length
         self.epoch = 0
-        self.first_update = 0  # of this epoch's; those before it are done
+        self.first_update = 0  # in this epoch; those before it are done
 
     def start_at(self, epoch: int, update: int = 0) -> None:
-        """Go on behind an epoch's first `update` updates, whose samples are not opened.
+        """Continue an epoch after its first `update` updates. Their samples are not opened.
 
-        Not `set_epoch`: accelerate calls that with a count of its own, which a resumed run begins with 0.
+        It is not called `set_epoch`: accelerate calls that with its own count, which starts at 0 in a resumed run.
         """
         self.epoch, self.first_update = epoch, update
 
     def digest(self) -> str:
-        """A hash of how long all samples are: another tokenizer or chat template has another."""
+        """A hash of all samples' lengths. It changes with the tokenizer and the chat template."""
         columns = [self.num_label_tokens] if self.num_tokens is None else [self.num_label_tokens, self.num_tokens]
         return hashlib.sha256(b"".join(np.asarray(column, np.int64).tobytes() for column in columns)).hexdigest()[:16]
 
@@ -158,7 +159,7 @@ class UpdateBatchSampler:
         return [self.update_size] * num_full + ([num_left] if num_left else [])
 
     def order(self) -> np.ndarray:
-        """The epoch's samples, shuffled by seed and epoch, update after update, as one array of indices."""
+        """The indices of the epoch's samples, shuffled by seed and epoch, update after update."""
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.num_label_tokens))
         if self.group_by_length:
@@ -166,11 +167,11 @@ class UpdateBatchSampler:
         return order if self.num_tokens is None else self._sorted_in_blocks(order, self.update_size)
 
     def updates(self) -> list[np.ndarray]:
-        """The epoch's samples, an array of indices for each update."""
+        """The indices of the epoch's samples, an array for each update."""
         return np.split(self.order(), np.cumsum(self.update_sizes(), dtype=int)[:-1])
 
     def label_tokens_per_update(self) -> list[int]:
-        """How many label tokens each update's loss is the mean over, all processes together."""
+        """The number of label tokens of each update, all processes together. Its loss is the mean over them."""
         starts = np.arange(0, len(self.num_label_tokens), self.update_size)
         return np.add.reduceat(self.num_label_tokens[self.order()], starts).astype(int).tolist()
 
@@ -189,11 +190,12 @@ class UpdateBatchSampler:
         return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
 
     def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Sort mega-batches by length, cut them into updates and shuffle those. A short last update stays last."""
+        """Sort mega-batches by length, cut them into updates and shuffle the updates. A short last update stays last.
+        The longest sample is put into the first update."""
         longest = self.num_tokens[order].argmax()
         order[[0, longest]] = order[[longest, 0]]
         num_full = len(order) // self.update_size
-        mega_batch = max(1, min(num_full // 4, MEGA_BATCH)) * self.update_size  # small data sets are to be mixed too
+        mega_batch = max(1, min(num_full // 4, MEGA_BATCH)) * self.update_size  # a small data set must be mixed too
         order = self._sorted_in_blocks(order, mega_batch)
         full, rest = np.split(order, [num_full * self.update_size])
         full = full.reshape(num_full, self.update_size)
@@ -201,7 +203,7 @@ class UpdateBatchSampler:
         return np.concatenate([full.flatten(), rest])
 
     def _sorted_in_blocks(self, order: np.ndarray, block_size: int) -> np.ndarray:
-        """Each `block_size` samples in a row sorted by length, longest first; equally long ones keep their order."""
+        """Sort each block of `block_size` samples by length, longest first. Equally long samples keep their order."""
         return order[np.lexsort((-self.num_tokens[order], np.arange(len(order)) // block_size))]
 
     def _num_micro_batches(self, num_samples: int) -> int:
@@ -210,10 +212,10 @@ class UpdateBatchSampler:
 
 
 def return_freed_memory() -> None:
-    """Give the memory of images that are done with back to the system.
+    """Return the memory of freed images to the system.
 
-    glibc's heap would hold up to hundreds of megabytes of it in gaps. Asking for them at every batch costs little;
-    keeping large buffers out of the heap (mallopt) doubles the time an image takes. Other C libraries need neither.
+    glibc's heap keeps up to hundreds of megabytes of it in gaps. `malloc_trim` at every batch costs little. Keeping
+    large buffers out of the heap (`mallopt`) doubles the time per image. Other C libraries need neither.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -226,7 +228,7 @@ def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def count_cut(records: datasets.Dataset, max_length: int) -> int:
-    """How many measured records lose the end of their replies at `max_length` tokens, the end of turn with it."""
+    """How many measured records lose the end of their replies at `max_length` tokens, and an end of turn with it."""
     num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
     return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
 
@@ -254,7 +256,7 @@ def positions(
 ) -> dict[str, torch.LongTensor]:
     """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].
 
-    Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
+    Collators look them up on the CPU. On a GPU that would be a synchronisation at every step.
     """
     return {
         "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),

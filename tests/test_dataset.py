@@ -810,7 +810,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     reason = str(error).partition("\n")[0]
-    assert f"no such path, and not to be had from the hub ({reason})" in refusal(Path("owner/name"))
+    assert f"no such path, and it cannot be loaded from the hub ({reason})" in refusal(Path("owner/name"))
     for name in ("data/missing.json", "data/missing.jsonl", "data/missing.parquet", "a/b/c", "missing"):
         assert "no such file" in refusal(Path(name))
 
