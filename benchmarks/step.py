@@ -39,6 +39,7 @@ from child_processes import process_pool
 from chunked_loss import IGNORE_INDEX, LanguageModelHead
 from configuration_mgm import mgm_2b
 from gated_mlp import recompute_activations
+from label_mask import find_label_positions
 from memory_profile import memory_events, profile_memory, rise
 from memory_stand_in import launched
 from memory_strategies import Strategy
@@ -168,7 +169,7 @@ class Ours:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler("constant", self.optimizer)
         batch = collate([make_row(config)])
-        batch["label_positions"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        batch["label_positions"] = find_label_positions(batch["labels"])
         self.batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
         self.num_items_in_batch = len(batch["label_positions"])
 

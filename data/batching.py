@@ -248,10 +248,10 @@ class TrainCollator:
             max_length=self.max_length,
             padding_side="right",
         )
-        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
 
 
-def positions(
+def find_positions(
     input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
 ) -> dict[str, torch.LongTensor]:
     """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.batching import TrainCollator, positions
+from data.batching import TrainCollator, find_positions
 from data.dataset import FILLER
 from processing_mgm import IGNORE_INDEX
 
@@ -107,4 +107,4 @@ class PackedCollator(TrainCollator):
             tokens = (position_ids if name == "position_ids" else batch[name])[is_token]
             row_tokens = tokens.split([int(each.sum()) for each in lengths])
             batch[name] = pad_sequence(row_tokens, batch_first=True, padding_value=fill)
-        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
