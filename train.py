@@ -167,7 +167,9 @@ def main(config: TrainConfig) -> dict | None:
         config.max_new_tokens,
         positions=num_positions(config.model),
     )
-    loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
+    loader, sampler, longest = build_loader(
+        config, train_dataset, processor, model.config, accelerator.num_processes, config.group_by_length
+    )
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
@@ -214,14 +216,20 @@ def main(config: TrainConfig) -> dict | None:
             first_step = global_step - sampler.first_update
             for batch in watch.batches(loader):
                 out_of_memory.at(f"in step {global_step + 1}")
-                sample_ids = batch.pop("sample_ids")
                 num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
                     loss, grad_norm = training_step(
-                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm, True
+                        accelerator,
+                        model,
+                        optimizer,
+                        scheduler,
+                        batch.inputs,
+                        num_items_in_batch,
+                        config.max_grad_norm,
+                        skip_nonfinite=True,
                     )
                 log.micro_batch(batch, loss)
-                nonfinite.micro_batch(loss, sample_ids)
+                nonfinite.micro_batch(loss, batch.sample_ids)
                 if accelerator.sync_gradients:
                     global_step += 1
                     loss_scale = state.loss_scale()

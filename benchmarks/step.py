@@ -43,6 +43,7 @@ from memory.cpu_profile import memory_events, profile_memory, rise
 from memory.launch import launched
 from memory.strategy import Strategy
 from mgm.configuration_mgm import mgm_2b
+from mgm.label_mask import find_label_positions
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.config import MIXED_PRECISIONS
 from models.loading import load_processor
@@ -173,7 +174,7 @@ class Ours:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler("constant", self.optimizer)
         batch = collate([make_row(config)])
-        batch["label_positions"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        batch["label_positions"] = find_label_positions(batch["labels"])
         self.batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
         self.num_items_in_batch = len(batch["label_positions"])
 

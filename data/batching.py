@@ -1,10 +1,8 @@
-"""From conversations to batches: how long each sample is, which samples make up an update, and their collation."""
+"""From conversations to batches: the length of each sample, the samples of each update, and their collation."""
 
 import ctypes
 import hashlib
-import inspect
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,28 +13,31 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from tokenizers import Encoding
 
+from data.batch import Batch
 from data.cache import naming_the_cache
 from data.dataset import FILLER
-from layers.chunked_loss import IGNORE_INDEX
-from mgm import chat_templates, processing_mgm
+from mgm.chat_templates import Span
+from mgm.label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
 from mgm.processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 
 
+# Of the cached counts. Raise it when label_mask, chat_templates or processing_mgm change them.
+LENGTHS_VERSION = 1
 RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
 MAX_PROCESSES = 16
 TEMPLATE_ERRORS = (ValueError, TemplateError)  # of rendering a conversation
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
+Sample = dict[str, Any] | list[dict[str, Any]]  # of a ConversationDataset; packed: a row of them
 
 
 def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_length: int) -> datasets.Dataset:
     """Add `num_tokens` (before truncation) and `num_label_tokens` (after it) to every record.
 
-    A record whose image would be cut, or of whose replies nothing is left, has 0 label tokens. Tokenized once and
-    cached, the two columns alone: the fingerprint covers everything that they depend on, the code too.
+    A record has 0 label tokens if truncation would cut one of its images or leaves nothing of its replies. The counts
+    are cached, without the conversations. The cache's key covers all that they depend on, the code by LENGTHS_VERSION.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    rules = [inspect.getsource(part) for part in (chat_templates, processing_mgm, count_tokens, _count)]
     dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
     with naming_the_cache():
         lengths = dataset.map(
@@ -45,7 +46,7 @@ def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_leng
             batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
             num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
             remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, *rules)),
+            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, LENGTHS_VERSION)),
             desc="Measuring lengths",
         )
     return datasets.concatenate_datasets([dataset, lengths], axis=1)
@@ -65,9 +66,9 @@ def count_batch(batch: dict[str, list], processor: MGMProcessor, max_length: int
 
 
 def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
-    """`num_tokens` and `num_label_tokens` of each conversation: what `processor.tokenize` returns, only counted.
+    """`num_tokens` and `num_label_tokens` of each conversation, without the lists that `processor.tokenize` builds.
 
-    It renders and tokenizes many at once and expands no image. Half of the time saved is in not building the lists.
+    It is faster because it renders and tokenizes many at once and expands no image.
     """
     prompts, spans = processor.render(conversations)
     tokenizer = processor.tokenizer.backend_tokenizer
@@ -79,55 +80,45 @@ def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_l
     return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
 
 
-def _count(
-    encoding: Encoding, spans: list[tuple[int, int]], processor: MGMProcessor, max_length: int
-) -> tuple[int, int]:
-    """Tokens of one conversation, and those of them that carry loss: they start inside one of the character spans."""
+def _count(encoding: Encoding, replies: list[Span], processor: MGMProcessor, max_length: int) -> tuple[int, int]:
+    """Tokens of one conversation before truncation, and how many of those left after it carry a label."""
     input_ids, image_token_id = encoding.ids, processor.image_token_id
-    num_images = input_ids.count(image_token_id)
-    num_added = num_images * (processor.num_image_tokens - 1)  # positions that expanding the images adds
-    if num_images:
-        last_image = len(input_ids) - 1 - input_ids[::-1].index(image_token_id)
-        if last_image + 1 + num_added > max_length:
-            return len(input_ids) + num_added, 0
-    kept = range(1, min(len(input_ids), max_length - num_added))  # the first position is predicted from nothing
-
-    def first_token(character: int) -> int:
-        """The first kept token that starts at `character` or behind it. Looks at few of the costly offsets."""
-        return bisect_left(kept, character, key=lambda i: encoding.token_to_chars(i)[0])
-
-    targets = (kept[first_token(begin) : first_token(end)] for begin, end in spans)
-    num_targets = sum(len(target) - input_ids[target.start : target.stop].count(image_token_id) for target in targets)
-    return len(input_ids) + num_added, num_targets
+    num_tokens = len(input_ids) + input_ids.count(image_token_id) * (processor.num_image_tokens - 1)
+    try:
+        num_kept = count_fitting_tokens(input_ids, image_token_id, processor.num_image_tokens, max_length)
+    except CutImage:
+        return num_tokens, 0
+    return num_tokens, len(find_label_tokens(encoding, input_ids, replies, image_token_id, num_kept))
 
 
 class MicroBatch(list):
-    """The indices of a micro-batch's samples. `others`: those of the process's other micro-batches of the update, at
-    its first one; else None."""
+    """Sample indices of one micro-batch. The first of an update also carries `others`: the indices of this process's
+    other micro-batches in that update."""
 
     def __init__(self, samples: list[int], others: list[int] | None) -> None:
         super().__init__(samples)
         self.others = others
 
-    def __reduce__(self) -> tuple:  # to a worker
+    def __reduce__(self) -> tuple:  # list's own would lose `others` on the way to a worker
         return MicroBatch, (list(self), self.others)
 
 
 class UpdateBatchSampler:
     """Micro-batches in the order of training: update by update, step by step, process by process.
 
-    An update has the same samples whatever way they are shared out among micro-batches and processes, so that
-    1 x 8, 4 x 2 and 2 processes x 4 train alike. Accelerate deals the micro-batches out, one to each process in turn.
-    Where an epoch's last samples are too few for all processes, some get a FILLER, so that all take part.
+    An update has the same samples however they are divided among micro-batches and processes: micro-batches of 1 x 8
+    accumulation steps, 4 x 2, and 4 on 2 processes train alike. accelerate gives the micro-batches to the processes in
+    turn. If an epoch's last samples are too few for all processes, some get a FILLER, so that all take part.
 
     Args:
-        num_tokens: where given, an update's samples are sorted by it, longest first, before they are cut into
-            micro-batches. That cuts padding and leaves the update's loss, a mean over its label tokens, what it is.
-        group_by_length: samples of similar length share an update, as in transformers' LengthGroupedSampler; the
+        num_tokens: if given, an update's samples are sorted by length, longest first, before they are cut into
+            micro-batches. That saves padding. The update's loss stays the same: it is a mean over its label tokens.
+        group_by_length: samples of similar length share an update, as in transformers' LengthGroupedSampler. The
             first update has the longest sample, so that memory runs out at once or never.
     """
 
-    batch_size = None  # the last update of an epoch may have smaller micro-batches; accelerate must not pad them
+    # accelerate reads both. An epoch's last update may have smaller micro-batches, which it must not pad.
+    batch_size = None
     drop_last = False
 
     def __init__(
@@ -148,17 +139,17 @@ class UpdateBatchSampler:
         self.num_tokens = num_tokens
         self.group_by_length = group_by_length
         self.epoch = 0
-        self.first_update = 0  # of this epoch's; those before it are done
+        self.first_update = 0  # in this epoch; those before it are done
 
     def start_at(self, epoch: int, update: int = 0) -> None:
-        """Go on behind an epoch's first `update` updates, whose samples are not opened.
+        """Continue an epoch after its first `update` updates. Their samples are not opened.
 
-        Not `set_epoch`: accelerate calls that with a count of its own, which a resumed run begins with 0.
+        It is not called `set_epoch`: accelerate calls that with its own count, which starts at 0 in a resumed run.
         """
         self.epoch, self.first_update = epoch, update
 
     def digest(self) -> str:
-        """A hash of how long all samples are: another tokenizer or chat template has another."""
+        """A hash of all samples' lengths. It changes with the tokenizer and the chat template."""
         columns = [self.num_label_tokens] if self.num_tokens is None else [self.num_label_tokens, self.num_tokens]
         return hashlib.sha256(b"".join(np.asarray(column, np.int64).tobytes() for column in columns)).hexdigest()[:16]
 
@@ -168,7 +159,7 @@ class UpdateBatchSampler:
         return [self.update_size] * num_full + ([num_left] if num_left else [])
 
     def order(self) -> np.ndarray:
-        """The epoch's samples, shuffled by seed and epoch, update after update, as one array of indices."""
+        """The indices of the epoch's samples, shuffled by seed and epoch, update after update."""
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.num_label_tokens))
         if self.group_by_length:
@@ -176,11 +167,11 @@ class UpdateBatchSampler:
         return order if self.num_tokens is None else self._sorted_in_blocks(order, self.update_size)
 
     def updates(self) -> list[np.ndarray]:
-        """The epoch's samples, an array of indices for each update."""
+        """The indices of the epoch's samples, an array for each update."""
         return np.split(self.order(), np.cumsum(self.update_sizes(), dtype=int)[:-1])
 
     def label_tokens_per_update(self) -> list[int]:
-        """How many label tokens each update's loss is the mean over, all processes together."""
+        """The number of label tokens of each update, all processes together. Its loss is the mean over them."""
         starts = np.arange(0, len(self.num_label_tokens), self.update_size)
         return np.add.reduceat(self.num_label_tokens[self.order()], starts).astype(int).tolist()
 
@@ -199,11 +190,12 @@ class UpdateBatchSampler:
         return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
 
     def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Sort mega-batches by length, cut them into updates and shuffle those. A short last update stays last."""
+        """Sort mega-batches by length, cut them into updates and shuffle the updates. A short last update stays last.
+        The longest sample is put into the first update."""
         longest = self.num_tokens[order].argmax()
         order[[0, longest]] = order[[longest, 0]]
         num_full = len(order) // self.update_size
-        mega_batch = max(1, min(num_full // 4, MEGA_BATCH)) * self.update_size  # small data sets are to be mixed too
+        mega_batch = max(1, min(num_full // 4, MEGA_BATCH)) * self.update_size  # a small data set must be mixed too
         order = self._sorted_in_blocks(order, mega_batch)
         full, rest = np.split(order, [num_full * self.update_size])
         full = full.reshape(num_full, self.update_size)
@@ -211,7 +203,7 @@ class UpdateBatchSampler:
         return np.concatenate([full.flatten(), rest])
 
     def _sorted_in_blocks(self, order: np.ndarray, block_size: int) -> np.ndarray:
-        """Each `block_size` samples in a row sorted by length, longest first; equally long ones keep their order."""
+        """Sort each block of `block_size` samples by length, longest first. Equally long samples keep their order."""
         return order[np.lexsort((-self.num_tokens[order], np.arange(len(order)) // block_size))]
 
     def _num_micro_batches(self, num_samples: int) -> int:
@@ -220,10 +212,10 @@ class UpdateBatchSampler:
 
 
 def return_freed_memory() -> None:
-    """Give the memory of images that are done with back to the system.
+    """Return the memory of freed images to the system.
 
-    glibc's heap would hold up to hundreds of megabytes of it in gaps. Asking for them at every batch costs little;
-    keeping large buffers out of the heap (mallopt) doubles the time an image takes. Other C libraries need neither.
+    glibc's heap keeps up to hundreds of megabytes of it in gaps. `malloc_trim` at every batch costs little. Keeping
+    large buffers out of the heap (`mallopt`) doubles the time per image. Other C libraries need neither.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -236,7 +228,7 @@ def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def count_cut(records: datasets.Dataset, max_length: int) -> int:
-    """How many measured records lose the end of their replies at `max_length` tokens, the end of turn with it."""
+    """How many measured records lose the end of their replies at `max_length` tokens, and an end of turn with it."""
     num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
     return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
 
@@ -256,35 +248,33 @@ class TrainCollator:
             max_length=self.max_length,
             padding_side="right",
         )
-        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
 
 
-def positions(
+def find_positions(
     input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
 ) -> dict[str, torch.LongTensor]:
     """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].
 
-    Looked up on the CPU, by the collator: on a GPU it would be a synchronisation at every step.
+    Collators look them up on the CPU. On a GPU that would be a synchronisation at every step.
     """
-    has_label = labels != IGNORE_INDEX
-    has_label[:, 0] = False  # nothing comes before it
     return {
         "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
-        "label_positions": has_label.flatten().nonzero().squeeze(1),
+        "label_positions": find_label_positions(labels),
     }
 
 
-class NamingCollator:
-    """What `collator` makes of samples, and `sample_ids`, so that a message can name them."""
+class BatchCollator:
+    """Samples to a Batch. `collator` makes forward's arguments of them."""
 
-    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+    def __init__(self, collator: Callable[[list[Sample]], dict[str, torch.Tensor]]) -> None:
         self.collator = collator
 
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        return {**self.collator(samples), "sample_ids": [sample["id"] for sample in flat(samples) if "id" in sample]}
+    def __call__(self, samples: list[Sample]) -> Batch:
+        return Batch(self.collator(samples), [sample["id"] for sample in flatten(samples) if "id" in sample])
 
 
-def flat(samples: list[Any]) -> Iterator[dict]:
-    """The samples; those of a row, where several share one, one after the other."""
+def flatten(samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """The samples one after the other, also those that share a row."""
     for sample in samples:
-        yield from flat(sample) if isinstance(sample, list) else [sample]
+        yield from sample if isinstance(sample, list) else [sample]

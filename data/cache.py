@@ -1,4 +1,4 @@
-"""What can go wrong with the folder that `datasets` keeps its Arrow files in."""
+"""Errors of the folder in which `datasets` keeps its Arrow files."""
 
 import errno
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from utils import UserError, brief_error, is_disk_full
 
 @contextmanager
 def naming_the_cache() -> Iterator[None]:
-    """No room in the cache, or no right to write there, becomes a UserError that names it and the remedy."""
+    """If the cache is full or may not be written, raise a UserError that names it and the remedy."""
     try:
         yield
     except (OSError, DatasetGenerationError) as error:

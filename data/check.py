@@ -3,8 +3,8 @@
     python -m data.check my.json --image_folder my_images
     python -m data.check my.json --image_folder my_images --model mgm-2b --max_seq_len 1024      # lengths too
 
-One report on stdout: what train.py would refuse or skip, and what it would take but you may not mean. The last line
-is JSON. Exit code 0: every record can be used; 2: some cannot.
+The report on stdout lists what train.py would refuse or skip, and counts what it accepts but may be a mistake. The
+last line is JSON. Exit code 0: every record can be used; 2: some cannot.
 """
 
 import os
@@ -32,7 +32,7 @@ from models.loading import load_processor
 from utils import UserError, check_minimum, run_script
 
 
-SAMPLES_AT_ONCE = 64  # that a process takes: some seconds
+SAMPLES_AT_ONCE = 64  # for one process: some seconds of work
 NUM_SHOWN = 20
 
 
@@ -67,7 +67,7 @@ def main(config: CheckConfig) -> dict[str, Any]:
 
 
 def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterator[str]:
-    """What is wrong with each sample whose images cannot be had."""
+    """What is wrong with each sample whose images cannot be loaded."""
     starts = range(0, len(dataset), SAMPLES_AT_ONCE)
     with (
         process_pool(
@@ -85,7 +85,7 @@ def find_bad_samples(dataset: ConversationDataset, num_processes: int) -> Iterat
 
 
 def _take(dataset: ConversationDataset) -> None:
-    """In a process of the pool."""
+    """Runs once in each process of the pool."""
     global _dataset
     _dataset = dataset
 
@@ -97,7 +97,7 @@ def _check_from(start: int) -> list[str]:
 
 
 def find_notes(records: datasets.Dataset) -> dict[str, int]:
-    """How many records are odd, though they can be used."""
+    """Counts of what is odd in records that can be used."""
     counts = pc.value_counts(records.data.column("id")).field("counts")
     notes = Counter({"ids that several records share": int(pc.sum(pc.greater(counts, 1)).as_py() or 0)})
     for conversation in records["conversations"]:
@@ -108,7 +108,7 @@ def find_notes(records: datasets.Dataset) -> dict[str, int]:
 
 
 def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
-    """How many records --max_seq_len cuts off, and how many it leaves out; whether replies have an end of turn."""
+    """How many records --max_seq_len cuts, how many it leaves out, and whether replies have an end of turn."""
     processor = load_processor(config.model)
     lacks_turn_end = missing_turn_end(config.model, processor, records[0]) is not None
     measured = measure_lengths(records, processor, config.max_seq_len)

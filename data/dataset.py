@@ -1,11 +1,10 @@
 """Conversations about images from LLaVA files, parquet, saved data sets or the hub, kept as memory-mapped Arrow.
 
-The formats are described in data/README.md. Text is read once. Images are opened one by one, in the loader's workers;
-those that lie inside parquet or Arrow files stay there.
+data/README.md describes the formats. Text is read once. Images are opened when a sample is asked for, in the loader's
+workers. Images inside parquet or Arrow files stay there.
 """
 
 import hashlib
-import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,16 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-import data.records
-import data.sources
 from data.cache import naming_the_cache
 from data.images import ImageLookup, naming, open_embedded, open_image
 from data.records import check_record
 from data.sources import Source, find_source
-from mgm.processing_mgm import to_messages
 from utils import UserError, brief_error
 
 
+RECORDS_VERSION = (
+    1  # of the cached records: raise it when sources, records or to_messages change what is read or refused
+)
 FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),
@@ -44,7 +43,7 @@ FILLER = None  # the index of no sample: such a conversation, for a process that
 
 
 class ConversationDataset(torch.utils.data.Dataset):
-    """Conversations with their images decoded. Nothing is open until a sample is asked for, so workers can have it."""
+    """Conversations with their images decoded. No file is open until a sample is asked for, so workers can copy it."""
 
     def __init__(
         self,
@@ -57,9 +56,9 @@ class ConversationDataset(torch.utils.data.Dataset):
     ) -> None:
         """
         Args:
-            problems: what was left out of the records, by its number, in a data set that skips what is bad.
+            problems: why records were left out, by their number. None: bad samples are not skipped.
             follow_links: allow links out of the image folder.
-            num_moved: images that lie where MGM's own loader looks for them (`data.images.path_of`).
+            num_moved: images found where MGM's own loader looks for them (`data.images.path_of`).
         """
         self.records = records
         self.image_folder = image_folder
@@ -68,18 +67,18 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.skips_bad = problems is not None
         self.follow_links = follow_links
         self.num_moved = num_moved
-        # Of training data, set once its lengths are measured:
+        # Training data has these two. They are set once its lengths are measured.
         self.num_cut = 0  # samples that lose the end of their replies
-        self.digest: dict[str, Any] = {}  # `digest_records`, by which a resumed run knows the data again
+        self.digest: dict[str, Any] = {}  # `digest_records`, by which a resumed run recognizes the data
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
-        """`id`, `conversations` (LLaVA turns) and `images` (RGB). A FILLER is nobody's: it has no id and no reply.
+        """`id`, `conversations` (LLaVA turns) and `images` (RGB). A FILLER has no id, no image and no reply.
 
-        An image that cannot be had is a UserError; where bad samples are skipped, the sample has no image and no reply
-        but a `problem`, its `index`, and the `num_label_tokens` that are missed.
+        If bad samples are skipped, one whose images cannot be loaded has no image and no reply, but a `problem`, its
+        `index`, and the `num_label_tokens` that are lost. Else it raises UserError.
         """
         if index is FILLER:
             return {"conversations": NO_CONVERSATION, "images": []}
@@ -116,13 +115,15 @@ def open_dataset(
     skips_bad: bool = False,
     follow_links: bool = False,
 ) -> ConversationDataset:
-    """The conversations in `path` with the images in `image_folder` (default: beside `path`), all seen to exist.
+    """The conversations in `path` with the images in `image_folder` (default: beside `path`), which are seen to exist.
 
-    `follow_links`: also those that lie outside it, behind links.
+    Args:
+        skips_bad: leave bad records out instead of raising for the first.
+        follow_links: allow links out of the image folder.
 
     Raises:
-        UserError: a record is not in the format, an image is missing or behind a link out of the folder; with
-            `skips_bad`, none is left.
+        UserError: a record is not in the format, an image is missing or a link out of the folder. With `skips_bad`:
+            no record can be used.
     """
     if image_folder is None:
         image_folder = Path(path).parent if os.path.exists(path) else "."  # a hub id has no folder beside it
@@ -148,22 +149,22 @@ def open_dataset(
 
 
 def digest_records(records: datasets.Dataset) -> dict[str, Any]:
-    """How many records there are, and a hash of them in their order: texts and images' names, no image's content.
+    """The number of records, and a hash of their texts and image names in order. No image is read.
 
-    It reads Arrow's own bytes: 1.2 million records take three seconds, ten times that behind a `select`.
+    It hashes Arrow's own bytes: 1.2 million records take three seconds, or thirty after a `select`.
     """
     names = [name for name in ("conversations", "images", "row") if name in records.column_names]
     content = hashlib.sha256()
     for table in records.select_columns(names).with_format("arrow").iter(batch_size=10_000):
-        for batch in table.combine_chunks().to_batches():  # chunks are as some cache was written
+        for batch in table.combine_chunks().to_batches():  # chunk borders depend on the cache
             content.update(batch.serialize())
     return {"num_records": len(records), "sha256": content.hexdigest()[:16]}
 
 
 def load_conversations(path: str | Path) -> datasets.Dataset:
-    """The conversations of a file, a folder or a hub id as `FEATURES`, with images inside as `EMBEDDED_FEATURES`.
+    """The conversations of a file, a folder or a hub id as `FEATURES`, or `EMBEDDED_FEATURES` if it holds images.
 
-    They are validated and converted once, as a stream; later runs map the cached Arrow file.
+    They are checked and converted once, as a stream. Later runs map the cached Arrow file.
 
     Raises:
         UserError: there is no such data set, or a record is not in the format. It names the record.
@@ -172,11 +173,10 @@ def load_conversations(path: str | Path) -> datasets.Dataset:
 
 
 def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
-    """The source's records, checked, mapped from the cache. Raises UserError for the first that is bad.
+    """The source's records, checked, mapped from the cache. Raises UserError for the first bad record.
 
-    `skips_bad`: those are there too, empty, and a column `problem` says what is wrong with them.
+    `skips_bad`: bad records are kept as empty ones, and a column `problem` says what is wrong with them.
     """
-    rules = [inspect.getsource(part) for part in (data.sources, data.records, read_records, to_messages)]
     try:
         features = EMBEDDED_FEATURES if source.image_column else FEATURES
         with naming_the_cache():
@@ -184,7 +184,7 @@ def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
                 read_records,
                 features=datasets.Features({**features, PROBLEM: datasets.Value("string")}) if skips_bad else features,
                 gen_kwargs={"source": source, "skips_bad": skips_bad},
-                fingerprint=Hasher.hash((source.state, rules, skips_bad)),
+                fingerprint=Hasher.hash((source.state, RECORDS_VERSION, skips_bad)),
             )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -193,7 +193,7 @@ def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
 
 
 def read_records(source: Source, skips_bad: bool = False) -> Iterator[dict[str, Any]]:
-    """The records one by one, checked. Raises UserError, also where there is none."""
+    """The records, checked. Raises UserError for a bad record, and if the source has none."""
     index = -1
     try:
         for index, record in enumerate(source.records()):
@@ -214,7 +214,8 @@ def read_records(source: Source, skips_bad: bool = False) -> Iterator[dict[str, 
 
 
 def find_missing_images(records: datasets.Dataset, lookup: ImageLookup) -> dict[int, str]:
-    """The records with an image file that cannot be used, by number. Each name is looked up once, without decoding."""
+    """What is wrong with records whose image file cannot be used, by number. Each name is looked up once, and no file
+    is opened."""
     names = pc.drop_null(pc.unique(pc.list_flatten(records.data.column("images"))))
     reasons = {n: reason for name in names if (reason := lookup.problem(n := name.as_py()))}
     if not reasons:

@@ -1,4 +1,4 @@
-"""Images to RGB, and what can be wrong with them."""
+"""Find image files, decode them to RGB, and say what is wrong with those that cannot be used."""
 
 import functools
 import io
@@ -17,7 +17,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from utils import UserError, brief_error
 
 
-WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts pictures of 8 bits only
+WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts images of 8 bits only
 LEAVES = "leaves the image folder by a link; to allow such links, give --follow_links"
 MOVED = "images found where MGM's own loader looks for them: ocr_vqa as .png, vg/VG_100K as vg/images"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
@@ -25,19 +25,19 @@ MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Whatever goes wrong with an image becomes a UserError that starts with `where`. Huge images are refused too."""
+    """Turn any error of an image into a UserError that starts with `where`. Huge images are refused too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+    except Exception as error:  # on a broken file Pillow's decoders raise anything
         raise UserError(f"{where} cannot be decoded ({brief_error(error)}); replace or remove it") from None
 
 
 def path_of(image_folder: Path, name: str) -> str:
-    """Where an image lies. As in MGM's own loader, OCR-VQA's may be .png, and Visual Genome's all in one `images`.
+    """The path of an image. As in MGM's own loader, OCR-VQA's may be .png, and Visual Genome's all in one `images`.
 
     MGM's instruction file names `ocr_vqa/images/N.jpg` and `vg/VG_100K/N.jpg` (or `VG_100K_2`).
     """
@@ -53,18 +53,18 @@ def path_of(image_folder: Path, name: str) -> str:
 
 
 class ImageLookup:
-    """Finds what is wrong with a folder's image files without opening them: millions of names take seconds.
+    """Checks a folder's image files without opening them: millions of names take seconds.
 
     Args:
         follow_links: allow links out of the folder.
     """
 
-    num_moved = 0  # images that lie where MGM's own loader looks, not where their record says
+    num_moved = 0  # images found where MGM's own loader looks, not where their record says
 
     def __init__(self, image_folder: Path, follow_links: bool = False) -> None:
         self.folder, self.follow_links = image_folder, follow_links
         self.real_folder = os.path.realpath(image_folder)
-        self._is_inside = functools.cache(self._resolves_inside)  # of whole folders: few are asked for often
+        self._is_inside = functools.cache(self._resolves_inside)  # of folders: few, and asked for often
 
     def problem(self, name: str) -> str | None:
         path = path_of(self.folder, name)
@@ -84,7 +84,8 @@ def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool
     """Decode an image to RGB. EXIF rotation is left alone, as in the original.
 
     Raises:
-        UserError: it is missing, truncated, too large, no image, or, unless `follow_links`, a link out of the folder.
+        UserError: it is missing, truncated, too large, not an image, or a link out of the folder (unless
+            `follow_links`).
     """
     path = Path(path_of(image_folder, name))
     where = f"record {record_id}: image {path}"
@@ -101,16 +102,17 @@ def open_embedded(content: bytes, name: str, record_id: str) -> Image.Image:
 
 
 def read_rgb(file: Path | BinaryIO) -> Image.Image:
-    """The (first) image in the file; whatever its mode, RGB. Transparency is dropped, as in the original."""
+    """The file's (first) image as RGB. Transparency is dropped, as in the original."""
     with Image.open(file) as image:
         check_size(*image.size)
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Scaled by the range that the file's type has. Raises ValueError where it has none, or only a part of it is used.
+    """RGB, scaled from the range of the file's type to 8 bits. Pillow's `convert` would clip deep grey at 255.
 
-    Pillow's own `convert` cuts deep grey off at 255.
+    Raises:
+        ValueError: the type has no range, or the image uses only a small part of it.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         num_bits = bits_of_deep_grey(image)
@@ -128,9 +130,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bits_of_deep_grey(image: Image.Image) -> int:
-    """How many bits a grey value has. Raises ValueError where the file does not say which value is white."""
+    """The bits of a grey value. Raises ValueError if the file does not say which value is white."""
     if image.format == "PPM" and image.mode == "I":
-        return 16  # its file names the maximum, and Pillow scales by it
+        return 16  # the file states its maximum, and Pillow scales by it
     if image.mode.startswith("I;16"):
         return getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]
     kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
@@ -138,7 +140,7 @@ def bits_of_deep_grey(image: Image.Image) -> int:
 
 
 def check_range(low: int, high: int, num_bits: int) -> None:
-    """Raise ValueError for a picture that is all in the lowest quarter of its range, as 12 bits in 16 are."""
+    """Raise ValueError for an image that uses only the lowest quarter of its range, such as 12 bits stored in 16."""
     if low < high < 2**num_bits // 4:
         raise ValueError(
             f"{num_bits} bits a value, but none is above {high}, which is nearly black: "
@@ -147,7 +149,7 @@ def check_range(low: int, high: int, num_bits: int) -> None:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a size that is small as it is but not once it is padded or scaled to a square."""
+    """Raise ValueError for an image that is too large once it is padded or scaled to a square."""
     long, short = max(width, height), min(width, height)
     if long**2 > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} pixels: as a square it would have {long**2:,}; scale it down")

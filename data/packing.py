@@ -1,9 +1,9 @@
 """Several conversations with their images in one row: which samples share a row, and their collation.
 
-Nothing tells a model where a sample ends but `position_ids`, which begin at 0 again. transformers finds the samples by
-them and lets none attend to another: a block-diagonal mask for `eager` and `sdpa`, variable lengths for
-`flash_attention_2` (which looks for them in batches of a single row alone). It looks only where there is no
-`attention_mask`, so that a packed batch has none.
+A packed batch marks its samples by `position_ids`, which start at 0 again with each sample. From them transformers
+keeps the samples from attending to one another: `eager` and `sdpa` get a block-diagonal mask, `flash_attention_2`
+variable lengths (it looks for them only in batches of a single row). transformers does so only if the batch has no
+`attention_mask`, so a packed batch has none.
 """
 
 from bisect import bisect_left, insort
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.batching import TrainCollator, positions
+from data.batching import TrainCollator, find_positions
 from data.dataset import FILLER
 from mgm.processing_mgm import IGNORE_INDEX
 
 
 class Packing:
-    """Which samples share a row: `order` has all samples, row after row, `starts` where in it each row begins."""
+    """Which samples share a row. `order`: all samples, row after row. `starts`: where in `order` each row begins."""
 
     def __init__(self, order: np.ndarray, starts: np.ndarray) -> None:
         self.order = order
@@ -33,15 +33,16 @@ class Packing:
         return self.order[self.starts[row] : end]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """The sum over each row's samples of what `values` has for every sample."""
+        """For each row, the sum of `values` over its samples. `values` has a number for each sample."""
         return np.add.reduceat(values[self.order], self.starts)
 
 
 def pack(num_tokens: np.ndarray, row_length: int, seed: int) -> Packing:
-    """Share samples out among rows of `row_length` tokens: each goes to the row that it fills up most, or a new one.
+    """Put each sample into the fullest row of `row_length` tokens that has room for it, or into a new row.
 
-    Those above a quarter of a row come first, longest first (best-fit decreasing), the others as shuffled by `seed`:
-    sorted, they would fill rows no better, and dozens of equal length, often of one kind of question, would share one.
+    Samples longer than a quarter of a row come first, longest first (best-fit decreasing). The others keep the order
+    that `seed` shuffles: sorting them would not fill rows better, and dozens of equally long samples, often with one
+    kind of question, would share a row.
 
     Args:
         num_tokens: of each sample, none above `row_length`.
@@ -51,7 +52,7 @@ def pack(num_tokens: np.ndarray, row_length: int, seed: int) -> Packing:
     order = order[np.argsort(-num_tokens[order] * is_long, kind="stable")]
     row_of = np.empty(len(num_tokens), dtype=int)
     rows_with: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the tokens left in them
-    rooms: list[int] = []  # the numbers of tokens left of which there is a row, in order
+    rooms: list[int] = []  # sorted: the numbers of tokens left that some row has
     num_rows = 0
     for place, length in enumerate(num_tokens[order].tolist()):
         found = bisect_left(rooms, length)
@@ -91,19 +92,19 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 class PackedCollator(TrainCollator):
-    """Rows of samples to forward's arguments: [R, T] with T the longest row's tokens, `position_ids` in place of the
-    mask. Images stay in reading order over the batch. Padding has position 0, each of it a sequence of its own."""
+    """Rows of samples to forward's arguments [R, T]: T is the longest row's tokens, `position_ids` replace the mask.
+
+    Images stay in reading order over the batch. Padding has position 0, so each padding token is its own sequence.
+    """
 
     def __call__(self, rows: list[list[dict]]) -> dict[str, torch.Tensor]:
         batch = super().__call__([sample for row in rows for sample in row])  # a row for each sample
         is_token = batch.pop("attention_mask").bool()
         lengths = is_token.sum(1).split([len(row) for row in rows])
         position_ids = torch.arange(is_token.shape[1]).expand_as(is_token)
-        # The sample before would be asked for the first token.
-        batch["labels"][:, 0] = IGNORE_INDEX
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0}
         for name, fill in padding.items():
             tokens = (position_ids if name == "position_ids" else batch[name])[is_token]
             row_tokens = tokens.split([int(each.sum()) for each in lengths])
             batch[name] = pad_sequence(row_tokens, batch_first=True, padding_value=fill)
-        return {**batch, **positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}

@@ -1,4 +1,4 @@
-"""What a record of conversations may be: LLaVA turns or transformers' messages, each problem named in one line."""
+"""Check a record of conversations, LLaVA turns or transformers' messages. Each problem is named in one line."""
 
 import os
 from reprlib import repr as brief
@@ -9,12 +9,12 @@ from utils import UserError
 
 
 class Malformed(str):
-    """Stands for a record that could not even be parsed: what is wrong, and where."""
+    """In place of a record that could not be parsed: what is wrong, and where."""
 
 
 IMAGE_COLUMNS, TURN_COLUMNS = ("images", "image"), ("conversations", "messages")
 VIDEO_TOKEN = "<video>"
-EMBEDDED = object()  # stands for an image inside the source, where others have a name
+EMBEDDED = object()  # in place of a file name: the image is inside the source
 
 
 def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
 
 
 def is_video(record: dict[str, Any], turns: list[dict[str, str]]) -> bool:
-    """Whether there is a video, or its placeholder in LLaVA's places. Elsewhere `<video>` is a word, as of HTML."""
+    """Whether there is a video, or `<video>` where LLaVA puts it. Elsewhere `<video>` is text, such as an HTML tag."""
     values = [turn["value"].strip() for turn in turns]
     is_asked_for = any(value.startswith(VIDEO_TOKEN) or value.endswith("\n" + VIDEO_TOKEN) for value in values)
     return is_asked_for or bool(record.get("video") or record.get("videos"))
@@ -74,7 +74,7 @@ def _check_names(record: dict[str, Any], where: str) -> list[Any]:
 
 
 def to_turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Messages as transformers has them to LLaVA turns. Raises UserError for what is neither text nor an image."""
+    """transformers' messages to LLaVA turns. Raises UserError for what is neither text nor an image."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: 'messages' must be a list of messages, found {brief(messages)}")
     turns, num_images = [], 0
@@ -94,7 +94,7 @@ def to_turns(messages: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _part_value(part: Any, num_images: int, where: str) -> str:
-    """A part's text, or the placeholder for the image with the number `num_images`."""
+    """A part's text, or an image's placeholder. `num_images`: how many came before."""
     if isinstance(part, dict) and part.get("type") == "text" and _is_text(part.get("text")):
         return part["text"]
     if isinstance(part, dict) and part.get("type") == "image":
@@ -105,7 +105,7 @@ def _part_value(part: Any, num_images: int, where: str) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that UTF-8 can hold: JSON may escape half a surrogate pair, which Arrow refuses."""
+    """Whether it is a string that UTF-8 can encode. JSON may escape half a surrogate pair, which Arrow refuses."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -113,6 +113,6 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_inside(name: str, where: str) -> None:
-    """A data set may not read files outside its image folder. Links are looked at when the file is opened."""
+    """A data set may not read files outside its image folder. Links are checked when the file is opened."""
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
         raise UserError(f"{where}: image {name} leaves the image folder; use paths inside it")

@@ -1,24 +1,25 @@
-"""Leaving bad samples out of an update whose loss stays a mean over the label tokens that are really seen.
+"""Leave bad samples out of an update, and keep its loss a mean over the label tokens that are left.
 
-The number of those tokens has to be known before the update's first backward pass, on every process. So the worker
-that makes a process's first micro-batch of an update also opens the images of its others, and tells which are bad.
-Images are decoded twice by that. A bad sample keeps its place, without image, reply and label tokens.
+That number must be known before the update's first backward pass, on every process. So the worker that makes a
+process's first micro-batch of an update also opens the images of its other micro-batches, to find the bad ones. Those
+images are decoded twice. A bad sample keeps its place, without images, reply and labels.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from data.batching import MicroBatch, flat
+from data.batch import Batch, UnusableSample
+from data.batching import MicroBatch, Sample, flatten
 from data.dataset import PROBLEM
 
 
-Bad = list[dict[str, Any]]  # `index`, `problem` and `num_label_tokens` of each
+Checked = tuple[list[Sample], list[UnusableSample], list[UnusableSample] | None]
 
 
 class CheckedUpdates(torch.utils.data.Dataset):
-    """A data set whose bad samples have a `problem`, read micro-batch by micro-batch for a CheckedCollator."""
+    """A data set read a micro-batch at a time: its samples, then Batch's `bad` and `bad_in_update`."""
 
     def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
@@ -26,26 +27,29 @@ class CheckedUpdates(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, micro_batch: MicroBatch) -> tuple[list[Any], Bad, Bad | None]:
-        """The samples, the bad ones among them, and at an update's beginning all bad ones of this process."""
+    def __getitems__(self, micro_batch: MicroBatch) -> Checked:
         samples = [self.dataset[index] for index in micro_batch]
-        here = find_bad(samples)
+        bad = find_bad(samples)
         if micro_batch.others is None:
-            return samples, here, None
-        return samples, here, here + [bad for index in micro_batch.others for bad in find_bad([self.dataset[index]])]
+            return samples, bad, None
+        # Sample by sample: the images of a whole update need not fit into memory.
+        return samples, bad, bad + [each for index in micro_batch.others for each in find_bad([self.dataset[index]])]
 
 
 class CheckedCollator:
-    """What `collator` makes of the samples, and both lists of CheckedUpdates: `bad_here` and `bad_in_update`."""
+    """What CheckedUpdates has read to a Batch. `collator` makes it of the samples."""
 
-    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+    def __init__(self, collator: Callable[[list[Sample]], Batch]) -> None:
         self.collator = collator
 
-    def __call__(self, checked: tuple[list[Any], Bad, Bad | None]) -> dict[str, Any]:
-        samples, here, in_update = checked
-        return {**self.collator(samples), "bad_here": here, "bad_in_update": in_update}
+    def __call__(self, checked: Checked) -> Batch:
+        samples, bad, bad_in_update = checked
+        return replace(self.collator(samples), bad=bad, bad_in_update=bad_in_update)
 
 
-def find_bad(samples: list[Any]) -> Bad:
-    keys = ("index", PROBLEM, "num_label_tokens")
-    return [{key: sample[key] for key in keys} for sample in flat(samples) if PROBLEM in sample]
+def find_bad(samples: list[Sample]) -> list[UnusableSample]:
+    return [
+        UnusableSample(sample["index"], sample[PROBLEM], sample["num_label_tokens"])
+        for sample in flatten(samples)
+        if PROBLEM in sample
+    ]

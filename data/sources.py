@@ -1,4 +1,4 @@
-"""Where records come from: LLaVA files, parquet, saved data sets, the hub. Images that lie inside stay there."""
+"""Read records from LLaVA files, parquet, saved data sets or the hub. Images inside them stay there."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from data.records import EMBEDDED, IMAGE_COLUMNS, TURN_COLUMNS, Malformed
 from utils import UserError, brief_error
 
 
-ROWS_AT_ONCE = 32  # of a source with images inside: some megabytes
+ROWS_AT_ONCE = 32  # read from a source with images inside: some megabytes
 UTF8_BOM = b"\xef\xbb\xbf"
 FOREIGN_HEADS = {
     b"version https://git-lfs": "this is Git LFS's pointer to the file, not the file: fetch it with git lfs pull",
@@ -51,7 +51,7 @@ class JsonFile:
         self.state = file_state(path)
 
     def records(self) -> Iterator[Any]:
-        """Whatever the file holds, one by one."""
+        """The file's records, not checked."""
         with open(self.name, "rb") as file:
             skip_bom(file)
             yield from (_read_jsonl if self.name.endswith(".jsonl") else _read_json)(file, self.name)
@@ -63,7 +63,7 @@ def skip_bom(file: BinaryIO) -> None:
 
 
 class ArrowTable:
-    """A data set of `datasets`, memory-mapped: what load_dataset or load_from_disk return."""
+    """A data set of `datasets`, memory-mapped, as load_dataset and load_from_disk return it."""
 
     def __init__(self, name: str, dataset: datasets.Dataset, state: Any) -> None:
         self.name, self.state = name, state
@@ -80,7 +80,7 @@ class ArrowTable:
 
 
 class ParquetFiles:
-    """Parquet files, read in place, none kept open. An image costs the part of its row group that lies before it."""
+    """Parquet files, read in place and not kept open. To read an image, its row group is read up to it."""
 
     def __init__(self, name: str, paths: list[Path]) -> None:
         self.name, self.state = name, [file_state(path) for path in paths]
@@ -93,7 +93,7 @@ class ParquetFiles:
                     raise UserError(f"data set {path}: other columns than {paths[0]}; write them alike")
                 self.groups += [(str(path), number) for number in range(file.num_row_groups)]
                 num_rows += [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        self.starts = np.cumsum([0, *num_rows])  # the row that each group begins with, and the end
+        self.starts = np.cumsum([0, *num_rows])  # each group's first row, and the number of rows
 
     def records(self) -> Iterator[dict[str, Any]]:
         for group in self.groups:
@@ -110,7 +110,7 @@ class ParquetFiles:
         return as_list(table.column(0)[offset].as_py())
 
     def _tables(self, path: str, group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
-        # Without pre_buffer and with a buffer, pages are read one after the other, not the row group as a whole.
+        # Without pre_buffer and with a buffer, pages are read one at a time, not the whole row group.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
@@ -120,7 +120,7 @@ Source = JsonFile | ArrowTable | ParquetFiles
 
 
 def find_source(path: str | Path) -> Source:
-    """What `path` names. Raises UserError where it is nothing that can be read."""
+    """The source that `path` names. Raises UserError if it cannot be read."""
     name, path = str(path), Path(path)
     if not path.exists():
         return open_hub(name)
@@ -139,13 +139,13 @@ def find_source(path: str | Path) -> Source:
 
 
 def file_state(path: Path) -> tuple[str, int, int, int]:
-    """Which file, in which state: ctime tells what kept size and mtime."""
+    """Identifies a file's content. ctime also changes with a change that keeps size and mtime."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def find_parquet(folder: Path) -> list[Path]:
-    """The .parquet files of a folder, by name. Raises UserError where there are none or those of several splits."""
+    """The .parquet files of a folder, by name. Raises UserError if there are none, or those of several splits."""
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         reason = "neither made by Dataset.save_to_disk nor with .parquet files in it; of several splits, name one's"
@@ -157,7 +157,7 @@ def find_parquet(folder: Path) -> list[Path]:
 
 
 def open_hub(name: str) -> ArrowTable:
-    """`owner/name` or `owner/name:split` from the hub. Raises UserError where it cannot be had."""
+    """`owner/name` or `owner/name:split` from the hub. Raises UserError if it cannot be loaded."""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?", name)
     if match is None or Path(name).suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"data set {name}: no such file, give a LLaVA .json or .jsonl, .parquet, a folder or a hub id")
@@ -166,7 +166,7 @@ def open_hub(name: str) -> ArrowTable:
             dataset = datasets.load_dataset(match[1], split=match[2] or "train")
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = brief_error(error)
-        raise UserError(f"data set {name}: no such path, and not to be had from the hub ({reason})") from None
+        raise UserError(f"data set {name}: no such path, and it cannot be loaded from the hub ({reason})") from None
     return ArrowTable(name, dataset, dataset._fingerprint)
 
 
@@ -175,7 +175,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def check_columns(name: str, schema: pa.Schema) -> tuple[list[str], str | None]:
-    """The columns to read, and which of them has images inside, if any. Raises UserError where there are no turns."""
+    """The columns to read, and the one with images inside, if any. Raises UserError if there is no column of turns."""
     turns = next((column for column in TURN_COLUMNS if column in schema.names), None)
     if turns is None:
         expected = " or ".join(map(repr, TURN_COLUMNS))
@@ -192,7 +192,7 @@ def is_embedded(kind: pa.DataType) -> bool:
 
 
 def table_records(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows as records. Images are file names, or EMBEDDED where the row has the bytes, which are not copied."""
+    """The rows as records. An image is a file name, or EMBEDDED if the row holds its bytes, which are not copied."""
     columns = {
         name: image_names(table.column(name))
         if name in IMAGE_COLUMNS and is_embedded(table.schema.field(name).type)
@@ -215,7 +215,7 @@ def image_names(column: pa.ChunkedArray) -> list[list[Any] | None]:
 
 
 def check_head(path: Path) -> None:
-    """Raise UserError for a file that cannot be what its name says, by its first bytes."""
+    """Raise UserError if the file's first bytes show another format than its name."""
     with open(path, "rb") as file:
         head = file.read(64)
     for start, problem in FOREIGN_HEADS.items():
@@ -237,7 +237,7 @@ def _read_json(file: BinaryIO, path: str) -> Iterator[Any]:
 
 
 def _explain(error: ijson.JSONError, num_records: int) -> str:
-    """The end of a message: how many records were good, what is wrong behind them and near which text, the remedy."""
+    """The end of a message: how many records were good, what is wrong after them, near which text, and the remedy."""
     message = error.args[0]  # three lines: the reason, the text around the place, and an arrow to it
     if isinstance(message, bytes):
         message = message.decode(errors="replace")
@@ -250,7 +250,7 @@ def _explain(error: ijson.JSONError, num_records: int) -> str:
 
 
 def _key_of_array(path: str) -> str | None:
-    """The key of the first array inside an object, where the file holds an object."""
+    """If the file holds an object, the key of the first array in it."""
     with open(path, "rb") as file:
         skip_bom(file)
         for prefix, event, _ in ijson.parse(file):

@@ -1,4 +1,5 @@
-"""Whether what a model learns to write ends where generation stops: else it would never learn to end its turn."""
+"""Check that each reply of the training data ends with a token that stops generation: else a model would not learn to
+end its turn."""
 
 from itertools import groupby
 from typing import Any
@@ -14,7 +15,7 @@ MAX_SHOWN = 80  # characters of a reply in a message
 
 
 def missing_turn_end(model: str, processor: MGMProcessor, record: dict[str, Any]) -> str | None:
-    """What is wrong, in a line that shows the supervised text of `record`, or None: each reply has an end of turn."""
+    """None if each reply of `record` has an end of turn, else a line that says what is wrong and shows a reply."""
     stops = stop_token_ids(model, processor)
     replies = supervised_replies(processor, record["conversations"])
     if replies and all(stops.intersection(reply) for reply in replies):
@@ -30,7 +31,7 @@ def missing_turn_end(model: str, processor: MGMProcessor, record: dict[str, Any]
 
 
 def stop_token_ids(model: str, processor: MGMProcessor) -> set[int]:
-    """The tokens that generation stops at: those of generation_config.json, else of config.json, else <eos>."""
+    """The tokens that stop generation: those of generation_config.json, else of config.json, else <eos>."""
     try:
         config = GenerationConfig.from_pretrained(model)
     except OSError:  # there is none
@@ -40,6 +41,6 @@ def stop_token_ids(model: str, processor: MGMProcessor) -> set[int]:
 
 
 def supervised_replies(processor: MGMProcessor, conversation: list[dict[str, str]]) -> list[list[int]]:
-    """The tokens that carry labels, a list for each run of them."""
+    """The tokens that carry labels, a list for each reply."""
     _, labels = processor.tokenize(conversation)
     return [list(run) for is_reply, run in groupby(labels, lambda label: label != IGNORE_INDEX) if is_reply]

@@ -1,8 +1,8 @@
-"""The largest batch that can come: what a prediction, a measurement and a run's rehearsal take for their step."""
+"""The largest batch that the data can bring. A prediction, a measurement and a run's rehearsal all use it."""
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -11,10 +11,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from mgm.configuration_mgm import MGMConfig
+from mgm.label_mask import FIRST_LABEL
 from mgm.processing_mgm import IGNORE_INDEX, low_views
+from step import StepConfig
 
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=StepConfig)
 
 
 @dataclass(frozen=True)
@@ -25,28 +27,36 @@ class Row:
     num_images: int
 
 
+def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
+    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
+    longest = int(num_tokens.max())
+    num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
+    return Row(longest, min(num_images, longest // num_image_tokens))
+
+
 def with_few_micro_batches(config: Config) -> Config:
-    """A copy of a StepConfig with two micro-batches an update at most: from the second one on gradients are there, and
-    every further one takes the same memory."""
+    """A copy with two micro-batches an update at most. The second finds gradients of the first; a third would take no
+    more memory than the second."""
     config = copy(config)
     config.gradient_accumulation_steps = min(config.gradient_accumulation_steps, 2)
     return config
 
 
 def with_rows_of(config: Config, num_tokens: int) -> Config:
-    """A copy of a StepConfig with rows of `num_tokens`. (`replace` would look at the flags anew, at folders too.)"""
-    config = copy(config)
+    """A copy with rows of `num_tokens`."""
+    config = copy(config)  # dataclasses.replace would check all flags again, and read folders for that
     config.max_seq_len = num_tokens
     return config
 
 
-def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sample: int) -> dict[str, torch.Tensor]:
-    """Forward's arguments as train.py's collator makes them: full rows, images first, every text position labelled.
+def worst_case_batch(
+    model_config: PreTrainedConfig, config: StepConfig, images_per_sample: int
+) -> dict[str, torch.Tensor]:
+    """Forward's arguments as the collators make them: full rows, images first, every text position labelled.
 
-    `config` is a StepConfig.
-    A row that is shorter than the others is padded, and then attention needs a mask. So with several rows the last one
-    lacks a token. A packed row has as many images as there is room for, whatever samples they belong to, and at least
-    two samples, so that it needs a mask. A model without a vision side gets what transformers' language models take.
+    Attention needs a mask as soon as one row is padded, so of several rows the last is one token short. A packed row
+    holds as many images as fit, whatever samples they belong to, and two samples, so that it needs a mask too. A model
+    without a vision side gets what transformers' language models take.
 
     Raises:
         ValueError: the images take more positions than a row has.
@@ -67,7 +77,7 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
     batch = {"input_ids": input_ids, "labels": labels}
     batch["image_positions"] = (torch.arange(rows)[:, None] * length + torch.arange(image_length)).flatten()
     batch["label_positions"] = (
-        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, 1), length)
+        torch.arange(rows)[:, None] * length + torch.arange(max(image_length, FIRST_LABEL), length)
     ).flatten()
     if config.packing:
         batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
@@ -81,22 +91,22 @@ def worst_case_batch(model_config: PreTrainedConfig, config: Any, images_per_sam
 
 
 def worst_case_questions(
-    model_config: PreTrainedConfig, config: Any, images_per_sample: int
+    model_config: PreTrainedConfig, config: StepConfig, images_per_sample: int
 ) -> dict[str, torch.Tensor]:
-    """A batch of prompts for generation: prompt and answer together fill `max_seq_len`, and all of it but a token is
-    the prompt, which is where generation takes most. `config` is a StepConfig."""
+    """A batch of prompts for generation. Prompt and answer fill `max_seq_len`, and the prompt is all of it but one
+    token: that is where generation needs most memory."""
     image_length = images_per_sample * getattr(model_config, "num_image_tokens", 0)
     prompts = with_rows_of(config, max(config.max_seq_len - 1, image_length))  # images may fill the row
     prompts.per_device_train_batch_size, prompts.packing = config.per_device_eval_batch_size, False
     batch = worst_case_batch(model_config, prompts, images_per_sample)
-    # generate warns of a prompt that ends with padding, and token 0 is often what pads.
+    # `generate` warns of a prompt that ends with padding, and token 0 is often the padding token.
     batch["input_ids"][:, image_length:] = 1
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_positions")}
 
 
 def black_images(model_config: MGMConfig, num_images: int) -> dict[str, torch.Tensor]:
-    """Both views, as the processor makes them, of images that are black all over."""
+    """Both views, as the processor makes them, of black images."""
     size = model_config.vision_config_aux.image_size
     high = torch.zeros(num_images, 3, size, size)
     low = low_views(high, model_config.vision_config.image_size, model_config.image_grid, model_config.image_global)
@@ -112,10 +122,3 @@ def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torc
     if rows > 1:
         batch["attention_mask"][-1, -1] = 0
     return batch
-
-
-def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, num_image_tokens: int) -> Row:
-    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
-    longest = int(num_tokens.max())
-    num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
-    return Row(longest, min(num_images, longest // num_image_tokens))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from data.loader import SharingCollator
+from data.sharing import SharingCollator
 from evaluation.tasks.task import Question
 from models.generation import Answer, generate_answers, prompt_inputs
 

@@ -69,11 +69,11 @@ class HeldOut:
 
 
 def num_tokens(processor: ProcessorMixin, question: Question) -> tuple[int, int]:
-    """Tokens of the prompt, image positions counted, and of the reference with what ends it."""
-    prompt, _ = processor.tokenize(question.conversation, add_generation_prompt=True)
+    """Tokens of the prompt, image positions counted, and of the reference with its end of turn."""
     reply = {"from": "gpt", "value": question.references[0]}
     _, labels = processor.tokenize([*question.conversation, reply])
-    return len(prompt), sum(label != IGNORE_INDEX for label in labels)
+    is_label = [label != IGNORE_INDEX for label in labels]
+    return is_label.index(True) if any(is_label) else len(labels), sum(is_label)  # the prompt ends at the first label
 
 
 @dataclass(frozen=True)

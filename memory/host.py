@@ -9,7 +9,7 @@ checkpoint's file, which the system can drop.
 
 from collections import Counter
 
-from data.loader import PREFETCH_FACTOR
+from data.sharing import PREFETCH_FACTOR
 from memory.placed import PlacedRecord
 from memory.record import Record
 

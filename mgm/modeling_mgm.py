@@ -12,8 +12,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
+from layers.chunked_loss import LanguageModelHead
 from mgm.configuration_mgm import MGMConfig
+from mgm.label_mask import find_label_positions
 from mgm.patch_info_mining import MGMPatchInfoMining
 
 
@@ -312,9 +313,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """What `loss_function` makes of the logits of [B, T, D], from the positions before a label alone."""
         if label_positions is None:
-            has_label = labels != IGNORE_INDEX
-            has_label[:, 0] = False  # nothing comes before it
-            label_positions = has_label.flatten().nonzero().squeeze(1)
+            label_positions = find_label_positions(labels)
         hidden_states = hidden_states.flatten(0, 1).index_select(0, label_positions - 1)
         loss_sum = self.lm_head(hidden_states, labels.flatten().index_select(0, label_positions))
         return loss_sum / (max(len(label_positions), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from layers.chunked_loss import IGNORE_INDEX
 from mgm.chat_templates import Span, chat_template_for, render
 from mgm.configuration_mgm import MGMConfig
+from mgm.label_mask import count_fitting_tokens, find_label_tokens
 from mgm.patch_info_mining import split_into_crops
 
 
@@ -149,34 +150,21 @@ class MGMProcessor(ProcessorMixin):
         mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
         return pixels.float().div_(1 / processor.rescale_factor).sub_(mean).div_(std)
 
-    def _encode(
-        self, prompt: str, spans: list[tuple[int, int]], max_length: int | None
-    ) -> tuple[list[int], list[int]]:
-        """Tokens of `prompt`, with labels on those that start inside one of the character `spans`.
-
-        So a reply's leading newline carries none where the tokenizer joins it with the newline before it. The
-        original masks that token too, and generation never has to produce it: the prompt ends with a newline.
-        """
-        # verbose=False: a text beyond the tokenizer's maximum is cut or left out later, and said once.
-        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    def _encode(self, prompt: str, replies: list[Span], max_length: int | None) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of `prompt`, images expanded. `replies`: the characters that carry labels."""
+        # verbose=False: a text beyond the tokenizer's maximum is cut or left out later, and reported once.
+        encoding = self.tokenizer(prompt, add_special_tokens=False, verbose=False).encodings[0]
+        token_ids = encoding.ids  # an image is one token
+        num_kept = count_fitting_tokens(token_ids, self.image_token_id, self.num_image_tokens, max_length)
+        token_labels = [IGNORE_INDEX] * num_kept
+        for index in find_label_tokens(encoding, token_ids, replies, self.image_token_id, num_kept):
+            token_labels[index] = token_ids[index]
         input_ids, labels = [], []
-        for token_id, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            if token_id == self.image_token_id:
-                self._check_cut(len(input_ids), max_length)
-                input_ids += [token_id] * self.num_image_tokens
-                labels += [IGNORE_INDEX] * self.num_image_tokens
-            else:
-                is_target = any(begin <= start < end for begin, end in spans)
-                input_ids.append(token_id)
-                labels.append(token_id if is_target else IGNORE_INDEX)
-        return input_ids[:max_length], labels[:max_length]
-
-    def _check_cut(self, start: int, max_length: int | None) -> None:
-        if max_length is not None and start + self.num_image_tokens > max_length:
-            raise ValueError(
-                f"max_length {max_length} would cut into the image at positions {start} to "
-                f"{start + self.num_image_tokens - 1}: leave the sample out or raise max_length"
-            )
+        for token_id, label in zip(token_ids[:num_kept], token_labels, strict=True):
+            num_positions = self.num_image_tokens if token_id == self.image_token_id else 1
+            input_ids += [token_id] * num_positions
+            labels += [label] * num_positions
+        return input_ids, labels
 
     def _pad(self, rows: list[tuple[list[int], list[int]]], padding_side: str) -> dict[str, torch.Tensor]:
         length = max(len(input_ids) for input_ids, _ in rows)

@@ -288,10 +288,10 @@ def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     assert measure_lengths(odd_records, processor, 40)["num_tokens"][:] == lengths["num_tokens"][:]
 
 
-def test_new_rules_count_again(odd_records, processor, monkeypatch):
-    """A cache that older code filled is not used once the code that decides the lengths has changed."""
+def test_a_new_version_counts_again(odd_records, processor, monkeypatch):
+    """A cache that older code filled is not used once the version of the counts is raised."""
     measure_lengths(odd_records, processor, 41)
-    monkeypatch.setattr(data.batching.inspect, "getsource", lambda part: f"another {part}")
+    monkeypatch.setattr(data.batching, "LENGTHS_VERSION", data.batching.LENGTHS_VERSION + 1)
     monkeypatch.setattr(MGMProcessor, "render", lambda *args, **kwargs: pytest.fail("counted again"))
     with pytest.raises(BaseException, match="counted again"):
         measure_lengths(odd_records, processor, 41)

@@ -418,11 +418,11 @@ def test_a_change_that_keeps_size_and_time_is_seen(folder):
     assert first._fingerprint != second._fingerprint
 
 
-def test_new_rules_read_an_old_file_again(folder, monkeypatch):
+def test_a_new_version_reads_an_old_file_again(folder, monkeypatch):
     """A cache that older code filled may hold what today's checks refuse."""
     path = write(folder, RECORDS)
     load_conversations(path)
-    monkeypatch.setattr(data.dataset.inspect, "getsource", lambda function: "def to_messages(): another")
+    monkeypatch.setattr(data.dataset, "RECORDS_VERSION", data.dataset.RECORDS_VERSION + 1)
     monkeypatch.setattr(data.dataset, "check_record", lambda record, index, path: pytest.fail("read again"))
     with pytest.raises(BaseException, match="read again"):
         load_conversations(path)
@@ -810,7 +810,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     reason = str(error).partition("\n")[0]
-    assert f"no such path, and not to be had from the hub ({reason})" in refusal(Path("owner/name"))
+    assert f"no such path, and it cannot be loaded from the hub ({reason})" in refusal(Path("owner/name"))
     for name in ("data/missing.json", "data/missing.jsonl", "data/missing.parquet", "a/b/c", "missing"):
         assert "no such file" in refusal(Path(name))
 

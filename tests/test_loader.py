@@ -16,10 +16,12 @@ from forked_runs import Run, run
 from torch.utils.data import DataLoader
 
 import data.loader
-from data.loader import SharingCollator, largest_batch_bytes, workers_that_fit
+import data.sharing
+from data.loader import largest_batch_bytes
+from data.sharing import SharingCollator, workers_that_fit
+from data.worst_case import Row
 from mgm.configuration_mgm import tiny
 from training.faults import explain_death
-from training.forecast import Row
 from utils import UserError
 
 
@@ -38,8 +40,8 @@ def test_the_largest_batch() -> None:
 @pytest.mark.parametrize(("free_mib", "num_workers"), [(99, 2), (60, 2), (59, 1), (39, 0), (0, 0)])
 def test_workers_that_fit(free_mib: int, num_workers: int, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:
     """Two batches for each worker and two more, of 5 MiB on each of two processes. Fewer workers are one line."""
-    monkeypatch.setattr(data.loader, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(data.loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_mib * 2**20))
+    monkeypatch.setattr(data.sharing, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(data.sharing.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_mib * 2**20))
     assert workers_that_fit(2, 5 * 2**20, num_processes=2) == num_workers
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (num_workers < 2)

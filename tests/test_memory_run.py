@@ -6,15 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from data.worst_case import longest_row
 from memory.config import ProbeConfig
 from memory.cpu_profile import bytes_in_use
 from memory.measure_cpu import measure_single
@@ -134,13 +131,6 @@ def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):
         memory.log(1)
         assert "Resource temporarily" in memory.finish(0)["problem"]
     assert "Resource temporarily" in capsys.readouterr().out
-
-
-def test_the_longest_row():
-    """The longest; the most images that any record has, but no more than the row can hold."""
-    records = datasets.Dataset.from_dict({"images": [["a"] * 3, ["b"], []]})
-    assert longest_row(records, np.array([20, 60, 40]), num_image_tokens=16) == Row(60, 3)
-    assert longest_row(records, np.array([20, 40]), num_image_tokens=16) == Row(40, 2)
 
 
 @pytest.mark.slow

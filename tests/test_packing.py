@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import step
+from data.batch import Batch
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import ConversationDataset, open_dataset
 from data.packing import PackedCollator, PackedDataset, Packing, pack
@@ -239,7 +240,7 @@ def test_log_counts_samples_and_tokens(dataset, processor):
     for batches in (unpacked(dataset, processor), [packed(dataset, processor, ROWS)]):
         log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), memory=None)
         for batch in batches:
-            RunLog.micro_batch(log, batch, torch.tensor(0.0))
+            RunLog.micro_batch(log, Batch(batch, []), torch.tensor(0.0))
         sums.append(log.window.tolist())
     assert sums[0] == sums[1] and sums[0][2] == sum(map(len, ROWS))
 

@@ -588,7 +588,7 @@ def test_training_sees_what_the_processor_says(typed, square_model, tmp_path):
     loader, *_ = build_loader(config, dataset, processor, load_config(str(square_model)), num_processes=1)
     [picture] = dataset[0]["images"]
     views = load_processor(str(square_model)).image_views(picture, expected)
-    assert torch.equal(next(iter(loader))["pixel_values"][0], views[0])
+    assert torch.equal(next(iter(loader)).inputs["pixel_values"][0], views[0])
 
 
 @pytest.mark.slow

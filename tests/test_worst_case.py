@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from forked_runs import run
@@ -12,7 +14,7 @@ from transformers import AutoConfig
 
 from data.batching import TrainCollator
 from data.packing import PackedCollator
-from data.worst_case import worst_case_batch
+from data.worst_case import Row, longest_row, worst_case_batch
 from memory.config import ProbeConfig
 from memory.measure_cpu import measure_cpu
 from memory.predict import predict
@@ -112,6 +114,13 @@ def test_every_preset_is_predicted(preset):
     result = predict(ProbeConfig(model=preset, mode="predict", device="cuda", max_seq_len=4096))
     assert result["peak_allocated_bytes"] > 2 * num_weights
     assert result["breakdown"]["batch"] > 4 * PRESETS[preset]().vision_config_aux.image_size ** 2 * 3
+
+
+def test_the_longest_row():
+    """The longest; the most images that any record has, but no more than the row can hold."""
+    records = datasets.Dataset.from_dict({"images": [["a"] * 3, ["b"], []]})
+    assert longest_row(records, np.array([20, 60, 40]), num_image_tokens=16) == Row(60, 3)
+    assert longest_row(records, np.array([20, 40]), num_image_tokens=16) == Row(40, 2)
 
 
 @pytest.fixture

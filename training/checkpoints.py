@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -38,6 +38,10 @@ from training.training_state import (
 )
 from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
 
+
+if TYPE_CHECKING:
+    from train import TrainConfig
+    from training.run_log import RunLog
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
@@ -73,17 +77,15 @@ class Checkpoints:
     noted. So even in the middle of an update the last one can be saved.
 
     Args:
-        config: with `output_dir`, `save_steps` and `save_total_limit`.
         settings: what must be the same when the run goes on (`run_settings`), with the number of `updates`.
-        log: has `state()`, whatever is to be noted, and `state_dict(state)` and `load_state_dict`, the same as JSON.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        config: Any,
+        config: "TrainConfig",
         state: TrainingState,
-        log: Any,
+        log: "RunLog",
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator

@@ -20,7 +20,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from data.loader import SHARED_MEMORY, SHARED_MEMORY_REMEDY
+from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from models.loading import load_config
 from utils import GIB, size
 

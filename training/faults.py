@@ -1,4 +1,4 @@
-"""What ends or disturbs a run: signals, samples that cannot be had, losses that are no numbers."""
+"""What ends or disturbs a run: signals, samples that cannot be loaded, losses that are NaN or infinite."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,10 +19,14 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed import ReduceOp
 from tqdm.auto import tqdm
 
-from data.dataset import PROBLEM, ConversationDataset
-from data.loader import SHARED_MEMORY_REMEDY
+from data.batch import Batch, UnusableSample
+from data.dataset import ConversationDataset
+from data.sharing import SHARED_MEMORY_REMEDY
 from utils import BadSample, Interrupted, LostWorker, UserError, name_some
 
+
+if TYPE_CHECKING:
+    from training.run_log import RunLog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A word of the launcher's command line: the scripts that pip installs, or the modules behind `python -m`.
@@ -59,7 +63,7 @@ class Watch:
         if not self.is_noting:
             raise Interrupted(signum)
 
-    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """The loader's batches.
 
         Raises:
@@ -92,7 +96,7 @@ class Watch:
                 raise
         self.is_noting = False
 
-    def _fetch(self, iterator: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    def _fetch(self, iterator: Iterator[Batch]) -> Batch | None:
         """The next batch; None at the end. Raises LostWorker.
 
         torch's handler of SIGCHLD, put in place with the first workers, raises wherever the main thread is: in the
@@ -128,7 +132,8 @@ class Watch:
 
 
 class BadSamples:
-    """Takes the label tokens of bad samples off an update's, tells of each sample once, and ends a run with too many.
+    """Subtracts the label tokens of bad samples from an update's, warns of each sample once, and ends a run with too
+    many.
 
     Args:
         log: keeps `bad_samples`, by index since ids may be shared, which a resumed run goes on with, and
@@ -136,39 +141,40 @@ class BadSamples:
         dataset: its `problems` were left out when it was read.
     """
 
-    def __init__(self, watch: Watch, log: Any, dataset: ConversationDataset, max_bad_fraction: float) -> None:
+    def __init__(self, watch: Watch, log: "RunLog", dataset: ConversationDataset, max_bad_fraction: float) -> None:
         self.watch = watch
         self.log = log
         self.log.num_left_out = len(dataset.problems)
         self.num_records, self.max_bad_fraction = len(dataset) + len(dataset.problems), max_bad_fraction
         self.num_items_in_batch = self.num_expected = 0
 
-    def count(self, batch: dict[str, Any], num_items_in_batch: int) -> int:
-        """The update's label tokens, all processes together, without those of its bad samples; at least 1.
+    def count(self, batch: Batch, num_items_in_batch: int) -> int:
+        """The update's label tokens on all processes, without those of its bad samples; at least 1.
 
         Raises:
             BadSample: more than `max_bad_fraction` of the data set is bad, or a file went bad between two looks at it.
         """
-        here, in_update = batch.pop("bad_here", []), batch.pop("bad_in_update", [])
-        if in_update is not None:  # an update begins
-            lost, num_bad = self.watch.reduce(
-                [sum(bad["num_label_tokens"] for bad in in_update), len(in_update)], ReduceOp.SUM
-            )
-            self.num_items_in_batch = max(1, num_items_in_batch - lost)
-            self.num_expected = len(in_update)
+        if batch.bad is None:
+            return num_items_in_batch
+        if batch.bad_in_update is not None:  # an update begins
+            num_lost = sum(sample.num_label_tokens for sample in batch.bad_in_update)
+            num_lost, num_bad = self.watch.reduce([num_lost, len(batch.bad_in_update)], ReduceOp.SUM)
+            self.num_items_in_batch = max(1, num_items_in_batch - num_lost)
+            self.num_expected = len(batch.bad_in_update)
             if num_bad:
-                self._tell(in_update)
-        self.num_expected -= len(here)
+                self._report(batch.bad_in_update)
+        self.num_expected -= len(batch.bad)
         if self.num_expected < 0:
-            raise UserError(f"{here[0][PROBLEM]}: it could be read a moment ago; is the disk in order?")
+            raise UserError(f"{batch.bad[0].problem}: it could be read a moment ago; is the disk in order?")
         return self.num_items_in_batch
 
-    def _tell(self, bad_samples: list[dict[str, Any]]) -> None:
+    def _report(self, bad_samples: list[UnusableSample]) -> None:
+        """Warn of each sample once. All processes call this together."""
         known = set(self.log.bad_samples)
-        for bad in bad_samples:
-            if bad["index"] not in known:
-                warn(f"left out: {bad[PROBLEM]}")
-        self.log.bad_samples = sorted(known.union(bad["index"] for bad in gather_object(bad_samples)))
+        for sample in bad_samples:
+            if sample.index not in known:
+                warn(f"left out: {sample.problem}")
+        self.log.bad_samples = sorted(known.union(sample.index for sample in gather_object(bad_samples)))
         check_bad_fraction(self.log.num_bad_samples, self.num_records, self.max_bad_fraction, BadSample)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from data.batch import Batch
 from data.dataset import ConversationDataset
 from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
@@ -122,18 +123,19 @@ class RunLog:
         self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
         self.window_start = time.perf_counter() - self.elapsed
 
-    def micro_batch(self, batch: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+    def micro_batch(self, batch: Batch, loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        if "attention_mask" in batch:
-            tokens, samples = batch["attention_mask"].sum(), len(batch["input_ids"])
+        inputs = batch.inputs
+        if "attention_mask" in inputs:
+            tokens, samples = inputs["attention_mask"].sum(), len(inputs["input_ids"])
         else:  # packed: every sample has a second token, and padding has position 0
-            samples = (batch["position_ids"] == 1).sum()
-            tokens = (batch["position_ids"] > 0).sum() + samples
+            samples = (inputs["position_ids"] == 1).sum()
+            tokens = (inputs["position_ids"] > 0).sum() + samples
         self.window[1] += tokens
         self.window[2] += samples
         if self.memory is not None:
-            self.memory.micro_batch(batch)
+            self.memory.micro_batch(inputs)
 
     def update(
         self,

@@ -1,0 +1,62 @@
+"""Shared memory, through which a loader's workers hand over their batches: how many fit, and what if it is full."""
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import get_worker_info
+
+from utils import UserError, size
+
+
+SHARED_MEMORY = Path("/dev/shm")  # Linux has a file system for it; Docker gives a container 64 MiB
+SHARED_MEMORY_REMEDY = "give the container more (docker run --shm-size=2g), or choose --dataloader_num_workers 0"
+PREFETCH_FACTOR = 2  # batches that each worker has ready
+Tensors = TypeVar("Tensors", bound=Mapping[str, torch.Tensor])
+
+
+def workers_that_fit(num_workers: int, batch_bytes: int, num_processes: int) -> int:
+    """At most `num_workers` for each process: as many as shared memory has room for. Warns if that is fewer.
+
+    All batches that are ready lie there, and two in the training process: accelerate fetches one ahead.
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return num_workers
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    batches_that_fit = free_bytes // (batch_bytes * num_processes)
+    fitting = min(num_workers, max(0, batches_that_fit - 2) // PREFETCH_FACTOR)
+    if fitting < num_workers:
+        needed_bytes = (num_workers * PREFETCH_FACTOR + 2) * batch_bytes * num_processes
+        free, needed = size(free_bytes), size(needed_bytes)
+        PartialState().print(
+            f"warning: {SHARED_MEMORY} (shared memory) has {free} free, {num_workers} data workers may need {needed}: "
+            f"going on with {fitting}, which may be slower. More for a container: docker run --shm-size=2g",
+            file=sys.stderr,
+        )
+    return fitting
+
+
+class SharingCollator:
+    """The tensors that `collator` makes of samples. In a worker they are put into shared memory.
+
+    torch's queue would do that too, but later and in a thread whose errors nobody sees: with the memory full, the
+    training process would wait for the batch forever.
+    """
+
+    def __init__(self, collator: Callable[[Any], Tensors]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Any) -> Tensors:
+        tensors = self.collator(samples)
+        if get_worker_info() is not None:
+            try:
+                for tensor in tensors.values():
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"shared memory is full ({reason}): {SHARED_MEMORY_REMEDY}") from None
+        return tensors

@@ -1,0 +1,60 @@
+"""The label mask against the rule in words, token by token, and against the loss that transformers computes."""
+
+import random
+
+import pytest
+import torch
+from tokenizers import Encoding
+
+from layers.chunked_loss import IGNORE_INDEX
+from mgm.label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
+from models.loading import load_processor
+
+
+IMAGE = 9
+
+
+@pytest.fixture(scope="module")
+def encoding() -> Encoding:
+    """Byte-level tokens: an emoji's four all start at the same character."""
+    text = "".join(random.Random(0).choices("ab \n🙂é数<>", k=200))
+    return load_processor("data/tiny_mgm").tokenizer(text).encodings[0]
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 30, 90, None])
+def test_label_tokens(encoding: Encoding, num_kept: int | None) -> None:
+    """Every token is looked at: it starts inside a reply, is not an image, not cut off, and not the first."""
+    input_ids = list(encoding.ids)
+    input_ids[40::7] = [IMAGE] * len(input_ids[40::7])
+    num_kept = num_kept or len(input_ids)
+    for replies in ([], [(0, 200)], [(0, 1), (7, 7), (9, 61), (61, 64), (150, 200)]):
+        expected = [
+            index
+            for index, (start, _) in enumerate(encoding.offsets[:num_kept])
+            if index > 0 and input_ids[index] != IMAGE and any(begin <= start < end for begin, end in replies)
+        ]
+        assert find_label_tokens(encoding, input_ids, replies, IMAGE, num_kept) == expected
+        assert expected or num_kept < 3 or not replies, "else nothing is tested"
+
+
+@pytest.mark.parametrize("max_length", [None, *range(1, 14)])
+def test_fitting_tokens(max_length: int | None) -> None:
+    """Images of three positions: what is left of the expanded row, or which image's positions do not all fit."""
+    input_ids = [1, IMAGE, 2, IMAGE, 3, 4]
+    expanded = [1, IMAGE, IMAGE, IMAGE, 2, IMAGE, IMAGE, IMAGE, 3, 4]
+    if max_length is not None and max_length < 8:
+        place = "1 to 3" if max_length < 4 else "5 to 7"
+        with pytest.raises(CutImage, match=f"max_length {max_length} would cut into the image at positions {place}"):
+            count_fitting_tokens(input_ids, IMAGE, 3, max_length)
+    else:
+        num_kept = count_fitting_tokens(input_ids, IMAGE, 3, max_length)
+        assert num_kept + 4 == len(expanded[:max_length])
+
+
+def test_label_positions() -> None:
+    """Row by row, without a row's first; as many as transformers' shifted loss takes the mean over."""
+    labels = torch.full((2, 4), IGNORE_INDEX)
+    labels[0, 2], labels[1, 0], labels[1, 3] = 5, 6, 7
+    assert find_label_positions(labels).tolist() == [2, 7]
+    assert labels[1, 0] == 6, "the caller's labels are left alone"
+    assert (labels[:, 1:] != IGNORE_INDEX).sum() == 2
