@@ -7,7 +7,10 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
 
 from configuration_mgm import MGMConfig, clip_large_336
-from conversion.weight_files import TensorInfo, read_json
+from conversion.original_files import ORIGINAL_FILES
+from conversion.shards import Tensors
+from conversion.weight_files import read_json
+from processing_mgm import MGMProcessor
 from utils import UserError
 
 
@@ -23,6 +26,37 @@ CONVNEXT_NAMES = {
 }
 # Keys of transformers 5 that the original's transformers 4.38 spells differently or does not know.
 NEW_KEYS = {"rope_parameters", "layer_types", "use_bidirectional_attention"}
+
+
+def read_original(folder: Path) -> dict:
+    """The original's config.json. Raises UserError where it is another model's."""
+    original = read_json(folder / "config.json")
+    if "text_config" in original:
+        raise UserError(f"--from_original {folder}: it is in transformers' layout already")
+    for key in ("model_type", "mm_vision_tower", "mm_vision_tower_aux"):
+        if key not in original:
+            raise UserError(f"--from_original {folder}: its config.json has no {key}, so it is no MGM's")
+    return original
+
+
+def joint_config(
+    text_config: PreTrainedConfig, clip: Path | None, convnext: Path | None, infos: Tensors, original: dict | None
+) -> MGMConfig:
+    """An MGMConfig of its three parts, with the sizes of the original or, where there is none, of MGM-2B."""
+    known = original or {"image_size_aux": 768}
+    vision_config = clip_config(known.get("mm_vision_tower", ""), clip)
+    vision_config_aux = convnext_config(infos, known.get("image_size_aux", 320), convnext)
+    try:
+        return MGMConfig(
+            text_config=text_config,
+            vision_config=vision_config,
+            vision_config_aux=vision_config_aux,
+            image_grid=known.get("image_grid", 1),
+            image_global=known.get("image_global", False),
+            original_config=original,
+        )
+    except ValueError as error:
+        raise UserError(f"the parts do not fit together: {error}") from None
 
 
 def text_config(original: dict) -> PreTrainedConfig:
@@ -56,7 +90,7 @@ def clip_config(name: str, folder: Path | None) -> CLIPVisionConfig:
     raise UserError(f"the tower {name} is not beside the checkpoint: give --vision_tower DIR")
 
 
-def convnext_config(infos: dict[str, TensorInfo], image_size: int, folder: Path | None = None) -> ConvNextConfig:
+def convnext_config(infos: Tensors, image_size: int, folder: Path | None = None) -> ConvNextConfig:
     """Widths and depths as the tensors have them; every OpenCLIP ConvNeXt takes 4x4 patches."""
     stages = "model.vision_tower_aux.encoder.stages"
     blocks = [re.fullmatch(rf"{stages}\.(\d+)\.layers\.(\d+)\.dwconv\.bias", name) for name in infos]
@@ -82,6 +116,23 @@ def convnext_eps(folder: Path | None, hidden_sizes: list[int]) -> float:
         if name is not None:
             return 1e-5 if "xxlarge" in name else 1e-6
     return 1e-5 if hidden_sizes[0] == 384 else 1e-6
+
+
+def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype, processor: MGMProcessor) -> dict:
+    """config.json to hand back: the original's where the model came from it, else a derived one.
+
+    `processor` is the one last trained with: its image_aspect_ratio may differ. `dtype` counts after training, which
+    leaves no copy of the original's files in `folder`.
+    """
+    if config.original_config is None:
+        length = processor.tokenizer.model_max_length
+        return derive_original(config, dtype, processor.image_aspect_ratio, length if length < 2**31 else 2048)
+    original = dict(config.original_config)
+    if processor.image_aspect_ratio != original.get("image_aspect_ratio", "pad"):
+        original["image_aspect_ratio"] = processor.image_aspect_ratio
+    if not (folder / ORIGINAL_FILES).is_dir():
+        original["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return original
 
 
 def derive_original(

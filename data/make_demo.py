@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from configuration_mgm import tiny
-from convert_mgm import build_generation_config, build_processor
+from conversion.our_folder import build_generation_config, build_processor
 from generation import generate_answers, prompt_inputs
 from modeling_mgm import MGMForConditionalGeneration
 from processing_mgm import MGMProcessor

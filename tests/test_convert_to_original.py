@@ -208,12 +208,12 @@ def test_other_folders(original, tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(converted, tmp_path, monkeypatch):
-    """A disk that fills up, met while the index is written: no folder under the output's name or beside it."""
+    """A disk that fills up after the weights: no folder under the output's name or beside it."""
 
     def full_disk(*args) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("convert_mgm.write_index", full_disk)
+    monkeypatch.setattr("convert_mgm.hand_back_files", full_disk)
     with pytest.raises(OSError, match="No space left"):
         hand_back(converted)
     assert not list(converted.parent.glob("back*"))

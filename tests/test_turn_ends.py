@@ -8,7 +8,7 @@ import pytest
 from test_chat_templates import CONVERSATION, EXPECTED, OWN_TEMPLATES, make_processor, make_tokenizer
 
 import train
-from convert_mgm import build_generation_config
+from conversion.our_folder import build_generation_config
 from data.make_demo import ensure_demo
 from data.turn_ends import missing_turn_end, stop_token_ids
 from processing_mgm import MGMProcessor

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from configuration_mgm import PRESETS, hd
-from convert_mgm import build_processor
+from conversion.our_folder import build_processor
 from data.batching import TrainCollator
 from data.packing import PackedCollator
 from data.worst_case import worst_case_batch
