@@ -107,7 +107,7 @@ def write_shards(shards: list[Shard], folder: Path, rename: Callable[[str], str]
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
     for shard in shards:
         tensors = shard.load()
-        tensors = {rename(name): tensors[name].to(info.dtype).contiguous() for name, info in shard.infos.items()}
+        tensors = {rename(name): tensors[name].contiguous() for name in shard.infos}
         save_file(tensors, folder / shard.file_name, metadata={"format": "pt"})
         index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
         index["weight_map"] |= dict.fromkeys(tensors, shard.file_name)

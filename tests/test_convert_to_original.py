@@ -76,10 +76,11 @@ def train_adapter(converted: Path, folder: Path, **lora) -> Path:
     return folder
 
 
-def test_a_merged_adapter(original, converted, tmp_path):
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["LoRA", "DoRA", "rsLoRA"])
+def test_a_merged_adapter(original, converted, tmp_path, lora):
     """Every tensor handed back with PEFT's merge of the loaded model, renamed; a file that the adapter does not touch,
     and all beside the weights, with the original's."""
-    adapter = train_adapter(converted, tmp_path / "adapter")
+    adapter = train_adapter(converted, tmp_path / "adapter", **lora)
     back = hand_back(converted, adapter)
     held = all_tensors(original)
     dtype = held["model.norm.weight"].dtype
