@@ -19,25 +19,23 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from adapter import load_trained_processor
 from configuration_mgm import MGMConfig
-from conversion.connector import CONNECTOR_SEED, new_connector
 from conversion.merge_adapter import changed_modules, merge_adapter
 from conversion.names import rename_original, rename_ours
 from conversion.original_config import MODEL_TYPES, joint_config, original_config, read_original, text_config
 from conversion.original_files import hand_back_files
 from conversion.our_folder import write_our_folder
+from conversion.parts import CONVNEXT, TOWERS, find_tower, new_connector, tower_shards
 from conversion.shards import (
     Shard,
-    all_infos,
+    all_tensors,
     check_names,
     drop_tied_head,
     embeddings_dtype,
-    find_shards,
-    load_model,
+    empty_model,
     new_folder,
-    rename_file,
+    read_shards,
     write_shards,
 )
-from conversion.towers import CLIP, CONVNEXT, TOWERS, drop_own_files, find_tower, holds_tower, tower_shards
 from conversion.weight_files import find_weight_files, read_json
 from utils import UserError, load_config, run_script
 
@@ -103,9 +101,22 @@ def assemble(config: ConvertConfig) -> dict:
     if model_type not in MODEL_TYPES:
         raise UserError(f"--llm {llm}: a {model_type} cannot be MGM's: choose {', '.join(MODEL_TYPES)}")
     shards, mgm_config = read_parts(config, llm, AutoConfig.from_pretrained(llm, architectures=None))
-    shards.append(new_connector(mgm_config, embeddings_dtype(shards)))
-    print(f"Projector and patch info mining are new: drawn with seed {CONNECTOR_SEED}")
+    shards.append(new_connector(mgm_config, embeddings_dtype(all_tensors(shards))))
     return write_our_folder(Path(config.output), mgm_config, shards, llm, "pad")
+
+
+def read_parts(
+    config: ConvertConfig, source: Path, backbone: PreTrainedConfig, original: dict | None = None
+) -> tuple[list[Shard], MGMConfig]:
+    """The shards of `source` and of the towers that it lacks, and the config of the model that they make."""
+    names = original or {}
+    towers = {flag: find_tower(flag, getattr(config, flag), source, names.get(f"mm_{flag}", "")) for flag in TOWERS}
+    shards = read_shards(find_weight_files(source), rename_original)
+    for flag, folder in towers.items():
+        if not any(name.startswith(f"model.{flag}.") for name in all_tensors(shards)):
+            shards += tower_shards(flag, folder)
+    drop_tied_head(shards, backbone.tie_word_embeddings)
+    return shards, joint_config(backbone, *towers.values(), all_tensors(shards), original)
 
 
 def to_original(config: ConvertConfig) -> dict:
@@ -114,40 +125,26 @@ def to_original(config: ConvertConfig) -> dict:
     if "text_config" not in read_json(source / "config.json"):
         raise UserError(f"--to_original {source}: it is no folder made by convert_mgm.py or train.py --lora_r 0")
     mgm_config = load_config(str(source))
-    shards = find_shards(find_weight_files(source), lambda name: name)
+    shards = read_shards(find_weight_files(source), lambda name: name)
     drop_tied_head(shards, mgm_config.tie_word_embeddings)
-    check_names(mgm_config, shards)
+    check_names(mgm_config, all_tensors(shards))
     processor = load_trained_processor(str(source), config.adapter)
-    original = original_config(source, mgm_config, embeddings_dtype(shards), processor)
-    if config.adapter is None:
-        shards = drop_own_files(shards, changed_towers=[])
-    else:
-        changed = changed_modules(Path(config.adapter))
-        changed_towers = [flag for flag in TOWERS if any(name.startswith(f"model.{flag}.") for name in changed)]
-        merged = merge_adapter(load_model(mgm_config, shards), Path(config.adapter))
-        shards = [replace(shard, load=lambda: merged) for shard in drop_own_files(shards, changed_towers)]
-        if CONVNEXT in changed_towers:
-            original["optimize_vision_tower_aux"] = True  # the original reads it in the tower's folder otherwise
-    if len(shards) == 1:
-        shards = rename_file(shards, "model-00001-of-00001.safetensors", "model.safetensors")
+    original = original_config(source, mgm_config, embeddings_dtype(all_tensors(shards)), processor)
+    changed: set[str] = set()
+    if config.adapter is not None:
+        model = empty_model(mgm_config)
+        model.load_state_dict(all_tensors(shards), strict=False, assign=True)  # keeps each tensor's own type
+        merged, changed = merge_adapter(model, Path(config.adapter)), changed_modules(Path(config.adapter))
+        shards = [replace(shard, tensors={name: merged[name] for name in shard.tensors}) for shard in shards]
+    # The original reads a tower in the tower's folder, unless the adapter has changed it.
+    shards = [s for s in shards if not s.file_name.startswith(TOWERS) or s.modules & changed]
+    if any(path.startswith(f"model.{CONVNEXT}.") for path in changed):
+        original["optimize_vision_tower_aux"] = True
     with new_folder(Path(config.output)) as partial:
         index = write_shards(shards, partial, rename_ours)
         (partial / "config.json").write_text(json.dumps(original, indent=2, sort_keys=True) + "\n")
         hand_back_files(source, partial)
     return index
-
-
-def read_parts(
-    config: ConvertConfig, source: Path, backbone: PreTrainedConfig, original: dict | None = None
-) -> tuple[list[Shard], MGMConfig]:
-    """The shards of `source` and of the towers that it lacks, and the config of the model that they make."""
-    towers = {flag: find_tower(source, original, flag, getattr(config, flag)) for flag in TOWERS}
-    shards = find_shards(find_weight_files(source), rename_original)
-    for flag, folder in towers.items():
-        if not holds_tower(shards, flag):
-            shards += tower_shards(flag, folder)
-    drop_tied_head(shards, backbone.tie_word_embeddings)
-    return shards, joint_config(backbone, towers[CLIP], towers[CONVNEXT], all_infos(shards), original)
 
 
 if __name__ == "__main__":

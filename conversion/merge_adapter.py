@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its model with PEFT, and refuse one whose merge would be wrong or incomplete."""
+"""Merge a LoRA adapter with PEFT, and refuse one whose merge would be wrong or incomplete."""
 
 import re
 import warnings
@@ -7,20 +7,20 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from adapter import base_of
-from conversion.shards import EMBEDDINGS, LM_HEAD, Tensors
-from conversion.weight_files import read_weights
+from conversion.shards import EMBEDDINGS, LM_HEAD
+from conversion.weight_files import Tensors, read_weights
 from modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 
 def changed_modules(folder: Path) -> set[str]:
-    """The paths of the modules for which the adapter has tensors."""
+    """The paths of the modules for which an adapter has tensors."""
     names = read_weights(folder / "adapter_model.safetensors")
     return {re.sub(r"\.(lora_.*|weight|bias)$", "", name.removeprefix("base_model.model.")) for name in names}
 
 
 def merge_adapter(model: MGMForConditionalGeneration, folder: Path) -> Tensors:
-    """The merged model's tensors. `model` is merged in place.
+    """Merge the adapter into `model`, and return all of its tensors.
 
     Raises:
         UserError: the folder holds no LoRA adapter, or one whose tensors do not all fit the model.
@@ -28,7 +28,7 @@ def merge_adapter(model: MGMForConditionalGeneration, folder: Path) -> Tensors:
     adapter_config = read_adapter_config(folder)
     tied = {name.removesuffix(".weight") for name in (EMBEDDINGS, LM_HEAD)} & changed_modules(folder)
     if tied and model.config.tie_word_embeddings:
-        # PEFT trains one of the two; the other name keeps the base's weight, and the merged model has one for both.
+        # PEFT trains a copy for one of the two; merged, the model has a single weight for both.
         raise UserError(
             f"--adapter {folder}: it holds a {tied.pop()}.weight of its own, where model and original have one weight "
             "for embedding and head: use the adapter with PEFT, or train without that module"

@@ -1,6 +1,6 @@
 """config.json of the original MGM: to an MGMConfig, and back."""
 
-import re
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -8,8 +8,7 @@ from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTraine
 
 from configuration_mgm import MGMConfig, clip_large_336
 from conversion.original_files import ORIGINAL_FILES
-from conversion.shards import Tensors
-from conversion.weight_files import read_json
+from conversion.weight_files import Tensors, read_json
 from processing_mgm import MGMProcessor
 from utils import UserError
 
@@ -40,12 +39,12 @@ def read_original(folder: Path) -> dict:
 
 
 def joint_config(
-    text_config: PreTrainedConfig, clip: Path | None, convnext: Path | None, infos: Tensors, original: dict | None
+    text_config: PreTrainedConfig, clip: Path | None, convnext: Path | None, tensors: Tensors, original: dict | None
 ) -> MGMConfig:
     """An MGMConfig of its three parts, with the sizes of the original or, where there is none, of MGM-2B."""
     known = original or {"image_size_aux": 768}
     vision_config = clip_config(known.get("mm_vision_tower", ""), clip)
-    vision_config_aux = convnext_config(infos, known.get("image_size_aux", 320), convnext)
+    vision_config_aux = convnext_config(tensors, known.get("image_size_aux", 320), convnext)
     try:
         return MGMConfig(
             text_config=text_config,
@@ -90,32 +89,26 @@ def clip_config(name: str, folder: Path | None) -> CLIPVisionConfig:
     raise UserError(f"the tower {name} is not beside the checkpoint: give --vision_tower DIR")
 
 
-def convnext_config(infos: Tensors, image_size: int, folder: Path | None = None) -> ConvNextConfig:
-    """Widths and depths as the tensors have them; every OpenCLIP ConvNeXt takes 4x4 patches."""
-    stages = "model.vision_tower_aux.encoder.stages"
-    blocks = [re.fullmatch(rf"{stages}\.(\d+)\.layers\.(\d+)\.dwconv\.bias", name) for name in infos]
-    blocks = [(int(match[1]), int(match[2])) for match in blocks if match]
-    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
-    if missing := [i for i in range(4) if (i, 0) not in blocks]:
-        raise UserError(f"the ConvNeXt weights lack stages {', '.join(map(str, missing))} of 0 to 3")
-    hidden_sizes = [infos[f"{stages}.{i}.layers.0.dwconv.bias"].shape[0] for i in range(4)]
-    return ConvNextConfig(
-        hidden_sizes=hidden_sizes,
-        depths=depths,
-        image_size=image_size,
-        layer_norm_eps=convnext_eps(folder, hidden_sizes),
-    )
+def convnext_config(tensors: Tensors, image_size: int, folder: Path | None = None) -> ConvNextConfig:
+    """Widths and depths as the tensors have them. Every OpenCLIP ConvNeXt takes 4x4 patches."""
+    blocks = "model.vision_tower_aux.encoder.stages.{}.layers.{}.dwconv.bias"
+    depths = [next(j for j in count() if blocks.format(i, j) not in tensors) for i in range(4)]
+    if 0 in depths:
+        missing = ", ".join(str(i) for i in range(4) if depths[i] == 0)
+        raise UserError(f"the ConvNeXt weights lack stages {missing} of 0 to 3")
+    hidden_sizes = [len(tensors[blocks.format(i, 0)]) for i in range(4)]
+    eps = convnext_eps(folder, hidden_sizes)
+    return ConvNextConfig(hidden_sizes=hidden_sizes, depths=depths, image_size=image_size, layer_norm_eps=eps)
 
 
 def convnext_eps(folder: Path | None, hidden_sizes: list[int]) -> float:
     """The LayerNorms' epsilon, which no tensor tells: timm has 1e-5 in convnext_xxlarge and 1e-6 in all others."""
-    path = folder / "open_clip_config.json" if folder else None
-    if path is not None and path.is_file():
-        open_clip = read_json(path)
+    is_xxlarge = hidden_sizes[0] == 384
+    if folder is not None and (folder / "open_clip_config.json").is_file():
+        open_clip = read_json(folder / "open_clip_config.json")
         name = open_clip.get("model_cfg", open_clip).get("vision_cfg", {}).get("timm_model_name")
-        if name is not None:
-            return 1e-5 if "xxlarge" in name else 1e-6
-    return 1e-5 if hidden_sizes[0] == 384 else 1e-6
+        is_xxlarge = is_xxlarge if name is None else "xxlarge" in name
+    return 1e-5 if is_xxlarge else 1e-6
 
 
 def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype, processor: MGMProcessor) -> dict:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, GenerationConfig,
 from chat_templates import END_OF_TURN_TOKENS, chat_template_for
 from configuration_mgm import MGMConfig
 from conversion.original_files import keep_original_files
-from conversion.shards import Shard, check_names, embeddings_dtype, new_folder, rename_file, write_shards
+from conversion.shards import Shard, all_tensors, check_names, embeddings_dtype, new_folder, write_shards
 from modeling_mgm import MGMForConditionalGeneration
 from processing_mgm import MGMProcessor
 from utils import UserError
@@ -15,29 +15,22 @@ from utils import UserError
 
 def write_our_folder(output: Path, config: MGMConfig, shards: list[Shard], source: Path, aspect_ratio: str) -> dict:
     """Write the folder, with `source`'s tokenizer. Returns the index of the weights."""
-    check_names(config, shards)
-    if len(shards) > 1:  # transformers takes a `model.safetensors` for the whole model
-        shards = rename_file(shards, "model.safetensors", "model-00001-of-00001.safetensors")
+    check_names(config, all_tensors(shards))
     with new_folder(output) as partial:
         keep_original_files(source, partial)
-        tokenizer = load_tokenizer(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{source}: its tokenizer cannot be loaded ({error})") from None
         processor = build_processor(config, tokenizer, aspect_ratio)
         config.image_token_id = processor.image_token_id
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-        config.dtype = embeddings_dtype(shards)
+        config.dtype = embeddings_dtype(all_tensors(shards))
         config.architectures = [MGMForConditionalGeneration.__name__]
-        index = write_shards(shards, partial)
         for part in (config, build_generation_config(tokenizer), processor):
             part.save_pretrained(partial)
-    return index
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded ({error})") from None
+        return write_shards(shards, partial)
 
 
 def build_processor(

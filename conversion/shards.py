@@ -1,87 +1,93 @@
-"""A checkpoint as a list of shards: found and renamed, checked against the model, written."""
+"""A checkpoint as a list of shards: read and renamed, checked against the model, written."""
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from configuration_mgm import MGMConfig
-from conversion.weight_files import read_weights
+from conversion.weight_files import Tensors, read_weights
 from modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-Tensors = dict[str, torch.Tensor]  # by their names in our layout
+# transformers takes a `model.safetensors` for the whole model: beside other files it needs another name.
+ALONE, BESIDE_OTHERS = "model.safetensors", "model-00001-of-00001.safetensors"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written, and where its tensors come from."""
+    """A file of weights to be written."""
 
     source: Path
     file_name: str
-    infos: Tensors  # types and shapes of the tensors to write, without values
-    load: Callable[[], Tensors]  # the values: may return more tensors than `infos` names
+    tensors: Tensors  # mapped from `source`: they take memory once they are written
+
+    @property
+    def modules(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self.tensors}
 
 
-def find_shards(files: list[Path], rename: Callable[[str], str | None]) -> list[Shard]:
-    """A shard for each file, with the tensors for which `rename` returns a name. It keeps the file's name."""
+def read_shards(files: list[Path], rename: Callable[[str], str | None], tower: str | None = None) -> list[Shard]:
+    """A shard for each file that has tensors for which `rename` returns a name.
+
+    Shards keep the name of their file, or are named after `tower`.
+    """
     shards = []
     for path in files:
-
-        def load(path: Path = path) -> Tensors:
-            return {ours: tensor for name, tensor in read_weights(path).items() if (ours := rename(name)) is not None}
-
-        if infos := {name: tensor.to("meta") for name, tensor in load().items()}:
-            shards.append(Shard(path, path.stem.replace("pytorch_model", "model") + ".safetensors", infos, load))
-    return shards
-
-
-def rename_file(shards: list[Shard], old: str, new: str) -> list[Shard]:
-    return [replace(shard, file_name=new) if shard.file_name == old else shard for shard in shards]
+        tensors = {rename(name): tensor for name, tensor in read_weights(path).items()}
+        tensors.pop(None, None)
+        if tensors:
+            shards.append(Shard(path, path.stem.replace("pytorch_model", "model") + ".safetensors", tensors))
+    if tower is None:
+        return shards
+    numbers = [f"-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [""]
+    return [Shard(s.source, f"{tower}{n}.safetensors", s.tensors) for s, n in zip(shards, numbers, strict=False)]
 
 
-def all_infos(shards: list[Shard]) -> Tensors:
-    """Type and shape of every tensor. Raises UserError for a name that two files have."""
-    infos: Tensors = {}
+def all_tensors(shards: list[Shard]) -> Tensors:
+    """Raises UserError for a name that two files have."""
+    tensors: Tensors = {}
     for shard in shards:
-        if twice := sorted(infos.keys() & shard.infos.keys()):
+        if twice := sorted(tensors.keys() & shard.tensors.keys()):
             raise UserError(f"{shard.source}: another file has the same tensors too: {', '.join(twice)}")
-        infos |= shard.infos
-    return infos
+        tensors |= shard.tensors
+    return tensors
 
 
-def embeddings_dtype(shards: list[Shard]) -> torch.dtype:
-    infos = all_infos(shards)
-    return infos[EMBEDDINGS].dtype if EMBEDDINGS in infos else torch.float32
+def embeddings_dtype(tensors: Tensors) -> torch.dtype:
+    return tensors[EMBEDDINGS].dtype if EMBEDDINGS in tensors else torch.float32
 
 
 def drop_tied_head(shards: list[Shard], is_tied: bool) -> None:
     """Leave out a head that repeats the embeddings. Raises UserError where it differs from what it is tied to."""
-    holders = {name: shard for shard in shards for name in (LM_HEAD, EMBEDDINGS) if name in shard.infos}
-    if not is_tied or LM_HEAD not in holders:
+    holder = next((shard for shard in shards if LM_HEAD in shard.tensors), None)
+    if not is_tied or holder is None:
         return
-    head, embeddings = (holders[name].load()[name] if name in holders else None for name in (LM_HEAD, EMBEDDINGS))
-    if embeddings is not None and not (head.dtype == embeddings.dtype and torch.equal(head, embeddings)):
+    head = holder.tensors.pop(LM_HEAD)
+    embeddings = all_tensors(shards).get(EMBEDDINGS, head)
+    if head.dtype != embeddings.dtype or not torch.equal(head, embeddings):
         raise UserError(
-            f"{holders[LM_HEAD].source}: lm_head.weight differs from the embeddings, to which config.json ties it: "
+            f"{holder.source}: lm_head.weight differs from the embeddings, to which config.json ties it: "
             'set "tie_word_embeddings": false there to keep both'
         )
-    del holders[LM_HEAD].infos[LM_HEAD]
 
 
-def check_names(config: MGMConfig, shards: list[Shard]) -> None:
-    """Raise UserError with a list of the tensors that are missing, unexpected or of the wrong shape."""
+def empty_model(config: MGMConfig) -> MGMForConditionalGeneration:
     with torch.device("meta"):
-        model = MGMForConditionalGeneration(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: tuple(info.shape) for name, info in all_infos(shards).items()}
+        return MGMForConditionalGeneration(config)
+
+
+def check_names(config: MGMConfig, tensors: Tensors) -> None:
+    """Raise UserError with a list of the tensors that are missing, unexpected or of the wrong shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
     problems += [
@@ -93,26 +99,19 @@ def check_names(config: MGMConfig, shards: list[Shard]) -> None:
         raise UserError(f"{len(problems)} tensors do not fit the config: " + "; ".join(sorted(problems)))
 
 
-def load_model(config: MGMConfig, shards: list[Shard]) -> MGMForConditionalGeneration:
-    """The model with each tensor in the type of its file, which `from_pretrained` would cast to one for all."""
-    with torch.device("meta"):
-        model = MGMForConditionalGeneration(config)
-    for shard in shards:
-        model.load_state_dict(shard.load(), strict=False, assign=True)  # check_names has compared the names
-    return model
-
-
 def write_shards(shards: list[Shard], folder: Path, rename: Callable[[str], str] = lambda name: name) -> dict:
-    """Write the shards, one in memory at a time, and `model.safetensors.index.json`, which is returned."""
-    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    """Write the shards and `model.safetensors.index.json`, which is returned. Each written shard is emptied."""
+    file_names = {ALONE: BESIDE_OTHERS} if len(shards) > 1 else {BESIDE_OTHERS: ALONE}
+    weight_map, total_size = {}, 0
     for shard in shards:
-        tensors = shard.load()
-        tensors = {rename(name): tensors[name].contiguous() for name in shard.infos}
-        save_file(tensors, folder / shard.file_name, metadata={"format": "pt"})
-        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
-        index["weight_map"] |= dict.fromkeys(tensors, shard.file_name)
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text)
+        tensors = {rename(name): tensor.contiguous() for name, tensor in shard.tensors.items()}
+        file_name = file_names.get(shard.file_name, shard.file_name)
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+        shard.tensors.clear()  # closes the mapped file, whose pages count as memory
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return index
 
 

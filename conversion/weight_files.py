@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from utils import UserError
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+Tensors = dict[str, torch.Tensor]
+
+
+def read_weights(path: Path) -> Tensors:
     """A file's tensors by name. The file is mapped: a tensor takes memory once its values are used.
 
     Raises:
-        UserError: the file is damaged, or holds something other than MGM's kinds of tensors. It names the file.
+        UserError: the file is damaged, or holds something other than MGM's types of tensors. It names the file.
     """
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     if narrow := {str(x.dtype) for x in tensors.values() if x.is_floating_point() and x.itemsize == 1}:
@@ -24,14 +27,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}): download it again") from None
 
 
-def read_bin(path: Path) -> dict[str, torch.Tensor]:
+def read_bin(path: Path) -> Tensors:
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -40,11 +43,11 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: cannot be read as a file of weights alone ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise UserError(f"{path}: holds something other than named tensors")
-    # safetensors cannot write a tensor that shares its memory with another.
+    # safetensors does not write tensors that share their memory.
     storages = [x.untyped_storage().data_ptr() for x in tensors.values()]
+    is_shared = [storages.count(storage) > 1 for storage in storages]
     return {
-        k: x.detach().clone() if storages.count(p) > 1 else x.detach()
-        for (k, x), p in zip(tensors.items(), storages, strict=True)
+        name: x.detach().clone() if s else x.detach() for (name, x), s in zip(tensors.items(), is_shared, strict=True)
     }
 
 
@@ -55,9 +58,9 @@ def find_weight_files(folder: Path) -> list[Path]:
         UserError: there are none, or some that the index names are missing.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if (folder / f"{stem}.{suffix}").is_file():
-            return [folder / f"{stem}.{suffix}"]
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if single.is_file():
+            return [single]
         if index.is_file():
             files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
             if missing := [path.name for path in files if not path.is_file()]:

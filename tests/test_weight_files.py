@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.shards import find_shards, write_shards
+from conversion.shards import read_shards, write_shards
 from conversion.weight_files import find_open_clip_files, find_weight_files, read_weights
 from utils import UserError
 
@@ -31,7 +31,7 @@ def tensors() -> dict[str, torch.Tensor]:
 def copy(source: Path, folder: Path) -> bytes:
     """The file that is written of another one."""
     folder.mkdir()
-    write_shards(find_shards([source], lambda name: name), folder)
+    write_shards(read_shards([source], lambda name: name), folder)
     return next(folder.glob("*.safetensors")).read_bytes()
 
 
