@@ -40,6 +40,10 @@ from conversion.weight_files import find_weight_files, read_json
 from utils import UserError, load_config, run_script
 
 
+# The flags that each direction takes beside --output.
+COMPANIONS = {"from_original": TOWERS, "to_original": ("adapter",), "assemble": ("llm", *TOWERS)}
+
+
 @dataclass(kw_only=True)
 class ConvertConfig:
     from_original: str | None = field(default=None, metadata={"help": "folder of the original checkpoint"})
@@ -52,27 +56,24 @@ class ConvertConfig:
     vision_tower_aux: str | None = field(default=None, metadata={"help": "ConvNeXt's folder, if not inside or beside"})
 
     def __post_init__(self) -> None:
-        if (self.from_original is not None) + (self.to_original is not None) + self.assemble != 1:
+        directions = [name for name in COMPANIONS if getattr(self, name)]
+        if len(directions) != 1:
             raise UserError("give --from_original DIR, --to_original DIR or --assemble: exactly one of the three")
         if self.output is None:
             raise UserError("give --output DIR")
-        self.check_companions()
+        values = {name: getattr(self, name) for name in ("adapter", "llm", *TOWERS)}
+        for name, value in values.items():
+            if value is not None and name not in COMPANIONS[directions[0]]:
+                raise UserError(f"--{name} {value}: --{directions[0]} has no use for it, leave it out")
+        missing = [f"--{name} DIR" for name in COMPANIONS["assemble"] if values[name] is None]
+        if self.assemble and missing:
+            raise UserError(f"--assemble needs more: give {', '.join(missing)}")
         for flag in ("from_original", "to_original", "llm"):
             folder = getattr(self, flag)
             if folder is not None and not (Path(folder) / "config.json").is_file():
                 raise UserError(f"--{flag} {folder}: there is no config.json in it")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists: choose a new folder")
-
-    def check_companions(self) -> None:
-        """Raise UserError for a flag that the chosen direction lacks, or has no use for."""
-        if self.assemble and (missing := [name for name in ("llm", *TOWERS) if getattr(self, name) is None]):
-            raise UserError(f"--assemble needs more: give {', '.join(f'--{name} DIR' for name in missing)}")
-        useless = {"from_original": ("llm", "adapter"), "to_original": ("llm", *TOWERS), "assemble": ("adapter",)}
-        direction = next(name for name in useless if getattr(self, name))
-        for name in useless[direction]:
-            if getattr(self, name) is not None:
-                raise UserError(f"--{name} {getattr(self, name)}: --{direction} has no use for it, leave it out")
 
 
 def main(config: ConvertConfig) -> dict:
@@ -133,13 +134,14 @@ def to_original(config: ConvertConfig) -> dict:
     changed: set[str] = set()
     if config.adapter is not None:
         model = empty_model(mgm_config)
-        model.load_state_dict(all_tensors(shards), strict=False, assign=True)  # keeps each tensor's own type
+        # Unlike from_pretrained, it keeps each tensor's own type. A tied head has no tensor, so it is not strict.
+        model.load_state_dict(all_tensors(shards), strict=False, assign=True)
         merged, changed = merge_adapter(model, Path(config.adapter)), changed_modules(Path(config.adapter))
         shards = [replace(shard, tensors={name: merged[name] for name in shard.tensors}) for shard in shards]
     # The original reads a tower in the tower's folder, unless the adapter has changed it.
     shards = [s for s in shards if not s.file_name.startswith(TOWERS) or s.modules & changed]
     if any(path.startswith(f"model.{CONVNEXT}.") for path in changed):
-        original["optimize_vision_tower_aux"] = True
+        original["optimize_vision_tower_aux"] = True  # the original reads ConvNeXt from the checkpoint only then
     with new_folder(Path(config.output)) as partial:
         index = write_shards(shards, partial, rename_ours)
         (partial / "config.json").write_text(json.dumps(original, indent=2, sort_keys=True) + "\n")

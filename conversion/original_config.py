@@ -1,4 +1,4 @@
-"""config.json of the original MGM: to an MGMConfig, and back."""
+"""Read the original MGM's config.json into an MGMConfig, and write one back."""
 
 from itertools import count
 from pathlib import Path
@@ -13,9 +13,8 @@ from processing_mgm import MGMProcessor
 from utils import UserError
 
 
-# Text backbones and the original's classes; its Llama variant was the first and is plain "mgm".
+# Language models and the original's model types. Its Llama variant was the first and is plain "mgm".
 MODEL_TYPES = {"llama": "mgm", "gemma": "mgm_gemma", "mistral": "mgm_mistral", "qwen2": "mgm_qwen2"}
-CLASS_NAMES = {"llama": "Llama", "gemma": "Gemma", "mistral": "Mistral", "qwen2": "Qwen2"}
 # The original tells towers apart by these words in their paths.
 CLIP_NAME = "model_zoo/OpenAI/clip-vit-large-patch14-336"
 CONVNEXT_NAMES = {
@@ -59,27 +58,26 @@ def joint_config(
 
 
 def text_config(original: dict) -> PreTrainedConfig:
-    """The text backbone's part of the original's flat config: mgm_gemma -> gemma, mgm -> llama."""
+    """The language model's part of the original's flat config: mgm_gemma -> gemma, mgm -> llama."""
     model_type = original["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
     if not original["model_type"].startswith("mgm") or model_type not in MODEL_TYPES:
         raise UserError(
             f"config.json has model_type {original['model_type']!r}: expected {', '.join(MODEL_TYPES.values())}"
         )
-    default = AutoConfig.for_model(model_type)
-    known = {key: original[key] for key in default.to_dict() if key in original and key not in ("model_type", "dtype")}
-    for key in ("architectures", "transformers_version", "_name_or_path"):
-        known.pop(key, None)
+    names = AutoConfig.for_model(model_type).to_dict().keys()
+    names -= {"model_type", "dtype", "architectures", "transformers_version", "_name_or_path"}
+    known = {name: original[name] for name in names if name in original}
     if "rope_theta" in original or original.get("rope_scaling"):
         scaling = dict(original.get("rope_scaling") or {"rope_type": "default"})
         scaling.setdefault("rope_type", scaling.pop("type", "default"))
         known["rope_parameters"] = {"rope_theta": original.get("rope_theta", 10000.0), **scaling}
-    if model_type == "gemma":  # hidden_act is what Gemma's first release got wrong: transformers never read it
+    if model_type == "gemma":  # Gemma's first release has a wrong hidden_act, which transformers never read
         known["hidden_act"] = original.get("hidden_activation") or "gelu_pytorch_tanh"
     return AutoConfig.for_model(model_type, **known)
 
 
 def clip_config(name: str, folder: Path | None) -> CLIPVisionConfig:
-    """CLIP's own config, or by the tower's name the one of all released models."""
+    """CLIP's config from its folder. Without one the tower's name must be that of the released models."""
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise UserError(f"--vision_tower {folder}: there is no config.json in it")
@@ -102,7 +100,7 @@ def convnext_config(tensors: Tensors, image_size: int, folder: Path | None = Non
 
 
 def convnext_eps(folder: Path | None, hidden_sizes: list[int]) -> float:
-    """The LayerNorms' epsilon, which no tensor tells: timm has 1e-5 in convnext_xxlarge and 1e-6 in all others."""
+    """The LayerNorms' epsilon, which no tensor shows: timm has 1e-5 in convnext_xxlarge and 1e-6 in all others."""
     is_xxlarge = hidden_sizes[0] == 384
     if folder is not None and (folder / "open_clip_config.json").is_file():
         open_clip = read_json(folder / "open_clip_config.json")
@@ -131,7 +129,7 @@ def original_config(folder: Path, config: MGMConfig, dtype: torch.dtype, process
 def derive_original(
     config: MGMConfig, dtype: torch.dtype, image_aspect_ratio: str = "pad", tokenizer_model_max_length: int = 2048
 ) -> dict:
-    """config.json for the original, of a model that did not come from it."""
+    """config.json for the original's code, of a model that did not come from it."""
     aux_widths = config.vision_config_aux.hidden_sizes
     return {
         **flat_text_config(config.text_config),
@@ -158,7 +156,7 @@ def derive_original(
 
 
 def flat_text_config(config: PreTrainedConfig) -> dict:
-    """A text backbone's config, every value spelled out, as transformers 4.38 wrote it."""
+    """A language model's config as transformers 4.38 wrote it, with every value spelled out."""
     unknown = (PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}) | NEW_KEYS
     flat = {key: value for key, value in config.to_dict().items() if key not in unknown}
     scaling = dict(config.rope_parameters)
@@ -169,5 +167,5 @@ def flat_text_config(config: PreTrainedConfig) -> dict:
     if config.model_type == "gemma":
         flat["hidden_activation"] = flat["hidden_act"]
     flat["model_type"] = MODEL_TYPES[config.model_type]
-    flat["architectures"] = [f"MGM{CLASS_NAMES[config.model_type]}ForCausalLM"]
+    flat["architectures"] = [f"MGM{config.model_type.capitalize()}ForCausalLM"]
     return flat

@@ -44,11 +44,11 @@ def read_shards(files: list[Path], rename: Callable[[str], str | None], tower: s
         tensors = {rename(name): tensor for name, tensor in read_weights(path).items()}
         tensors.pop(None, None)
         if tensors:
-            shards.append(Shard(path, path.stem.replace("pytorch_model", "model") + ".safetensors", tensors))
-    if tower is None:
-        return shards
-    numbers = [f"-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [""]
-    return [Shard(s.source, f"{tower}{n}.safetensors", s.tensors) for s, n in zip(shards, numbers, strict=False)]
+            name = path.stem.replace("pytorch_model", "model")
+            if tower is not None:
+                name = f"{tower}-{name}" if len(files) > 1 else tower
+            shards.append(Shard(path, f"{name}.safetensors", tensors))
+    return shards
 
 
 def all_tensors(shards: list[Shard]) -> Tensors:
