@@ -70,7 +70,8 @@ def drop_tied_head(shards: list[Shard], is_tied: bool) -> None:
     holder = next((shard for shard in shards if LM_HEAD in shard.tensors), None)
     if not is_tied or holder is None:
         return
-    head = holder.tensors.pop(LM_HEAD)
+    del holder.tensors[LM_HEAD]
+    head = read_weights(holder.source)[LM_HEAD]  # mapped anew, so that its pages are freed when it is compared
     embeddings = all_tensors(shards).get(EMBEDDINGS, head)
     if head.dtype != embeddings.dtype or not torch.equal(head, embeddings):
         raise UserError(
