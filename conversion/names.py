@@ -1,10 +1,10 @@
-"""The tensors' names: the original MGM's to ours and back, and those of the parts a model is put together from."""
+"""Rename tensors: the original MGM's names to ours and back, CLIP's and OpenCLIP's to ours."""
 
 import re
 
 
-# (original, ours). {} is a number; the first row that a name begins with is exchanged. A name that begins with none
-# (lm_head.weight) is the same in both.
+# (original's prefix, ours). {} is a number. The first row that a name begins with replaces its prefix; a name that
+# begins with none (lm_head.weight) is the same in both.
 NAMES = [
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("model.vision_tower_aux.vision_stem.0.", "model.vision_tower_aux.embeddings.patch_embeddings."),
@@ -33,15 +33,15 @@ CLIP_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 
 
 def rename_original(name: str) -> str | None:
-    """The original's name of a tensor to ours; None for a buffer that transformers works out by itself."""
+    """The original's name of a tensor to ours; None for a buffer that transformers computes itself."""
     if name.endswith(("rotary_emb.inv_freq", "position_ids")):
         return None
-    return _exchange(name, NAMES)
+    return _replace_prefix(name, NAMES)
 
 
 def rename_ours(name: str) -> str:
     """Our name of a tensor to the original's."""
-    return _exchange(name, [(ours, theirs) for theirs, ours in NAMES])
+    return _replace_prefix(name, [(ours, theirs) for theirs, ours in NAMES])
 
 
 def rename_open_clip(name: str) -> str | None:
@@ -58,7 +58,7 @@ def rename_clip(name: str) -> str | None:
     return "model.vision_tower." + name.removeprefix("vision_model.")
 
 
-def _exchange(name: str, names: list[tuple[str, str]]) -> str:
+def _replace_prefix(name: str, names: list[tuple[str, str]]) -> str:
     for old, new in names:
         match = re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), name)
         if match:

@@ -1,4 +1,4 @@
-"""The original's small files: kept word for word for the way back, or made from what training saved."""
+"""The original's tokenizer and generation files: copied for the way back, or made from what training saved."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def keep_original_files(source: Path, output: Path) -> None:
 
 
 def hand_back_files(source: Path, output: Path) -> None:
-    """The files as they were, or where training has saved the model anew its tokenizer without `<image>`."""
+    """Copy the files as they were. Training saves a model without them: then its tokenizer, without `<image>`."""
     if (source / ORIGINAL_FILES).is_dir():
         copy_files(source / ORIGINAL_FILES, output)
         return
@@ -47,9 +47,9 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def restore_tokenizer(path: Path) -> None:
-    """The original marks images by a number that is no token's: its tokenizer has no `<image>`. Merges are pairs in
-    newer files, and lines that a space divides in those that transformers 4.38 reads."""
+    """Remove `<image>`: the original marks images by a number that is no token's."""
     tokenizer = json.loads(path.read_text())
+    # Newer files have pairs, transformers 4.38 reads lines with a space between the two.
     merges = tokenizer["model"].get("merges", [])
     if all(isinstance(pair, list) and " " not in pair[0] + pair[1] for pair in merges) and merges:
         tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
@@ -58,7 +58,7 @@ def restore_tokenizer(path: Path) -> None:
 
 
 def restore_tokenizer_config(path: Path) -> None:
-    """transformers 5's spelling to that of 4.38."""
+    """Write transformers 5's keys as 4.38 reads them."""
     config = json.loads(path.read_text())
     for key in ("backend", "is_local", "local_files_only", "processor_class"):
         config.pop(key, None)

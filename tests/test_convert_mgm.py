@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.names import rename_open_clip, rename_original
-from conversion.weight_files import write_safetensors
 from convert_mgm import ConvertConfig, main
 from models.loading import load_config, load_model, load_processor
 from utils import UserError, parse_config
@@ -162,13 +161,13 @@ def test_a_failure_while_writing_leaves_no_output(config, monkeypatch):
     """A disk that fills up in the second file: no folder under the output's name."""
     calls = []
 
-    def full_disk(*args):
+    def full_disk(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise OSError("No space left on device")
-        write_safetensors(*args)
+        save_file(*args, **kwargs)
 
-    monkeypatch.setattr("conversion.checkpoint.write_safetensors", full_disk)
+    monkeypatch.setattr("conversion.shards.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         main(config)
     assert not Path(config.output).exists()

@@ -77,10 +77,11 @@ def train_adapter(converted: Path, folder: Path, **lora) -> Path:
     return folder
 
 
-def test_a_merged_adapter(original, converted, tmp_path):
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["LoRA", "DoRA", "rsLoRA"])
+def test_a_merged_adapter(original, converted, tmp_path, lora):
     """Every tensor handed back with PEFT's merge of the loaded model, renamed; a file that the adapter does not touch,
     and all beside the weights, with the original's."""
-    adapter = train_adapter(converted, tmp_path / "adapter")
+    adapter = train_adapter(converted, tmp_path / "adapter", **lora)
     back = hand_back(converted, adapter)
     held = all_tensors(original)
     dtype = held["model.norm.weight"].dtype
@@ -209,12 +210,12 @@ def test_other_folders(original, tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(converted, tmp_path, monkeypatch):
-    """A disk that fills up, met while the index is written: no folder under the output's name or beside it."""
+    """A disk that fills up after the weights: no folder under the output's name or beside it."""
 
     def full_disk(*args) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("convert_mgm.write_index", full_disk)
+    monkeypatch.setattr("convert_mgm.hand_back_files", full_disk)
     with pytest.raises(OSError, match="No space left"):
         hand_back(converted)
     assert not list(converted.parent.glob("back*"))

@@ -1,4 +1,4 @@
-"""Merging an adapter tensor by tensor, against PEFT's merge of the whole model."""
+"""Merging an adapter, against PEFT's own merge and against the model with the adapter beside it."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
-from conversion.merge_adapter import AdapterMerger
+from conversion.merge_adapter import changed_modules, merge_adapter
 from mgm.configuration_mgm import MGMConfig, tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
@@ -23,7 +23,12 @@ def qwen2() -> MGMConfig:
     """The preset `tiny` with a language model whose q, k and v have biases and whose head is its own."""
     config = tiny()
     text_config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     return MGMConfig(
         text_config=text_config,
@@ -48,10 +53,6 @@ def save_adapter(config: MGMConfig, folder: Path, dtype: torch.dtype = torch.flo
             parameter.data = (torch.randn(parameter.shape) / 10).to(dtype)
     model.save_pretrained(folder)
     return folder
-
-
-def merge_all(merger: AdapterMerger, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: merger.merge(k, v.clone()) if k in merger.changed else v for k, v in base.items()}
 
 
 @pytest.mark.parametrize(
@@ -83,41 +84,42 @@ def merge_all(merger: AdapterMerger, base: dict[str, torch.Tensor]) -> dict[str,
     ],
 )
 def test_like_peft(tmp_path, dtype, adapter_dtype, make_config, lora):
-    """Every tensor with PEFT's `merge_and_unload` of the whole model, bit for bit, type included."""
+    """Every tensor with PEFT's merge of a loaded adapter, bit for bit. In fp32 the merged model's logits with those of
+    the model with the adapter beside it."""
     config = make_config()
     save_adapter(config, tmp_path, adapter_dtype, **lora)
     base = dict(base_model(config, dtype).state_dict())
-    merger = AdapterMerger(config, tmp_path)
-    merged = merge_all(merger, base)
+    merged = merge_adapter(base_model(config, dtype), tmp_path)
 
-    expected = PeftModel.from_pretrained(base_model(config, dtype), tmp_path).merge_and_unload().state_dict()
-    assert expected.keys() == merged.keys()
+    peft_model = PeftModel.from_pretrained(base_model(config, dtype), tmp_path).eval()
+    input_ids = torch.randint(6, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    logits = peft_model(input_ids=input_ids).logits
+    expected = peft_model.merge_and_unload().state_dict()
+    assert expected.keys() == merged.keys() == base.keys()
     for name, tensor in expected.items():
-        assert merged[name].dtype == dtype and torch.equal(merged[name], tensor.to(dtype)), name
+        assert merged[name].dtype == dtype and torch.equal(merged[name], tensor), name
     changed = {name for name in base if not torch.equal(base[name], merged[name])} - {"lm_head.weight"}
-    assert changed and changed <= merger.changed
+    assert changed and {name.rpartition(".")[0] for name in changed} <= changed_modules(tmp_path)
+    if dtype == torch.float32:
+        model = base_model(config).eval()
+        assert not torch.allclose(model(input_ids=input_ids).logits, logits, atol=1e-3)
+        model.load_state_dict(merged)
+        torch.testing.assert_close(model(input_ids=input_ids).logits, logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_tied_weights_copy_has_no_place(tmp_path, module):
     """PEFT's copy of a tied head or embedding is refused, not lost; that of a head of its own is merged."""
     save_adapter(tiny(), tmp_path / "tied", modules_to_save=[module])
-    with pytest.raises(UserError, match=f"it holds a .*{module}.weight of its own, .*use the adapter with PEFT"):
-        AdapterMerger(tiny(), tmp_path / "tied")
+    save_adapter(tiny(), tmp_path / "tied LoRA", target_modules=[module], modules_to_save=None)
+    for name in ("tied", "tied LoRA"):
+        with pytest.raises(UserError, match=f"it holds a .*{module}.weight of its own, .*use the adapter with PEFT"):
+            merge_adapter(base_model(tiny()), tmp_path / name)
     config = qwen2()
     save_adapter(config, tmp_path / "untied", modules_to_save=[module])
-    merged = merge_all(AdapterMerger(config, tmp_path / "untied"), dict(base_model(config).state_dict()))
+    merged = merge_adapter(base_model(config), tmp_path / "untied")
     expected = PeftModel.from_pretrained(base_model(config), tmp_path / "untied").merge_and_unload().state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_tensor_can_be_merged_again(tmp_path):
-    """The second merge of the same layer with the first: nothing of the first stays behind."""
-    save_adapter(tiny(), tmp_path)
-    base = dict(base_model(tiny()).state_dict())
-    merger = AdapterMerger(tiny(), tmp_path)
-    first, second = merge_all(merger, base), merge_all(merger, base)
-    assert all(torch.equal(first[name], second[name]) for name in base)
 
 
 def edit(folder: Path, change) -> None:
@@ -149,7 +151,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, change, message):
     save_adapter(tiny(), tmp_path)
     edit(tmp_path, change)
     with pytest.raises(UserError, match=message):
-        AdapterMerger(tiny(), tmp_path)
+        merge_adapter(base_model(tiny()), tmp_path)
 
 
 def test_another_models_adapter(tmp_path):
@@ -158,19 +160,19 @@ def test_another_models_adapter(tmp_path):
     config = tiny()
     config.text_config.hidden_size = 64
     with pytest.raises(UserError, match=r"does not fit the model.*size mismatch.*\[4, 128\].*\[4, 64\]"):
-        AdapterMerger(config, tmp_path)
+        merge_adapter(base_model(config), tmp_path)
 
 
 def test_no_adapter(tmp_path):
     with pytest.raises(UserError, match=r"--adapter .*: there is no adapter_config\.json in it"):
-        AdapterMerger(tiny(), tmp_path)
+        merge_adapter(base_model(tiny()), tmp_path)
 
 
 def test_an_adapter_without_weights(tmp_path):
     save_adapter(tiny(), tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"--adapter .*: there is no adapter_model\.safetensors in it"):
-        AdapterMerger(tiny(), tmp_path)
+        merge_adapter(base_model(tiny()), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +189,11 @@ def test_adapters_of_other_kinds(tmp_path, change, message):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        AdapterMerger(tiny(), tmp_path)
+        merge_adapter(base_model(tiny()), tmp_path)
 
 
 def test_lora_with_biases_of_its_own(tmp_path):
     """LoRA's own biases are refused: of the base's layers not all have a bias to add them to."""
     save_adapter(qwen2(), tmp_path, lora_bias=True)
     with pytest.raises(UserError, match="lora_bias"):
-        AdapterMerger(qwen2(), tmp_path)
+        merge_adapter(base_model(qwen2()), tmp_path)

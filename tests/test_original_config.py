@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from conversion.original_config import clip_config, convnext_config, derive_original, text_config
-from conversion.weight_files import TensorInfo
 from mgm.configuration_mgm import PRESETS
 from utils import UserError
 
@@ -47,10 +46,10 @@ def test_scaled_positions(key):
     assert config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
 
 
-def convnext_infos(widths: list[int], depths: list[int]) -> dict[str, TensorInfo]:
+def convnext_infos(widths: list[int], depths: list[int]) -> dict[str, torch.Tensor]:
     stages = "model.vision_tower_aux.encoder.stages"
     return {
-        f"{stages}.{i}.layers.{j}.dwconv.bias": TensorInfo(torch.float32, (width,))
+        f"{stages}.{i}.layers.{j}.dwconv.bias": torch.empty(width, device="meta")
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
         for j in range(depth)
     }

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 
-from conversion.merge_adapter import AdapterMerger
+from conversion.merge_adapter import changed_modules, merge_adapter
 from data.worst_case import worst_case_batch
 from layers.quantization import dequantize, quantize_language_model, state_tensors
 from mgm.configuration_mgm import tiny
@@ -155,11 +155,10 @@ def test_an_adapter_trained_on_4_bits(use_dora: bool, tmp_path: Path):
         again = PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa", "nf4"), tmp_path).eval()
         torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
 
-    base = load_model(MODEL, torch.float32, "sdpa")
-    merger, tensors = AdapterMerger(base.config, tmp_path), dict(base.state_dict())
-    merged = {name: merger.merge(name, tensors[name].clone()) for name in merger.changed}
-    expected = PeftModel.from_pretrained(base, tmp_path).merge_and_unload().state_dict()
-    assert len(merged) > 4 * 3 and all(torch.equal(expected[name], tensor) for name, tensor in merged.items())
+    merged = merge_adapter(load_model(MODEL, torch.float32, "sdpa"), tmp_path)
+    expected = PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path).merge_and_unload()
+    assert len(changed_modules(tmp_path)) > 4 * 3
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 def test_without_bitsandbytes(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import conversion.weight_files
-from conversion.weight_files import find_open_clip_files, find_weight_files, open_weights, write_safetensors
+from conversion.shards import read_shards, write_shards
+from conversion.weight_files import find_open_clip_files, find_weight_files, read_weights
 from utils import UserError
 
 
@@ -28,28 +28,45 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def copy(source: Path, target: Path) -> None:
-    with open_weights(source) as weights:
-        write_safetensors(target, weights.tensors, weights.chunks)
+def copy(source: Path, folder: Path) -> bytes:
+    """The file that is written of another one."""
+    folder.mkdir()
+    write_shards(read_shards([source], lambda name: name), folder)
+    return next(folder.glob("*.safetensors")).read_bytes()
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**24, 13])
-def test_copies_are_to_the_byte(tensors, tmp_path, monkeypatch, chunk_bytes):
-    """A file written by safetensors, copied in pieces of two sizes, with itself."""
-    monkeypatch.setattr(conversion.weight_files, "CHUNK_BYTES", chunk_bytes)
+def test_copies_are_to_the_byte(tensors, tmp_path):
+    """A file written by safetensors, copied, with itself."""
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert copy(tmp_path / "a.safetensors", tmp_path / "copy") == (tmp_path / "a.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["archive", "before torch 1.6"])
 def test_bin_files(tensors, tmp_path, zip_format):
     """A .bin file turned into safetensors with what safetensors writes of the same tensors."""
-    del tensors["ä.half"]  # types of one size may lie in any order
     torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=zip_format)
-    copy(tmp_path / "a.bin", tmp_path / "b.safetensors")
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "c.safetensors", metadata={"format": "pt"})
-    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    assert copy(tmp_path / "a.bin", tmp_path / "copy") == (tmp_path / "c.safetensors").read_bytes()
+
+
+def test_tensors_that_share_their_memory(tmp_path):
+    """A .bin file may hold a tensor under two names, and a part of another: each is written whole."""
+    whole = torch.randn(6, 4)
+    torch.save({"a": whole, "b": whole, "c": torch.nn.Parameter(whole[2:, 1])}, tmp_path / "a.bin")
+    save_file(
+        {"a": whole, "b": whole.clone(), "c": whole[2:, 1].clone()}, tmp_path / "c.safetensors", {"format": "pt"}
+    )
+    assert copy(tmp_path / "a.bin", tmp_path / "copy") == (tmp_path / "c.safetensors").read_bytes()
+
+
+def test_reading_changes_no_file(tensors, tmp_path):
+    """Tensors lie in a mapped file: what is written into them stays in memory."""
+    save_file({"a": torch.zeros(5000)}, tmp_path / "a.safetensors")
+    torch.save({"a": torch.zeros(5000)}, tmp_path / "a.bin")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.bin"):
+        before = path.read_bytes()
+        read_weights(path)["a"] += 1
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -60,11 +77,11 @@ def test_read(tensors, tmp_path, suffix):
         torch.save(tensors, path)
     else:
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    with open_weights(path) as weights:
-        for name, tensor in tensors.items():
-            read = weights.read(name)
-            assert read.dtype == tensor.dtype and read.shape == tensor.shape and torch.equal(read, tensor), name
-            assert (weights.tensors[name].dtype, weights.tensors[name].shape) == (tensor.dtype, tuple(tensor.shape))
+    weights = read_weights(path)
+    assert weights.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        read = weights[name]
+        assert read.dtype == tensor.dtype and read.shape == tensor.shape and torch.equal(read, tensor), name
 
 
 class Harmful:
@@ -87,14 +104,14 @@ def test_nothing_is_unpickled_freely(tmp_path, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "archive")
     with pytest.raises(UserError, match=r"a\.bin: cannot be read as a file of weights alone"):
-        open_weights(path)
+        read_weights(path)
     assert not evidence.exists()
 
 
 def test_something_other_than_tensors(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"a\.bin: holds something other than named tensors"):
-        open_weights(tmp_path / "a.bin")
+        read_weights(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -107,14 +124,14 @@ def test_truncated_files(tensors, tmp_path, suffix, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=rf"a\.{suffix}: cannot be read"):
-        open_weights(path)
+        read_weights(path)
 
 
 def test_unknown_types(tmp_path):
     """A quantised checkpoint's fp8."""
     save_file({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"a\.safetensors: holds tensors of type 'F8_E4M3'"):
-        open_weights(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: holds tensors of type torch.float8_e4m3fn"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 def touch(folder: Path, *names: str) -> None:
