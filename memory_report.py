@@ -3,6 +3,7 @@
 from typing import Any
 
 from memory_gpus import GIB, GPUS, MIB
+from utils import markdown_table
 
 
 BAR_WIDTH = 24  # characters
@@ -89,16 +90,16 @@ def verdict(result: dict) -> str:
     return f"DOES NOT FIT {card} ({size(budget)}): {size(needed - budget)} too much."
 
 
-def markdown_table(rows: list[dict], keys: list[str]) -> str:
-    """A row for each configuration: the flags that set it apart, what it needs, and whether that is there."""
-    columns = [*keys, "allocated", "reserved", "device", "host", "budget", "fits"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        flags = [str(row["config"][key]) for key in keys]
-        names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
-        sizes = [size(row[name]) if name in row else "" for name in names]
-        lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
-    return "\n".join(lines)
+def sweep_table(rows: list[dict], keys: list[str]) -> str:
+    """A Markdown row for each configuration: the flags that set it apart, what it needs, and whether it fits."""
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
+    cells = [
+        [row["config"][key] for key in keys]
+        + [size(row[name]) if name in row else "" for name in names]
+        + ["yes" if row["fits"] else "**no**"]
+        for row in rows
+    ]
+    return markdown_table([*keys, "allocated", "reserved", "device", "host", "budget", "fits"], cells)
 
 
 def size(nbytes: float) -> str:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from memory_charts import sweep_chart
-from memory_report import markdown_table
+from memory_report import sweep_table
 from train import StepConfig
 from utils import UserError
 
@@ -34,7 +34,7 @@ def run_sweep(config: StepConfig, probe: Callable[[StepConfig], dict]) -> dict[s
         row_config = replace(config, sweep=None, output=None, **values)
         path = folder / "rows" / (row_name(values) + ".json")
         rows.append(read_row(path, row_config) or write_row(path, probe(row_config)))
-    table = markdown_table(rows, list(grid))
+    table = sweep_table(rows, list(grid))
     print(table, flush=True)
     (folder / "table.md").write_text(table + "\n")
     chart = sweep_chart(rows, list(grid))

@@ -26,10 +26,10 @@ from data.worst_case import Row
 from eval import Prediction, exact_match
 from eval_pictures import caption, captioned
 from memory_run import RunMemory
-from model_card import GIB, as_table, build_model_card, escape_cell
+from model_card import GIB, build_model_card
 from previous_run import CARD, TENSORBOARD, PreviousRun
 from quantization import num_values
-from utils import ModelConfig
+from utils import ModelConfig, markdown_table
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
@@ -84,7 +84,7 @@ class RunLog:
         purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
-            self.writer.add_text("config", as_table(asdict(config), "flag"))
+            self.writer.add_text("config", markdown_table(["flag", "value"], asdict(config).items()))
             self.memory = RunMemory(
                 accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
             )
@@ -248,9 +248,8 @@ class RunLog:
                 picture = np.asarray(captioned(image, lines))
                 self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
         rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
-        table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
-        header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
-        self.writer.add_text("eval/predictions", header + table, global_step)
+        table = markdown_table(["question", "answer", "prediction", "exact"], rows)
+        self.writer.add_text("eval/predictions", table, global_step)
 
     def finish(self, global_step: int, data: dict[str, Any]) -> dict | None:
         """Write run.json, the model card and hparams. Returns run.json's content on the main process.

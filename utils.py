@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -79,6 +79,17 @@ class Interrupted(BaseException):
 def brief_error(error: Exception) -> str:
     """The system's word for it, or the message's first line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
+    lines = ["| " + " | ".join(map(escape_cell, cells)) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
+
+
+def escape_cell(value: object) -> str:
+    """The value's text in one line, its bars escaped: a bar or a line break would end the cell."""
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 @dataclass(kw_only=True)

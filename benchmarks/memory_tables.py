@@ -1,10 +1,11 @@
-"""The tables of docs/memory.md: the ladder, and the ways to work out the loss."""
+"""The tables of docs/memory.md: what each technique saves, and the ways to compute the loss."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from memory_gpus import GIB, MIB
+from utils import markdown_table
 
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -12,50 +13,53 @@ LOSSES = {"a CPU": "loss_cpu.json", "an H100": "loss_cuda.json"}
 
 
 def ladder_table() -> str:
-    """results/ladder.json: each technique on top of those above it, alone from where the ladder begins, and what all
-    the others come to without it."""
+    """results/ladder.json: each technique added to those above it, what it saves when used alone, and the peak with
+    all others but without it."""
     ladder = json.loads((RESULTS / "ladder.json").read_text())
     start = ladder["rungs"][0]["peak_allocated_bytes"]
-    without = {row["title"]: f"{row['peak_allocated_bytes'] / GIB:.2f} GiB" for row in ladder["without"]}
-    alone = {row["title"]: start - row["peak_allocated_bytes"] for row in ladder["alone"]}
-    lines = [
-        "| step by step | allocated | on an RTX 4090 | TFLOP a step | alone it saves | all but this |",
-        "|---|---|---|---|---|---|",
+    without = {row["title"]: gib(row["peak_allocated_bytes"]) for row in ladder["without"]}
+    alone = {row["title"]: gib(start - row["peak_allocated_bytes"]) for row in ladder["alone"]}
+    prefixes = ["", *["+ "] * (len(ladder["rungs"]) - 1), *["or, in the end, "] * len(ladder["branches"])]
+    rows = [
+        [
+            prefix + row["title"],
+            gib(row["peak_allocated_bytes"]),
+            gib(row["device_bytes"]),
+            f"{row['flops'] / 1e12:.1f}" if row["flops"] else "",
+            alone.get(row["title"], ""),
+            without.get(row["title"], ""),
+        ]
+        for prefix, row in zip(prefixes, [*ladder["rungs"], *ladder["branches"]], strict=True)
     ]
-    for index, row in enumerate([*ladder["rungs"], *ladder["branches"]]):
-        is_branch = index >= len(ladder["rungs"])
-        title = ("" if index == 0 else "or, in the end, " if is_branch else "+ ") + row["title"]
-        saved = f"{alone[row['title']] / GIB:.2f} GiB" if row["title"] in alone else ""
-        lines.append(
-            "| " + " | ".join([title, *sizes(row), operations(row), saved, without.get(row["title"], "")]) + " |"
-        )
-    return "\n".join(lines)
+    header = ["step by step", "allocated", "on an RTX 4090", "TFLOP a step", "alone it saves", "all but this"]
+    return markdown_table(header, rows)
 
 
-def sizes(row: dict[str, Any]) -> list[str]:
-    return [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
-
-
-def operations(row: dict[str, Any]) -> str:
-    return f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""
+def gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB"
 
 
 def loss_table() -> str:
-    """results/loss_*.json: the same loss in different ways, on each device."""
+    """results/loss_*.json: the same loss computed in different ways, on each device."""
     parts = []
     for device, name in LOSSES.items():
         found = json.loads((RESULTS / name).read_text())
-        config, rows = found["config"], found["rows"]
-        labels = round(config["tokens"] * config["label_share"])
-        parts += [
-            f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, {labels} of them "
-            f"labelled, {config['vocab_size']:,} words, {config['hidden_size']} wide.",
-            "",
-            "| the loss by way of | memory above its inputs | time | error of the gradient |",
-            "|---|---|---|---|",
-        ]
-        for way, row in rows.items():
-            cells = [way, f"{row['peak_bytes'] / MIB:.0f} MiB", f"{1000 * row['seconds']:.0f} ms"]
-            parts.append("| " + " | ".join([*cells, f"{row['gradient_error']:.1e}"]) + " |")
-        parts.append("")
-    return "\n".join(parts).strip()
+        parts += [loss_caption(device, found), loss_rows(found["rows"])]
+    return "\n\n".join(parts)
+
+
+def loss_caption(device: str, found: dict[str, Any]) -> str:
+    config = found["config"]
+    return (
+        f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, "
+        f"{round(config['tokens'] * config['label_share'])} of them labelled, {config['vocab_size']:,} words, "
+        f"{config['hidden_size']} wide."
+    )
+
+
+def loss_rows(rows: dict[str, dict[str, float]]) -> str:
+    cells = [
+        [way, f"{row['peak_bytes'] / MIB:.0f} MiB", f"{1000 * row['seconds']:.0f} ms", f"{row['gradient_error']:.1e}"]
+        for way, row in rows.items()
+    ]
+    return markdown_table(["the loss by way of", "memory above its inputs", "time", "error of the gradient"], cells)

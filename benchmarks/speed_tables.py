@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_gpus import GIB
+from utils import markdown_table
 
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -12,10 +13,6 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
-
-
-def as_table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def step_table() -> str:
@@ -47,9 +44,9 @@ def step_tables(name: str) -> str:
         ]
         for ratio in step["ratios"]
     ]
-    first = as_table(["one step", "median", "tokens/s", "of the matrix rate", "peak"], rows)
+    first = markdown_table(["one step", "median", "tokens/s", "of the matrix rate", "peak"], rows)
     header = ["", "tokens/s against the better with checkpointing", "without", "peak against the lowest"]
-    return "\n\n".join([caption, first, as_table(header, comparison)])
+    return "\n\n".join([caption, first, markdown_table(header, comparison)])
 
 
 def packing_table() -> str:
@@ -67,14 +64,14 @@ def packing_table() -> str:
         rows = [
             [
                 variant,
-                str(row["micro_batches"]),
+                row["micro_batches"],
                 f"{row['padding_share']:.1%}",
                 f"{row['samples_per_second']:.0f}",
                 f"{case['speedup_of_packing'][variant]:.2f}",
             ]
             for variant, row in case["variants"].items()
         ]
-        tables.append(as_table(["batches", "number", "padding", "samples/s", "packed is faster by"], rows))
+        tables.append(markdown_table(["batches", "number", "padding", "samples/s", "packed is faster by"], rows))
     return "\n\n".join(tables)
 
 
@@ -83,7 +80,7 @@ def loader_table() -> str:
     loader, waiting = load("loader.json"), load("waiting.json")
     rows = [
         [
-            str(run["num_workers"]),
+            run["num_workers"],
             f"{run['images_per_second']:.1f}",
             f"{run['cpu_seconds_per_image'] * 1000:.0f} ms",
         ]
@@ -91,7 +88,7 @@ def loader_table() -> str:
     ]
     waits = [
         [
-            str(run["num_workers"]),
+            run["num_workers"],
             f"{run['median_step_seconds'] * 1000:.0f} ms",
             f"{run['median_wait_seconds'] * 1000:.1f} ms",
             f"{run['longest_wait_seconds'] * 1000:.0f} ms",
@@ -102,8 +99,8 @@ def loader_table() -> str:
     return "\n\n".join(
         [
             f"JPEGs of 1024 x 768 to both of MGM-2B's views, {loader['machine']}:",
-            as_table(["workers", "images/s", "processor time an image"], rows),
+            markdown_table(["workers", "images/s", "processor time an image"], rows),
             "The demo's steps:",
-            as_table(["workers", "a step", "waits for its batch, median", "at most", "of the time"], waits),
+            markdown_table(["workers", "a step", "waits for its batch, median", "at most", "of the time"], waits),
         ]
     )

@@ -16,6 +16,7 @@ from utils import (
     load_config,
     load_model,
     load_processor,
+    markdown_table,
     parse_config,
     resolve_mixed_precision,
 )
@@ -275,3 +276,9 @@ def test_a_bug_keeps_its_traceback_and_exit_code_1(runs):
     code, _, stderr = runs["broken"]
     assert code == 1
     assert "Traceback" in stderr and "RuntimeError: a bug" in stderr
+
+
+def test_cells_of_a_table_stay_in_their_row():
+    """Numbers are written out; a bar is escaped and a line break becomes a space."""
+    table = markdown_table(["flag", "value"], {"lora_r": 16, "prompt": "a | b\nc"}.items())
+    assert table == "| flag | value |\n|---|---|\n| lora_r | 16 |\n| prompt | a \\| b c |"
