@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import platform
 import resource
 import time
 from copy import copy
 from dataclasses import asdict
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from memory_run import RunMemory
 from model_card import GIB, build_model_card
 from previous_run import CARD, TENSORBOARD, PreviousRun
 from quantization import num_values
-from utils import ModelConfig, markdown_table
+from utils import ModelConfig, environment, markdown_table
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
@@ -274,7 +271,7 @@ class RunLog:
             "eval": self.eval,
             "data": data,
             "config": asdict(self.config),
-            "environment": environment(self.accelerator),
+            "environment": environment(*PACKAGES) | launch(self.accelerator),
         }
         if self.accelerator.is_main_process:
             result["memory"] = self.memory.finish(self.peak["train"])
@@ -332,15 +329,9 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def environment(accelerator: Accelerator) -> dict:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    # One process needs no DeepSpeed.
-    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
+def launch(accelerator: Accelerator) -> dict[str, str | int]:
     return {
-        "python": platform.python_version(),
-        "device": device,
         "distributed_type": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        **versions,
     }

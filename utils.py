@@ -5,14 +5,16 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -90,6 +92,16 @@ def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -
 def escape_cell(value: object) -> str:
     """The value's text in one line, its bars escaped: a bar or a line break would end the cell."""
     return " ".join(str(value).replace("|", "\\|").split())
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """What figures hold for: Python, the GPU or else the processor, and the version of each package that is there."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    found = {"python": platform.python_version(), "device": device}
+    for package in packages:
+        with suppress(PackageNotFoundError):  # one process needs no DeepSpeed
+            found[package] = version(package)
+    return found
 
 
 @dataclass(kw_only=True)
