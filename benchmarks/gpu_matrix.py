@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.rows import Rows, RowsConfig, gpu_machine, write_json
+from benchmarks.tables import write_tables
 from child_processes import process_pool
-from memory_gpus import GIB
 from memory_measure import measure
 from memory_measure_gpu import measure_in_this_process
 from memory_probe import ProbeConfig, probe
@@ -91,8 +91,9 @@ def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     for row in result["rows"]:
         predicted = probe(row_config(config, row["flags"]))
         row["predicted"] = {name: predicted[name] for name in FIGURES}
-        print(describe(row), flush=True)
+        print(row, flush=True)
     write_json(path, result)
+    write_tables()
     return result
 
 
@@ -108,14 +109,6 @@ def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:
         return measure(row_config(config, flags))
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
-
-
-def describe(row: dict[str, Any]) -> str:
-    measured, predicted = row["measured"], row["predicted"]
-    if "failed" in measured or measured["oom"]:
-        return f"{row['flags']}: {measured.get('failed') or measured['oom']}"
-    errors = [f"{name} {predicted[name] / measured[name] - 1:+.3%}" for name in FIGURES]
-    return f"{row['flags']}: {measured['peak_allocated_bytes'] / GIB:.3f} GiB, {', '.join(errors)}"
 
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:

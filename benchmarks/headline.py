@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
-from torch import nn
 
 from benchmarks.rows import Rows, RowsConfig
 from benchmarks.tables import HEADLINE, HEADLINE_CARDS, ROOT, write_tables
@@ -74,13 +73,10 @@ def estimates(model: str) -> dict[str, int]:
     # Not DeepSpeed's *_all_live: it tells parameters apart by their addresses, and on meta they have none.
     total = sum(parameter.numel() for parameter in module.parameters())
     _, zero2, *_ = estimate_zero2_model_states_mem_needs(total, cpu_offload=False)
-    _, zero3, *_ = estimate_zero3_model_states_mem_needs(total, largest_layer(module))
+    # The most parameters that one module holds itself: DeepSpeed counts its largest layer so.
+    largest = max(sum(parameter.numel() for parameter in part.parameters(recurse=False)) for part in module.modules())
+    _, zero3, *_ = estimate_zero3_model_states_mem_needs(total, largest)
     return {"accelerate": int(max(usage.values())), "zero2": zero2, "zero3 + offload": zero3}
-
-
-def largest_layer(module: nn.Module) -> int:
-    """The most parameters that one module holds itself, as DeepSpeed counts its largest layer."""
-    return max(sum(parameter.numel() for parameter in part.parameters(recurse=False)) for part in module.modules())
 
 
 if __name__ == "__main__":

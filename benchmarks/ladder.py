@@ -69,8 +69,7 @@ def main(config: LadderConfig) -> dict[str, Any]:
     ]
     for row in (*rungs, *branches, *alone, *without):
         row |= predict_row(config, row["flags"])
-        size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
-        print(f"{row['title']}: {size}, {row['flops']} operations", flush=True)
+        print(row, flush=True)
     result = {"model": config.model, "max_seq_len": config.max_seq_len}
     result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
     write_json(ROOT / "results/ladder.json", result)

@@ -106,8 +106,7 @@ def choose_rates(folder: Path) -> dict[str, float]:
     chosen = {}
     for method, rates in SEARCH.items():
         paths = {rate: Run(method, rate, SEEDS[0]).path(folder) for rate in rates}
-        scores = {rate: json.loads(path.read_text())["score"] for rate, path in paths.items() if path.exists()}
-        if scores:
+        if scores := {rate: json.loads(path.read_text())["score"] for rate, path in paths.items() if path.exists()}:
             chosen[method] = max(scores, key=scores.get)
     return chosen | {method: chosen[other] for method, other in SEARCHED_BY.items() if other in chosen}
 

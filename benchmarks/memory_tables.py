@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from memory_gpus import GIB, MIB
 from utils import markdown_table
@@ -20,17 +19,11 @@ def ladder_table() -> str:
     without = {row["title"]: gib(row["peak_allocated_bytes"]) for row in ladder["without"]}
     alone = {row["title"]: gib(start - row["peak_allocated_bytes"]) for row in ladder["alone"]}
     prefixes = ["", *["+ "] * (len(ladder["rungs"]) - 1), *["or, in the end, "] * len(ladder["branches"])]
-    rows = [
-        [
-            prefix + row["title"],
-            gib(row["peak_allocated_bytes"]),
-            gib(row["device_bytes"]),
-            f"{row['flops'] / 1e12:.1f}" if row["flops"] else "",
-            alone.get(row["title"], ""),
-            without.get(row["title"], ""),
-        ]
-        for prefix, row in zip(prefixes, [*ladder["rungs"], *ladder["branches"]], strict=True)
-    ]
+    rows = []
+    for prefix, row in zip(prefixes, [*ladder["rungs"], *ladder["branches"]], strict=True):
+        rows.append([prefix + row["title"], gib(row["peak_allocated_bytes"]), gib(row["device_bytes"])])
+        rows[-1] += [f"{row['flops'] / 1e12:.1f}" if row["flops"] else ""]
+        rows[-1] += [alone.get(row["title"], ""), without.get(row["title"], "")]
     header = ["step by step", "allocated", "on an RTX 4090", "TFLOP a step", "alone it saves", "all but this"]
     return markdown_table(header, rows)
 
@@ -44,22 +37,16 @@ def loss_table() -> str:
     parts = []
     for device, name in LOSSES.items():
         found = json.loads((RESULTS / name).read_text())
-        parts += [loss_caption(device, found), loss_rows(found["rows"])]
+        config = found["config"]
+        labelled = round(config["tokens"] * config["label_share"])
+        rows = [
+            [way, f"{row['peak_bytes'] / MIB:.0f} MiB", f"{1000 * row['seconds']:.0f} ms"]
+            + [f"{row['gradient_error']:.1e}"]
+            for way, row in found["rows"].items()
+        ]
+        parts += [
+            f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, {labelled} of "
+            f"them labelled, {config['vocab_size']:,} words, {config['hidden_size']} wide.",
+            markdown_table(["the loss by way of", "memory above its inputs", "time", "error of the gradient"], rows),
+        ]
     return "\n\n".join(parts)
-
-
-def loss_caption(device: str, found: dict[str, Any]) -> str:
-    config = found["config"]
-    return (
-        f"On {device} ({found['device']}, PyTorch {found['torch']}): {config['tokens']} tokens, "
-        f"{round(config['tokens'] * config['label_share'])} of them labelled, {config['vocab_size']:,} words, "
-        f"{config['hidden_size']} wide."
-    )
-
-
-def loss_rows(rows: dict[str, dict[str, float]]) -> str:
-    cells = [
-        [way, f"{row['peak_bytes'] / MIB:.0f} MiB", f"{1000 * row['seconds']:.0f} ms", f"{row['gradient_error']:.1e}"]
-        for way, row in rows.items()
-    ]
-    return markdown_table(["the loss by way of", "memory above its inputs", "time", "error of the gradient"], cells)

@@ -275,6 +275,7 @@ KINDS: dict[str, Callable[[StepBenchmarkConfig, bool], Ours | Baseline]] = {
     "TRL SFTTrainer": lambda *settings: Baseline(make_sft_trainer, *settings),
     ZERO3: OursUnderZero3,
 }
+Variant = tuple[str, bool]  # a kind, with or without checkpointing
 VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS if kind != ZERO3]
 
 
@@ -298,19 +299,11 @@ def main(config: StepBenchmarkConfig) -> dict:
     for kind, checkpointing in variants:
         taken = steps[kind, checkpointing]
         seconds = median(step.seconds for step in taken)
-        rows.append(
-            {
-                "kind": kind,
-                "gradient_checkpointing": checkpointing,
-                "seconds": [round(step.seconds, 4) for step in taken],
-                "median_seconds": seconds,
-                "tokens_per_second": config.num_tokens / seconds,
-                "share_of_matmul_rate": flops / seconds / rate,
-                "peak_bytes": first[kind, checkpointing][1],
-                "losses": [step.loss for step in taken],
-                "grad_norms": [step.grad_norm for step in taken],
-            }
-        )
+        row = {"kind": kind, "gradient_checkpointing": checkpointing}
+        row |= {"seconds": [round(step.seconds, 4) for step in taken], "median_seconds": seconds}
+        row |= {"tokens_per_second": config.num_tokens / seconds, "share_of_matmul_rate": flops / seconds / rate}
+        row |= {"peak_bytes": first[kind, checkpointing][1], "losses": [step.loss for step in taken]}
+        rows.append(row | {"grad_norms": [step.grad_norm for step in taken]})
     result = {"benchmark": "step", **asdict(config), **environment(config), "matmul_flops_per_second": rate}
     result |= {"step_flops": flops, "rows": rows, "ratios": ratios(rows)}
     write_json(config.output, result)
@@ -343,11 +336,9 @@ def storage_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def take_turns(
-    config: StepBenchmarkConfig, pools: dict[tuple[str, bool], ProcessPoolExecutor]
-) -> dict[tuple[str, bool], list[Step]]:
+def take_turns(config: StepBenchmarkConfig, pools: dict[Variant, ProcessPoolExecutor]) -> dict[Variant, list[Step]]:
     """The steps of all rounds."""
-    steps: dict[tuple[str, bool], list[Step]] = {variant: [] for variant in pools}
+    steps: dict[Variant, list[Step]] = {variant: [] for variant in pools}
     for number in range(config.rounds):
         for variant in steps if number % 2 == 0 else reversed(steps):
             steps[variant] += pools[variant].submit(take_turn, config.steps).result()
@@ -355,7 +346,7 @@ def take_turns(
     return steps
 
 
-def check_agreement(steps: dict[tuple[str, bool], list[Step]]) -> None:
+def check_agreement(steps: dict[Variant, list[Step]]) -> None:
     """Raise ValueError unless all variants have the same loss and gradient norm in both of their first steps."""
     tolerance = 3e-2 if torch.cuda.is_available() else 1e-4  # bf16 or fp32
     expected = steps[VARIANTS[0]]

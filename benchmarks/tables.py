@@ -46,15 +46,10 @@ def gpu_table() -> str:
 
 def error_rows(rows: list[dict[str, Any]]) -> list[str]:
     """A table of what was measured and the prediction's errors, and a line with their medians."""
-    cells = [
-        [
-            describe(row["flags"]),
-            gib(row["measured"]["peak_allocated_bytes"]),
-            gib(row["measured"]["device_bytes"]),
-            *(f"{error(row, name):+.2%}" for name in FIGURES.values()),
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        sizes = [gib(row["measured"][name]) for name in ("peak_allocated_bytes", "device_bytes")]
+        cells.append([describe(row["flags"]), *sizes, *(f"{error(row, name):+.2%}" for name in FIGURES.values())])
     header = ["what differs", "measured: allocated", "device", "error: allocated", "reserved", "device"]
     summary = []
     for what, name in FIGURES.items():
@@ -74,16 +69,11 @@ def describe(flags: dict[str, Any]) -> str:
 
 def lora_table() -> str:
     """Predicted for MGM-2B: the parameters that each way of training trains, and the memory it needs."""
-    cells = [
-        [
-            what_is_trained(row["flags"]),
-            f"{row['trainable_params']:,}",
-            f"{row['trainable_params'] / row['total_params']:.2%}",
-            gib(row["peak_allocated_bytes"]),
-            gib(row["device_bytes"]),
-        ]
-        for row in json.loads(MGM_2B.read_text())["lora"]
-    ]
+    cells = []
+    for row in json.loads(MGM_2B.read_text())["lora"]:
+        share = f"{row['trainable_params'] / row['total_params']:.2%}"
+        cells.append([what_is_trained(row["flags"]), f"{row['trainable_params']:,}", share])
+        cells[-1] += [gib(row["peak_allocated_bytes"]), gib(row["device_bytes"])]
     return markdown_table(["trained", "parameters", "share", "peak", "device"], cells)
 
 
