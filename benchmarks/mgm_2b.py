@@ -13,7 +13,7 @@ import torch
 
 import train
 from benchmarks.rows import Rows, RowsConfig
-from benchmarks.tables import MGM_2B, write_tables
+from benchmarks.tables import write_tables
 from memory_host import host_breakdown
 from memory_probe import ProbeConfig, probe
 from memory_strategies import strategy_of, trace_strategy
@@ -42,7 +42,7 @@ ROWS = {
 
 @dataclass(kw_only=True)
 class Mgm2bConfig(RowsConfig):
-    output: str = str(MGM_2B)
+    output: str = "results/mgm_2b.json"
 
 
 def main(config: Mgm2bConfig) -> dict[str, Any]:
