@@ -123,10 +123,8 @@ class TrainConfig(StepConfig):
             )
         check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
-        if not self.doctor:
-            if Path(self.model).resolve() == Path(self.output_dir).resolve():
-                raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
-            check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
+        if not self.doctor and Path(self.model).resolve() == Path(self.output_dir).resolve():
+            raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
 
     @staticmethod
     def default_recipe(flags: Namespace) -> Path | None:
@@ -138,6 +136,7 @@ def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
     if config.doctor:
         return run_doctor(config.model, output_dir)
+    check_output_dir(output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,

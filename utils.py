@@ -4,12 +4,15 @@ import errno
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -59,6 +62,27 @@ class Interrupted(BaseException):
 def brief_error(error: Exception) -> str:
     """The system's word for it, or the message's first line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
+    lines = ["| " + " | ".join(map(escape_cell, cells)) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
+
+
+def escape_cell(value: object) -> str:
+    """The value's text in one line, its bars escaped: a bar or a line break would end the cell."""
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """What figures hold for: Python, the GPU or else the processor, and the version of each package that is there."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    found = {"python": platform.python_version(), "device": device}
+    for package in packages:
+        with suppress(PackageNotFoundError):  # one process needs no DeepSpeed
+            found[package] = version(package)
+    return found
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -205,7 +229,3 @@ def name_some(names: list[str]) -> str:
 def size(nbytes: float) -> str:
     """Small sizes in MiB, so that they do not all read 0.00."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
-
-
-def escape_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -1,30 +1,27 @@
-"""Predict and measure training steps on a CPU, row by row: results/cpu/matrix.json, docs/memory_accuracy.md.
+"""How near memory predictions come on a CPU: results/cpu/matrix.json, docs/memory_accuracy.md.
 
-    python -m benchmarks.cpu_matrix
+    python -m benchmarks.cpu_matrix              # no GPU; adds the rows that are missing
+    python -m benchmarks.cpu_matrix --overwrite  # all rows, an hour of two cores
 
-Every row is memory_probe.py's `--mode both --device cpu`, or, with a strategy, real DeepSpeed in processes joined by
-gloo. Rows that are there already are kept, so that an interrupted run goes on; `--overwrite` begins anew. Models that
-are no preset are made for the run, with random weights.
+A row is what `memory_probe.py --mode both --device cpu` predicts and measures; with a strategy it runs real DeepSpeed,
+in processes joined by gloo. Models that are no preset get random weights.
 """
 
-import json
 import os
 import platform
 import tempfile
-import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, LlamaConfig, PreTrainedConfig
 
+from benchmarks.rows import Rows, RowsConfig
 from benchmarks.tables import CPU_MATRIX, write_tables
 from memory.config import ProbeConfig
 from memory.probe import probe
 from mgm.configuration_mgm import MGMConfig, tiny
-from utils import run_script
+from utils import environment, run_script
 
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,7 +44,7 @@ def length(tokens: int) -> dict[str, int]:
 # The defaults of a row: LoRA r=16, 128 tokens, a row with an image, fp32, sdpa, AdamW, checkpointing, chunked loss.
 DEFAULTS = {"max_seq_len": 128, "mixed_precision": "no", "mode": "both", "device": "cpu", "eval_samples": 0}
 ROWS: list[dict[str, Any]] = [
-    # The tiny model: every flag once, in each precision what matters there.
+    # The tiny model: every flag once, and in bf16 the flags that matter there.
     *({"model": "tiny", "lora_r": rank} for rank in (16, 8, 32, 0)),
     *({"model": "tiny"} | change for change in (LOGITS, NO_CHECKPOINTING, EAGER, SGD, rows_of(4), {"mlp_tiles": 1})),
     *({"model": "tiny"} | length(tokens) for tokens in (48, 512)),
@@ -73,39 +70,26 @@ ROWS: list[dict[str, Any]] = [
     ),
     {"model": "mid-language", "lora_target_modules": ALL_LINEAR} | NO_VISION | rows_of(2),
     *({"model": "mid-language"} | FULL_NO_VISION | change for change in ({}, SGD, NO_CHECKPOINTING)),
-    # Device and host together: under ZeRO-3 everything that is not at work lies on the host, a CPU's only memory.
+    # ZeRO-3 offloads to host memory, and a CPU has no other: these rows are device and host together.
     *({"model": "tiny"} | ZERO3 | change for change in ({}, FULL, NO_CHECKPOINTING, {"world_size": 2})),
     *({"model": "mid"} | ZERO3 | change for change in ({}, FULL)),
 ]
 
 
-@dataclass(kw_only=True)
-class MatrixConfig:
-    overwrite: bool = field(default=False, metadata={"help": "measure every row again"})
-
-    def __post_init__(self) -> None:
-        os.nice(5)
-
-
-def main(config: MatrixConfig) -> dict[str, Any]:
-    CPU_MATRIX.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "rows": []}
-    if CPU_MATRIX.exists() and not config.overwrite:
-        result = json.loads(CPU_MATRIX.read_text())
-    known = [row["flags"] for row in result["rows"]]
+def main(config: RowsConfig) -> dict[str, Any]:
+    os.nice(5)
+    about = {"cpu": platform.machine()} | environment("torch", "transformers", "peft", "accelerate", "deepspeed")
+    rows = Rows(CPU_MATRIX, {"version": 1}, config.overwrite, machine=about)
     with tempfile.TemporaryDirectory() as folder:
-        for flags in (flags for flags in ROWS if flags not in known):
-            start = time.monotonic()
-            result["rows"].append({"flags": flags} | measure_row(flags, Path(folder)))
-            row = result["rows"][-1]
-            print(f"{row['error']:+.3%} of {row['measured_bytes']:,}: {flags} ({time.monotonic() - start:.0f} s)")
-            CPU_MATRIX.write_text(json.dumps(result, indent=1) + "\n")
+        for flags in rows.missing(ROWS):
+            rows.add({"flags": flags} | measure_row(flags, Path(folder)))
     write_tables()
-    return {"rows": len(result["rows"]), "worst": max((row["error"] for row in result["rows"]), key=abs)}
+    errors = [row["error"] for row in rows.result["rows"]]
+    return {"rows": len(errors), "worst": max(errors, key=abs)}
 
 
 def measure_row(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Bytes of tensors at the peak, predicted and measured, in a process's steady state."""
+    """Bytes of tensors at the peak of a step, predicted and measured, once the optimizer's state exists."""
     config = ProbeConfig(**DEFAULTS | flags | {"model": model_path(flags["model"], folder)})
     both = probe(config)
     predicted, measured = both["predicted_peak_allocated_bytes"], both["measured_peak_allocated_bytes"]
@@ -113,7 +97,7 @@ def measure_row(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def model_path(name: str, folder: Path) -> str:
-    """A preset's name as it is; else the folder of a model with random weights, made on first use."""
+    """A preset's name, or the folder of one of MODELS, written here on first use."""
     if name not in MODELS:
         return name
     path = folder / name
@@ -126,7 +110,7 @@ def model_path(name: str, folder: Path) -> str:
 
 
 def mid() -> MGMConfig:
-    """MGM of 63 million parameters, with the tiny model's vision side a few times larger."""
+    """MGM with 63 million parameters; its vision side is a few times as large as the tiny model's."""
     config = tiny()
     config.text_config = GemmaConfig(
         vocab_size=16000,
@@ -144,7 +128,7 @@ def mid() -> MGMConfig:
 
 
 def mid_language() -> PreTrainedConfig:
-    """A Llama of 63 million parameters, its head beside its embedding."""
+    """A Llama with 63 million parameters, whose head and embedding are not tied."""
     return LlamaConfig(
         vocab_size=16000,
         hidden_size=640,
@@ -159,12 +143,5 @@ def mid_language() -> PreTrainedConfig:
 MODELS = {"tiny-language": lambda: tiny().text_config, "mid": mid, "mid-language": mid_language}
 
 
-def machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "accelerate", "deepspeed")
-    return {"cpu": platform.machine(), "python": platform.python_version()} | {
-        name: version(name) for name in packages
-    }
-
-
 if __name__ == "__main__":
-    run_script(main, MatrixConfig)
+    run_script(main, RowsConfig)

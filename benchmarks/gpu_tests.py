@@ -1,13 +1,13 @@
-"""Run the tests that need a GPU, where there is one, and note for which commit they passed:
+"""Run the tests that need a GPU, and record the commit that they tested:
 
-    python -m benchmarks.gpu_tests
+    python -m benchmarks.gpu_tests                                              # needs a GPU; results/gpu/tests.json
+    python -m benchmarks.gpu_tests --output results/gpu/tests_two_gpus.json     # needs two
 
 Writes results/gpu/tests.json, from which docs/gpu_guide.md's table comes; what runs on two GPUs goes beside it, with
 `--output results/gpu/tests_two_gpus.json`. On any machine a test warns when the code has changed since
 (tests/test_gpu_record.py). The last line on stdout is the same as JSON.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import gpu_machine, write_json
 from benchmarks.tables import GPU_TESTS, ROOT, write_tables
 from utils import UserError, run_script
 
 
 @dataclass(kw_only=True)
 class GpuTestsConfig:
-    commit: str | None = field(default=None, metadata={"help": "that is tested; default: git's HEAD"})
+    commit: str | None = field(default=None, metadata={"help": "the commit under test; default: git's HEAD"})
     output: str = str(GPU_TESTS)
 
 
@@ -38,32 +39,26 @@ def main(config: GpuTestsConfig) -> dict[str, Any]:
         if not report.exists():
             raise UserError("pytest -m gpu ended without a report: what it printed says why")
         counted = counts(report)
-    record = {
-        "gpu": torch.cuda.get_device_name(),
-        "num_gpus": torch.cuda.device_count(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit,
-    } | counted
-    Path(config.output).write_text(json.dumps(record, indent=1) + "\n")
+    record = gpu_machine() | {"num_gpus": torch.cuda.device_count(), "commit": commit} | counted
+    write_json(config.output, record)
     write_tables()
     return record
 
 
 def head() -> str:
-    """The commit that is checked out. Raises UserError where there is none, or where files differ from it."""
+    """The commit that is checked out. Raises UserError outside a git checkout, or if files differ from the commit."""
     asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
     done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for command in asked]
     if any(each.returncode for each in done):
         raise UserError("this folder is no git checkout: name what is tested with --commit")
     commit, changes = (each.stdout.strip() for each in done)
     if changes:
-        raise UserError("there are changes that no commit has: commit them first, then test the commit")
+        raise UserError("there are changes that are not committed: commit them first, then test the commit")
     return commit
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, by JUnit's XML; the names of those that failed; seconds."""
+    """From JUnit's XML: how many tests passed, failed and were skipped, the names of those that failed, seconds."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]

@@ -1,12 +1,12 @@
-"""Predict what each technique saves of MGM-2B's memory and what it costs: results/ladder.json, docs/memory.md.
+"""How much memory each technique saves MGM-2B, and how many operations it adds, predicted.
 
-    python -m benchmarks.ladder
+    python -m benchmarks.ladder    # no GPU; 18 rows, each 10 to 80 seconds
 
-Rung by rung from full fine-tuning with logits down, each technique alone, and all but one. What it costs is
-counted in operations: torch's formulas over the same traced step.
+The first row is full fine-tuning with logits. Then techniques are added one after another, each is used alone, and
+each is left out of all. Operations are counted by torch's own formulas. Writes results/ladder.json, docs/ladder.png,
+and the table of docs/memory.md.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import step
 from benchmarks.memory_tables import ladder_titles
+from benchmarks.rows import write_json
 from benchmarks.tables import ROOT, write_tables
 from memory.categories import CATEGORIES
 from memory.config import ProbeConfig
@@ -30,7 +31,7 @@ from mgm.patch_info_mining import MGMPatchInfoMining, View
 from utils import GIB, run_script
 
 
-# Where it begins, and what each technique changes. `mining` is no flag: the original's form of it is put back.
+# The first row, and what each technique changes. `mining` is no flag: it patches the original's computation in.
 START = {
     "lora_r": 0, "loss": "full", "gradient_checkpointing": False, "mlp_tiles": 1, "mining": "original",
 }  # fmt: skip
@@ -66,11 +67,10 @@ def main(config: LadderConfig) -> dict[str, Any]:
     ]
     for row in (*rungs, *branches, *alone, *without):
         row |= predict_row(config, row["flags"])
-        size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
-        print(f"{row['title']}: {size}, {row['flops']} operations", flush=True)
+        print(row, flush=True)
     result = {"model": config.model, "max_seq_len": config.max_seq_len}
     result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
-    (ROOT / "results/ladder.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(ROOT / "results/ladder.json", result)
     ladder_chart(result).savefig(ROOT / "docs/ladder.png", dpi=120)
     write_tables()
     return {"rungs": len(rungs), "output": "results/ladder.json"}
@@ -86,13 +86,13 @@ def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
             trace = trace_step(probe_config)
     result = summarize(trace, probe_config)
     names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "breakdown")
-    # Under ZeRO the step runs in a process of its own, and of 4-bit layers torch has no formula.
+    # Under ZeRO the step is traced in another process, and torch has no formula for 4-bit layers.
     return {name: result[name] for name in names} | {"flops": flops[-1] if flops and "quantize" not in flags else None}
 
 
 @contextmanager
 def counted_operations() -> Iterator[list[int]]:
-    """The floating point operations of each call of step.training_step."""
+    """The floating-point operations of each call of step.training_step."""
     original, counts = step.training_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ def counted_operations() -> Iterator[list[int]]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts as FlopCounterMode does, whose hooks on modules would be in the way of the trace."""
+    """Counts as FlopCounterMode does, without its hooks on modules, which would disturb the trace."""
 
     total = 0
 
@@ -120,7 +120,10 @@ class Operations(TorchDispatchMode):
 def original_mining(
     self: MGMPatchInfoMining, features: torch.Tensor, stages_aux: list[torch.Tensor], *_: Any
 ) -> torch.Tensor:
-    """A key and a value for each of an image's positions, kept for the backward pass. For models without crops."""
+    """The original's patch info mining: it keeps a key and a value of each fine position for the backward pass.
+
+    For models without crops.
+    """
     grid = round(features.shape[1] ** 0.5)
     squares = View(0, 1, False, grid).squares(stages_aux, slice(0, grid))  # [N, P, S, C_aux]
     key, value = (norm_and_project(projection, squares) for projection in (self.key_proj, self.value_proj))
@@ -136,7 +139,7 @@ def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch
 
 
 def ladder_chart(ladder: dict[str, Any]) -> Figure:
-    """One bar per rung, split by what the peak holds, and the sizes of two cards."""
+    """A bar for each row, divided into the categories of its peak, beside the sizes of two cards."""
     rows, titles = [*ladder["rungs"], *ladder["branches"]], ladder_titles(ladder)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,9 +1,10 @@
-"""How long a training run takes to open a large LLaVA file, first and again, and how much memory:
+"""How long a training run takes to open a large LLaVA file, first and again, and how much memory it needs:
 
-    python -m benchmarks.load_dataset --num_records 1200000
+    python -m benchmarks.load_dataset --num_records 1200000    # no GPU; half an hour, 3.5 GB of disk
 
-It writes a file of conversations, opens it as train.py does in a fresh process (reading, checking, counting tokens),
-and in another one that finds it all cached. `--dataset FILE` only opens that file. The last line on stdout is JSON.
+It writes a file of conversations. A fresh process opens it as train.py does (reading, checking, counting tokens); then
+another one opens it again, from the cache. `--dataset FILE` only opens that file. The last line on stdout is JSON;
+results/data_scale.json holds one.
 """
 
 import json
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.loader import environment
+from benchmarks.loader import PACKAGES
+from benchmarks.rows import machine
 from child_processes import run_child
 from data.batching import UpdateBatchSampler, column_values
 from models.loading import load_processor
@@ -32,14 +34,15 @@ WORDS = (
     "child dog street table window building river tree car sign boat market kitchen picture shows stands holds looks "
     "walks sits carries appears seems likely several people background foreground weather morning afternoon"
 ).split()
-NUM_IMAGES = 16  # each is used by many records, as each name is looked up once
+NUM_IMAGES = 16  # shared by all records: reading looks up each file name once, however many records name it
 
 
 @dataclass(kw_only=True)
 class LoadConfig:
     num_records: int = field(default=1_200_000, metadata={"help": "1,200,000 make 1.7 GB"})
     folder: str | None = field(
-        default=None, metadata={"help": "for the file and its cache, deleted after; default: temporary"}
+        default=None,
+        metadata={"help": "of the file and its cache, deleted after; default: temporary"},
     )
     dataset: str | None = field(default=None, metadata={"help": "open this file, write none"})
 
@@ -56,11 +59,11 @@ def main(config: LoadConfig) -> dict:
         sizes = {"num_records": config.num_records, "file_bytes": path.stat().st_size}
         runs = {name: load_in_new_process(path) for name in ("first_load", "restart")}
         cache = sum(file.stat().st_size for file in Path(folder).rglob("*.arrow"))
-    return {"benchmark": "load_dataset", **sizes, "cache_bytes": cache, **environment(), **runs}
+    return {"benchmark": "load_dataset", **sizes, "cache_bytes": cache, **machine(*PACKAGES), **runs}
 
 
 def write_dataset(path: Path, num_records: int) -> None:
-    """A LLaVA array, streamed out, with its few images beside it."""
+    """A LLaVA file, written record by record, with its few images beside it."""
     for i in range(NUM_IMAGES):
         Image.new("RGB", (64, 64), (i * 15, 0, 0)).save(path.parent / f"{i}.jpg")
     with open(path, "w") as file:
@@ -84,7 +87,7 @@ def generate_records(num_records: int) -> Iterator[dict]:
 
 
 def load_in_new_process(path: Path) -> dict:
-    """What `load` measures, with a cache in the file's folder, and `process_seconds` with imports and exit."""
+    """The result of `load` with the cache in the file's folder; `process_seconds` counts imports and exit too."""
     environ = {**os.environ, "HF_DATASETS_CACHE": str(path.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     arguments = ["-m", "benchmarks.load_dataset", "--dataset", str(path)]
     start = time.perf_counter()
@@ -93,9 +96,9 @@ def load_in_new_process(path: Path) -> dict:
 
 
 def load(path: str) -> dict:
-    """Everything train.py does with a data set before the first step. Peaks: this process's, the largest child's."""
-    with tempfile.TemporaryDirectory() as output_dir:
-        config = TrainConfig(dataset=path, eval_samples=0, output_dir=output_dir)
+    """Everything train.py does with a data set before the first step: seconds, and the peak resident bytes of this
+    process and of its largest child."""
+    config = TrainConfig(dataset=path, eval_samples=0)
     processor = load_processor(config.model)
     start, cpu_before = time.perf_counter(), time.process_time()
     dataset, _ = build_datasets(config, processor)

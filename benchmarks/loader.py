@@ -1,20 +1,17 @@
 """How many images a second a loader's worker prepares for MGM-2B, and whether its memory stays flat:
 
-    python -m benchmarks.loader --seconds 60 --num_workers 2
+    python -m benchmarks.loader --seconds 60 --num_workers 2    # no GPU; 60 seconds with 2 workers, with 1 and with 0
 
-It makes photographs of 1024 x 768 and a data set over them, and runs the loader of train.py with ..., 1, 0 workers,
-each as long. The views have the released sizes; the tokenizer is the tiny model's. The last line on stdout is JSON.
+The images are synthetic photographs of 1024 x 768, the views those of the released MGM-2B, and the tokenizer the tiny
+model's. The last line on stdout is JSON; results/loader.json holds one.
 """
 
 import io
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +22,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks.rows import machine
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
 from data.dataset import open_dataset
 from mgm.processing_mgm import MGMProcessor
 from models.loading import load_processor
-from utils import check_choice, check_minimum, run_script
+from utils import GIB, check_choice, check_minimum, run_script
 
 
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "pillow")
-MARKS = (0.25, 0.5, 1.0)  # shares of the time at which memory is looked at
+MARKS = (0.25, 0.5, 1.0)  # shares of the time at which memory is measured
 
 
 @dataclass(kw_only=True)
@@ -53,20 +51,13 @@ def main(config: LoaderConfig) -> dict:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         path = write_dataset(Path(folder), config)
-        for num_workers in range(config.num_workers, -1, -1):  # workers start out as a copy of this process
+        # Downwards: workers are forked, and their memory begins with what this process has used by then.
+        for num_workers in range(config.num_workers, -1, -1):
             runs.append(soak(path, num_workers, config))
-            resident = [
-                f"{sum(mark['workers_rss_bytes'], mark['main_rss_bytes']) / 2**30:.2f}" for mark in runs[-1]["memory"]
-            ]
-            print(f"{num_workers} workers: {runs[-1]['images_per_second']:.1f} images/s, {', '.join(resident)} GiB")
-    return {"benchmark": "loader", **asdict(config), **environment(), "runs": runs}
-
-
-def environment() -> dict:
-    """The machine and the packages that figures hold for."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = {name: version(name) for name in PACKAGES}
-    return {"machine": f"{os.cpu_count()} cores, {gpu}", "python": platform.python_version(), "versions": versions}
+            resident = [sum(mark["workers_rss_bytes"], mark["main_rss_bytes"]) for mark in runs[-1]["memory"]]
+            sizes = ", ".join(f"{nbytes / GIB:.2f}" for nbytes in resident)
+            print(f"{num_workers} workers: {runs[-1]['images_per_second']:.1f} images/s, resident {sizes} GiB")
+    return {"benchmark": "loader", **asdict(config), **machine(*PACKAGES), "runs": runs}
 
 
 def write_dataset(folder: Path, config: LoaderConfig) -> Path:
@@ -85,7 +76,7 @@ def write_dataset(folder: Path, config: LoaderConfig) -> Path:
 
 
 def photographs_as_jpeg(number: int) -> Iterator[bytes]:
-    """Smooth shapes with some grain, 1024 x 768: about as large as photographs, and as slow to decode."""
+    """Smooth shapes with some grain, 1024 x 768: their files are as large as photographs', and as slow to decode."""
     generator = np.random.default_rng(0)
     for _ in range(number):
         shapes = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -105,9 +96,9 @@ def mgm_2b_processor() -> MGMProcessor:
 
 
 def soak(path: Path, num_workers: int, config: LoaderConfig) -> dict:
-    """Load for `config.seconds`, epoch after epoch. Images a second, and bytes resident at each of MARKS.
+    """Load for `config.seconds`, epoch after epoch. Returns images a second, and the resident bytes at each of MARKS.
 
-    `cpu_seconds_per_image` holds on a busy machine too, where a worker has less than a core.
+    On a busy machine a worker has less than a core: `cpu_seconds_per_image` does not depend on that.
     """
     processor, dataset = mgm_2b_processor(), open_dataset(path)
     records = dataset.records = measure_lengths(dataset.records, processor, 2048)
@@ -143,7 +134,7 @@ def endless(loader: DataLoader, sampler: UpdateBatchSampler) -> Iterator[dict[st
 
 
 def cpu_seconds() -> float:
-    """Spent by this process and its workers so far."""
+    """Processor time of this process and its workers so far."""
     main_process = psutil.Process()
     times = [process.cpu_times() for process in (main_process, *main_process.children())]
     return sum(time.user + time.system for time in times)

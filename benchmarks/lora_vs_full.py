@@ -1,15 +1,14 @@
-"""Train on the demo in full, with LoRA of several ranks, and the projector alone; score all on held-out questions.
+"""How much of full fine-tuning's accuracy LoRA and the projector alone keep, with their memory and time, on the demo.
 
-    python -m benchmarks.lora_vs_full --jobs 16    # results/lora_vs_full/, a file a run; those that are there are kept
-    python -m benchmarks.lora_vs_full_report       # docs/lora_vs_full.md from those files
+    python -m benchmarks.lora_vs_full --jobs 16    # no GPU; 31 runs, each five minutes of one core
+    python -m benchmarks.lora_vs_full_report       # the tables and the picture of docs/lora_vs_full.md
 
-First a search: one seed, several learning rates for each way of training. Then the other seeds with the best of them.
-A job is one process with one thread on the CPU, about three minutes.
+First a search, with one seed, for each method's learning rate; then the other seeds with the best rate. A run trains,
+answers the held-out questions, and writes a file in results/lora_vs_full/; runs that have a file are skipped.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.rows import write_json
 from child_processes import run_child
 from data.batching import column_values
 from data.demo import ensure_demo
@@ -37,16 +37,24 @@ METHODS: dict[str, list[str]] = {
     "all-linear-r16": ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
     "projector": ["--lora_r", "0", "--trainable_modules", "multi_modal_projector"],
 }
-# Each way gets its own. Full fine-tuning, which the others are held against, has the most candidates.
+LABELS = {
+    "full": "full fine-tuning",
+    "lora-r8": "LoRA r=8, q v o",
+    "lora-r16": "LoRA r=16, q v o",
+    "lora-r32": "LoRA r=32, q v o",
+    "all-linear-r16": "LoRA r=16, all linear",
+    "projector": "projector alone",
+}
+# Learning rates to try. Full fine-tuning has the most candidates: the others are compared with it.
 SEARCH = {
     "full": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
     "lora-r16": [1e-3, 2e-3, 4e-3, 8e-3],
     "all-linear-r16": [1e-3, 2e-3, 4e-3, 8e-3],
     "projector": [2e-3, 4e-3, 8e-3],
 }
-SEARCHED_BY = {"lora-r8": "lora-r16", "lora-r32": "lora-r16"}  # these take the rate of another
+SEARCHED_BY = {"lora-r8": "lora-r16", "lora-r32": "lora-r16"}  # take the rate of another method
 SEEDS = (1, 2, 3)  # the search uses the first
-BASE = "base"  # the tiny model as it is
+BASE = "base"  # the tiny model, not trained
 
 
 @dataclass(kw_only=True)
@@ -76,7 +84,6 @@ class Run:
 
 def main(config: ExperimentConfig) -> dict[str, Any]:
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     longest = prepare_demo()
     searching = [method for method in SEARCH if method in config.methods]
     wanted = [Run(BASE, 0.0, 0)] + [Run(method, rate, SEEDS[0]) for method in searching for rate in SEARCH[method]]
@@ -88,27 +95,25 @@ def main(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def prepare_demo() -> int:
-    """Write the demo and its cache once, before many processes ask for them. Returns its longest sample's tokens."""
+    """Write the demo and its cache, before many processes need them at once. Returns its longest sample's tokens."""
     ensure_demo()
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(output_dir=folder, eval_samples=0)
-        train_dataset, _ = build_datasets(config, load_processor(config.model))
+    config = TrainConfig(eval_samples=0)
+    train_dataset, _ = build_datasets(config, load_processor(config.model))
     return int(column_values(train_dataset.records, "num_tokens").max())
 
 
 def choose_rates(folder: Path) -> dict[str, float]:
-    """The learning rate with the highest held-out score, for each way of training that was searched."""
+    """The learning rate with the highest held-out score, for each method with results."""
     chosen = {}
     for method, rates in SEARCH.items():
         paths = {rate: Run(method, rate, SEEDS[0]).path(folder) for rate in rates}
-        scores = {rate: json.loads(path.read_text())["score"] for rate, path in paths.items() if path.exists()}
-        if scores:
+        if scores := {rate: json.loads(path.read_text())["score"] for rate, path in paths.items() if path.exists()}:
             chosen[method] = max(scores, key=scores.get)
     return chosen | {method: chosen[other] for method, other in SEARCHED_BY.items() if other in chosen}
 
 
 def run_all(config: ExperimentConfig, runs: list[Run], longest: int) -> None:
-    """Those without a result, `jobs` at a time. Raises RuntimeError at the end where one has failed."""
+    """Execute the runs without a result, `jobs` at a time. Raises RuntimeError at the end if one has failed."""
     folder = Path(config.output)
     missing = [run for run in runs if not run.path(folder).exists()]
     failed = []
@@ -122,29 +127,27 @@ def run_all(config: ExperimentConfig, runs: list[Run], longest: int) -> None:
                 failed.append(run.name)
                 print(f"{run.name} failed: {' '.join(error.cmd)}\n{error.stderr[-2000:]}", flush=True)
                 continue
-            run.path(folder).write_text(json.dumps(result) + "\n")
+            write_json(run.path(folder), result, indent=None)
             print(f"{done}/{len(missing)} {run.name}: {result['score']:.3f}, {result['seconds']:.0f} s", flush=True)
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed: {', '.join(failed)}; start again to repeat them")
 
 
 def execute(run: Run, config: ExperimentConfig, longest: int) -> dict[str, Any]:
-    """Train, answer the held-out questions, and measure the step's memory: the scripts as a user starts them."""
+    """Train, measure the step's memory and answer the held-out questions, with the scripts that a user runs."""
     start = time.perf_counter()
-    work = Path(tempfile.mkdtemp(prefix="lora_vs_full-"))
     result = {"method": run.method, "learning_rate": run.learning_rate, "seed": run.seed}
-    try:
-        flags = ["--output", str(work / "eval.json"), "--dataloader_num_workers", "0", "--max_new_tokens", "16"]
+    with tempfile.TemporaryDirectory(prefix="lora_vs_full-") as folder:
+        model, output = Path(folder) / "model", Path(folder) / "eval.json"
+        flags = ["--output", str(output), "--dataloader_num_workers", "0", "--max_new_tokens", "16"]
         if run.method != BASE:
-            result |= train(run, config, work / "model") | measure_peak(run, longest)
-            is_adapter = (work / "model/adapter_config.json").exists()
-            flags += ["--adapter" if is_adapter else "--model", str(work / "model")]
+            result |= train(run, config, model) | measure_peak(run, longest)
+            is_adapter = (model / "adapter_config.json").exists()
+            flags += ["--adapter" if is_adapter else "--model", str(model)]
         script("eval.py", *flags)
-        scored = json.loads((work / "eval.json").read_text())
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        scored = json.loads(output.read_text())
     result |= {"score": scored["score"], "n": scored["n"], "by_type": scored["by_type"]}
-    # A character a question, in the data set's order: enough to compare runs question by question.
+    # One character per question, in the data set's order: runs are compared question by question.
     result["exact"] = "".join(str(int(item["value"])) for item in scored["scores"])
     result["types"] = "".join(item["type"][0] for item in scored["scores"])
     return result | {"seconds": time.perf_counter() - start}
@@ -159,7 +162,7 @@ def train(run: Run, config: ExperimentConfig, output_dir: Path) -> dict[str, Any
 
 
 def measure_peak(run: Run, longest: int) -> dict[str, int]:
-    """The tensors' peak in a training step whose rows are as long as the demo's longest sample."""
+    """The peak bytes of tensors in a step whose rows are as long as the demo's longest sample."""
     flags = ["--mode", "measure", "--device", "cpu", "--model", TrainConfig.model, "--max_seq_len", str(longest)]
     rows = yaml.safe_load(DEMO_RECIPE.read_text())["per_device_train_batch_size"]
     flags += ["--per_device_train_batch_size", str(rows)]
@@ -168,7 +171,7 @@ def measure_peak(run: Run, longest: int) -> dict[str, int]:
 
 
 def script(name: str, *flags: str) -> dict[str, Any]:
-    """Run a script on the CPU with one thread; returns its last line's object."""
+    """Run a script on the CPU with one thread. Returns the object on its last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     done = run_child([name, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     done.check_returncode()

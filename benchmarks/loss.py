@@ -1,24 +1,24 @@
-"""Compare ways to work out a language model's loss at its labelled positions: accuracy, memory and time.
+"""Accuracy, memory and time of several ways to compute a language model's loss at its labelled positions:
 
-    python -m benchmarks.loss                                  # results/loss_cpu.json
+    python -m benchmarks.loss                                  # no GPU; five minutes of one core
     python -m benchmarks.loss --device cuda --vocab_size 256000 --hidden_size 2048 --tokens 2048
 
-Forward and backward of the loss alone, the head frozen, alternating, medians. Errors are against fp64.
+A way runs forward and backward through the loss alone, with a frozen head. Ways take turns; the time is the median.
+Errors are against the same loss in fp64. Writes results/loss_DEVICE.json.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.rows import write_json
 from layers import chunked_loss
 from layers.chunked_loss import ChunkedCrossEntropy
 from memory.cpu_profile import memory_events, profile_memory, rise
@@ -34,8 +34,8 @@ class LossConfig:
     device: str = field(default="cpu", metadata={"help": "cpu | cuda"})
     vocab_size: int = 65536
     hidden_size: int = 768
-    tokens: int = field(default=1024, metadata={"help": "of a row"})
-    label_share: float = field(default=0.3, metadata={"help": "of them that have a label"})
+    tokens: int = field(default=1024, metadata={"help": "of the row"})
+    label_share: float = field(default=0.3, metadata={"help": "of the tokens"})
     rounds: int = 5
     output: str | None = field(default=None, metadata={"help": "default results/loss_DEVICE.json"})
 
@@ -69,8 +69,7 @@ def main(config: LossConfig) -> dict:
         print(f"{name:<28} {row}", flush=True)
     device = torch.cuda.get_device_name() if config.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"device": device, "torch": torch.__version__, "config": asdict(config), "rows": rows}
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(config.output, result)
     return {"rows": len(rows), "output": config.output}
 
 
@@ -86,7 +85,7 @@ def make_inputs(config: LossConfig) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def run(
     loss: Loss, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, label_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of the labelled positions, the row's last ones, and its gradient by the hidden states."""
+    """The loss summed over the labelled positions, the row's last ones, and its gradient for the hidden states."""
     hidden_states = hidden_states.detach().requires_grad_()
     first = round(len(targets) * (1 - label_share))
     if loss is all_positions:
@@ -111,7 +110,7 @@ def ways() -> dict[str, Loss]:
 
 
 def all_positions(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The usual form, as in transformers: logits of every position, in fp32."""
+    """As transformers does: the logits of every position, in fp32."""
     return F.cross_entropy((hidden_states @ weight.T).float(), targets, reduction="sum", ignore_index=-100)
 
 
@@ -128,7 +127,7 @@ def ours(chunk_tokens: int, hidden_states: torch.Tensor, weight: torch.Tensor, t
 def checkpointed_chunks(
     chunk_size: int, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """As in TRL or torchtune: each chunk's logits are made again in the backward pass."""
+    """As TRL and torchtune do: the backward pass recomputes each chunk's logits."""
     parts = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
     return sum(checkpoint(full, states, weight, words, use_reentrant=False) for states, words in parts)
 
@@ -138,7 +137,7 @@ def torchs(options: object, hidden_states: torch.Tensor, weight: torch.Tensor, t
 
 
 def peak_bytes(loss: Loss, inputs: tuple[torch.Tensor, ...], config: LossConfig) -> int:
-    """What is allocated above the inputs."""
+    """The most that is allocated at once, beside the inputs."""
     if config.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,19 +1,17 @@
-"""What --packing brings: samples a second of train.py's step, packed rows against padded batches of the same budget.
+"""How many more samples a second train.py trains on with --packing than with padded batches of the same memory:
 
-    OMP_NUM_THREADS=1 python -m benchmarks.packing
+    OMP_NUM_THREADS=1 python -m benchmarks.packing    # no GPU; about five minutes of one core
 
-The budget is what memory has to be planned for: the positions of a micro-batch at worst. A padded batch has as many
-samples as it holds of the longest; packed rows fill it. Padded batches are shuffled, or sorted inside an update as
-train.py's are, or of --group_by_length too. The samples, the tiny model and the step are the same; the loss must be.
+Memory follows from the positions of the largest micro-batch, and all variants may have as many. A padded batch holds
+as many samples as would fit if each were the longest. Padded batches are shuffled; or sorted inside an update, as by
+train.py; or grouped by length, as by --group_by_length. Samples, model and step are the same, and so must be the loss.
 
-Samples are the demo's, 36 to 39 tokens long, and the demo's joined to conversations of one to many exchanges, skewed
-as real data are. Batches are made before the clock starts. Variants take turns, backwards in every other round.
+The samples are the demo's, of 36 to 39 tokens, and conversations joined from them, whose lengths are as skewed as in
+real data. Batches are made before the clock starts. Variants take turns, backwards in every other round.
 Writes results/packing.json; the last line on stdout is JSON.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -23,7 +21,8 @@ from torch import nn
 from transformers import ProcessorMixin, get_scheduler
 
 import step
-from benchmarks.loader import environment
+from benchmarks.loader import PACKAGES
+from benchmarks.rows import machine, write_json
 from benchmarks.step import clock
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
@@ -58,14 +57,14 @@ def main(config: PackingConfig) -> dict:
         "conversations": joined(demo, processor, config),
     }
     results = {name: compare(samples, processor, config) for name, samples in cases.items()}
-    result = {"benchmark": "packing", **asdict(config), **environment(), "cases": results}
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    result = {"benchmark": "packing", **asdict(config), **machine(*PACKAGES), "cases": results}
+    write_json(config.output, result)
     return result
 
 
 def joined(demo: ConversationDataset, processor: ProcessorMixin, config: PackingConfig) -> list[dict]:
-    """Conversations of the demo's exchanges, each about its own image; their number is drawn from a log-normal
-    distribution, as lengths of real conversations nearly are."""
+    """Conversations made of the demo's exchanges, each about its own image. The number of exchanges is drawn from a
+    log-normal distribution, which is close to that of real conversations."""
     generator = np.random.default_rng(0)
     indices = iter(range(len(demo)))
     samples: list[dict] = []
@@ -82,7 +81,7 @@ def joined(demo: ConversationDataset, processor: ProcessorMixin, config: Packing
 
 
 def compare(samples: list[dict], processor: ProcessorMixin, config: PackingConfig) -> dict:
-    """Seconds for all samples, round by round, of each variant, and packed rows against the best padded one."""
+    """Each variant's seconds for all samples, round by round, and how much faster packed rows are than it."""
     encoded = [processor.tokenize(sample["conversations"]) for sample in samples]
     num_tokens = np.array([len(input_ids) for input_ids, _ in encoded])
     num_label_tokens = np.array([sum(label >= 0 for label in labels[1:]) for _, labels in encoded])
@@ -95,9 +94,9 @@ def compare(samples: list[dict], processor: ProcessorMixin, config: PackingConfi
         "packed": packed(samples, num_tokens, processor, config),
     }
     steps = Steps(int(num_label_tokens.sum()))
-    losses = {name: steps.run(batches)[1] for name, batches in variants.items()}  # the first time does not count
+    losses = {name: steps.run(batches)[1] for name, batches in variants.items()}  # also warms up
     if max(losses.values()) - min(losses.values()) > 1e-4 * losses["packed"]:
-        raise ValueError(f"the variants do not do the same: their losses are {losses}")
+        raise ValueError(f"the variants do not train on the same samples: their losses are {losses}")
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(config.rounds):
         for name in list(variants)[:: 1 if number % 2 == 0 else -1]:

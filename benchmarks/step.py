@@ -1,28 +1,24 @@
-"""One LoRA step by train.py, by transformers' Trainer with PEFT and by TRL's SFTTrainer: time and peak memory.
+"""Time and peak memory of a LoRA step by train.py, by transformers' Trainer with PEFT and by TRL's SFTTrainer:
 
     pip install -r benchmarks/requirements.txt
-    OMP_NUM_THREADS=1 python -m benchmarks.step                # about ten minutes of one core
-    python -m benchmarks.step --steps 10 --size gemma-2b --output results/gpu/step.json        # on a GPU, in bf16
+    OMP_NUM_THREADS=1 python -m benchmarks.step    # no GPU; ten minutes of one core
+    python -m benchmarks.step --steps 10 --size gemma-2b --output results/gpu/step.json    # on a GPU, in bf16
 
-A bare language model with random weights, since the others have no MGM; one row, the last part of it with labels. All
-take the same weights, row, LoRA and AdamW. Each has a process of its own, whose first two steps tell the peak: there
-losses and gradient norms must agree, or nothing is reported. Then they take turns, backwards in every other round. On
-a GPU train.py under ZeRO-3 with everything offloaded takes its turn too. Writes results/step.json; the last line on
-stdout is JSON.
+The model is a bare language model with random weights: the other trainers have no MGM. All take the same weights,
+LoRA, AdamW and row, of which the last part has labels. Each variant has a process of its own. Its first two steps give
+the peak; if variants disagree on losses or gradient norms, nothing is reported. Then they take turns, backwards in
+every other round; on a GPU also train.py under ZeRO-3 with everything offloaded. Writes results/step.json; the last
+line on stdout is JSON.
 """
 
 import gc
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 import datasets
@@ -35,6 +31,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import step
+from benchmarks.rows import machine, write_json
 from child_processes import process_pool
 from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
 from layers.recompute_activation import recompute_activations
@@ -85,7 +82,7 @@ class StepBenchmarkConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights and the computation. What is trained is held in fp32."""
+        """Of the frozen weights and the computation. The trained parameters are in fp32."""
         return MIXED_PRECISIONS[self.mixed_precision]
 
     @property
@@ -105,7 +102,7 @@ class Step:
 
 
 class OurLanguageModel(GemmaForCausalLM):
-    """A bare language model with MGM's head and MGM's way to the loss."""
+    """A bare language model with MGM's head, which computes the loss as MGM does."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
@@ -128,7 +125,7 @@ class OurLanguageModel(GemmaForCausalLM):
 
 
 def make_row(config: StepBenchmarkConfig) -> dict[str, list[int]]:
-    """A prompt and a reply of random words; the reply has the labels."""
+    """A prompt and a reply of random tokens; the reply has the labels."""
     vocab_size = SIZES[config.size]().vocab_size
     input_ids = torch.randint(vocab_size, (config.num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     num_prompt = config.num_tokens - config.num_labels
@@ -141,8 +138,8 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def build_peft_model(model_class: type[GemmaForCausalLM], config: StepBenchmarkConfig) -> PeftModel:
-    """Frozen random weights, the same for every class, and the LoRA of train.py, without dropout so that losses agree.
-    No matrix of it is zero, as B is at first: half of the gradients would be."""
+    """Frozen random weights, the same for every class, and the LoRA of train.py without dropout, so that losses agree.
+    B is random too: with B zero, as LoRA begins, half of the gradients would be zero."""
     torch.manual_seed(0)
     with torch.device(config.device):
         model = model_class._from_config(SIZES[config.size](), dtype=config.dtype, attn_implementation="sdpa")
@@ -160,7 +157,8 @@ class Ours:
 
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
         flags = step.StepConfig(mixed_precision=config.mixed_precision, per_device_train_batch_size=1)
-        model = build_peft_model(OurLanguageModel, config)  # first: ZeRO-3 would draw its weights otherwise
+        # Before the accelerator: under ZeRO-3 the model would draw other weights.
+        model = build_peft_model(OurLanguageModel, config)
         self.accelerator = step.build_accelerator(
             flags.mixed_precision, flags.per_device_train_batch_size, max_grad_norm=flags.max_grad_norm
         )
@@ -197,18 +195,18 @@ class Ours:
 
 
 class OursUnderZero3(Ours):
-    """The same under DeepSpeed, in which weights and optimizer state lie in host memory."""
+    """The same under ZeRO-3, with weights and optimizer state in host memory."""
 
     def __init__(self, config: StepBenchmarkConfig, gradient_checkpointing: bool) -> None:
         strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")
-        self.environment = ExitStack()  # DeepSpeed looks into it in every step
+        self.environment = ExitStack()  # stays open: DeepSpeed reads the environment in every step
         self.environment.enter_context(launched(strategy.deepspeed_config, gpu=config.device == "cuda"))
         super().__init__(config, gradient_checkpointing)
-        clear_device_cache()  # the whole model was there, to have the others' weights
+        clear_device_cache()  # the model was built unsharded on the device
 
 
 class StepTimer(TrainerCallback):
-    """From a step's beginning to its end, its batch loaded before and its figures logged afterwards."""
+    """Seconds of each step, without loading its batch before and logging after it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -221,7 +219,7 @@ class StepTimer(TrainerCallback):
 
 
 class Baseline:
-    """A trainer of transformers' kind, as its own documentation sets it up."""
+    """transformers' Trainer or a subclass, set up as its documentation does."""
 
     def __init__(
         self, make_trainer: Callable[..., Trainer], config: StepBenchmarkConfig, gradient_checkpointing: bool
@@ -269,10 +267,10 @@ def make_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -
 
 
 def make_sft_trainer(model: PeftModel, arguments: dict, dataset: datasets.Dataset) -> Trainer:
-    from trl import SFTConfig, SFTTrainer  # in benchmarks/requirements.txt alone: nothing else needs it
+    from trl import SFTConfig, SFTTrainer  # nothing else needs it: it is in benchmarks/requirements.txt alone
 
     arguments = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-    tokenizer = load_processor("data/tiny_mgm").tokenizer  # asked for, though the row is tokenized
+    tokenizer = load_processor("data/tiny_mgm").tokenizer  # required, although the row is tokenized already
     return SFTTrainer(model, arguments, train_dataset=dataset, data_collator=collate, processing_class=tokenizer)
 
 
@@ -283,11 +281,12 @@ KINDS: dict[str, Callable[[StepBenchmarkConfig, bool], Ours | Baseline]] = {
     "TRL SFTTrainer": lambda *settings: Baseline(make_sft_trainer, *settings),
     ZERO3: OursUnderZero3,
 }
+Variant = tuple[str, bool]  # a kind, with or without checkpointing
 VARIANTS = [(kind, checkpointing) for checkpointing in (True, False) for kind in KINDS if kind != ZERO3]
 
 
 def clock() -> float:
-    """Seconds on the clock on a GPU. On a CPU, of this process's processor time: others may be at work there."""
+    """Seconds: of the clock on a GPU, of this process's processor time on a CPU, which other programs may use too."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
@@ -306,27 +305,19 @@ def main(config: StepBenchmarkConfig) -> dict:
     for kind, checkpointing in variants:
         taken = steps[kind, checkpointing]
         seconds = median(step.seconds for step in taken)
-        rows.append(
-            {
-                "kind": kind,
-                "gradient_checkpointing": checkpointing,
-                "seconds": [round(step.seconds, 4) for step in taken],
-                "median_seconds": seconds,
-                "tokens_per_second": config.num_tokens / seconds,
-                "share_of_matmul_rate": flops / seconds / rate,
-                "peak_bytes": first[kind, checkpointing][1],
-                "losses": [step.loss for step in taken],
-                "grad_norms": [step.grad_norm for step in taken],
-            }
-        )
+        row = {"kind": kind, "gradient_checkpointing": checkpointing}
+        row |= {"seconds": [round(step.seconds, 4) for step in taken], "median_seconds": seconds}
+        row |= {"tokens_per_second": config.num_tokens / seconds, "share_of_matmul_rate": flops / seconds / rate}
+        row |= {"peak_bytes": first[kind, checkpointing][1], "losses": [step.loss for step in taken]}
+        rows.append(row | {"grad_norms": [step.grad_norm for step in taken]})
     result = {"benchmark": "step", **asdict(config), **environment(config), "matmul_flops_per_second": rate}
     result |= {"step_flops": flops, "rows": rows, "ratios": ratios(rows)}
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(config.output, result)
     return result
 
 
 def build(config: StepBenchmarkConfig, kind: str, gradient_checkpointing: bool) -> tuple[list[Step], int]:
-    """Make the variant that this process is for. Returns its first two steps and the bytes at their peak, in all."""
+    """Build this process's variant. Returns its first two steps and their peak in bytes, weights included."""
     global variant
     variant = KINDS[kind](config, gradient_checkpointing)
     if config.device == "cuda":
@@ -340,22 +331,20 @@ def build(config: StepBenchmarkConfig, kind: str, gradient_checkpointing: bool) 
 
 
 def take_turn(num_steps: int) -> list[Step]:
-    """In the process of a variant."""
+    """Runs in a variant's process, after `build`."""
     gc.collect()
     return variant.run(num_steps)
 
 
 def storage_bytes(model: nn.Module) -> int:
-    """Of the weights; a tied head counts once."""
+    """Bytes of the weights; a tied head counts once."""
     storages = (tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()])
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def take_turns(
-    config: StepBenchmarkConfig, pools: dict[tuple[str, bool], ProcessPoolExecutor]
-) -> dict[tuple[str, bool], list[Step]]:
+def take_turns(config: StepBenchmarkConfig, pools: dict[Variant, ProcessPoolExecutor]) -> dict[Variant, list[Step]]:
     """The steps of all rounds."""
-    steps: dict[tuple[str, bool], list[Step]] = {variant: [] for variant in pools}
+    steps: dict[Variant, list[Step]] = {variant: [] for variant in pools}
     for number in range(config.rounds):
         for variant in steps if number % 2 == 0 else reversed(steps):
             steps[variant] += pools[variant].submit(take_turn, config.steps).result()
@@ -363,8 +352,8 @@ def take_turns(
     return steps
 
 
-def check_agreement(steps: dict[tuple[str, bool], list[Step]]) -> None:
-    """Raise ValueError unless the first steps of all variants, one after an update, have the same loss and norm."""
+def check_agreement(steps: dict[Variant, list[Step]]) -> None:
+    """Raise ValueError unless all variants have the same loss and gradient norm in both of their first steps."""
     tolerance = 3e-2 if torch.cuda.is_available() else 1e-4  # bf16 or fp32
     expected = steps[VARIANTS[0]]
     for variant, found in steps.items():
@@ -372,7 +361,7 @@ def check_agreement(steps: dict[tuple[str, bool], list[Step]]) -> None:
             for name in ("loss", "grad_norm"):
                 x, y = getattr(a, name), getattr(b, name)
                 if abs(x - y) > tolerance * abs(x):
-                    raise ValueError(f"{name} of {variant} is {y}, of {VARIANTS[0]} {x}: they do not do the same")
+                    raise ValueError(f"{name} of {variant} is {y}, of {VARIANTS[0]} {x}: the steps differ")
 
 
 def ratios(rows: list[dict]) -> list[dict]:
@@ -392,9 +381,9 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 def step_flops(config: StepBenchmarkConfig) -> int:
-    """What a step has to compute: forward, and backward to the inputs of frozen matrices; the head for labels alone.
+    """The operations that a step needs: forward, backward to the inputs of frozen matrices, the head for labels alone.
 
-    Attention is causal: half of its square, and twice as much backward as forward. LoRA's matrices are left out.
+    Causal attention takes half of the square, and twice as much backward as forward. LoRA's matrices are left out.
     """
     model = SIZES[config.size]()
     attention_size = model.num_attention_heads * model.head_dim
@@ -406,7 +395,7 @@ def step_flops(config: StepBenchmarkConfig) -> int:
 
 
 def matmul_flops_per_second(config: StepBenchmarkConfig) -> float:
-    """The rate of a large product of square matrices, the best of ten."""
+    """The rate at which two large square matrices are multiplied, the best of ten."""
     size = 8192 if config.device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=config.device, dtype=config.dtype) for _ in range(2))
     seconds = []
@@ -418,23 +407,15 @@ def matmul_flops_per_second(config: StepBenchmarkConfig) -> float:
 
 
 def environment(config: StepBenchmarkConfig) -> dict:
-    """What the figures hold for."""
+    """The machine and the model that figures hold for."""
     cores = f"{os.cpu_count()} cores, PyTorch on {torch.get_num_threads()}"
-    machine = torch.cuda.get_device_name() if config.device == "cuda" else cores
-    num_parameters = sum(parameter.numel() for parameter in meta_model(config).parameters())
-    versions = {name: version(name) for name in PACKAGES}
-    return {
-        "machine": machine,
-        "dtype": str(config.dtype).removeprefix("torch."),
-        "num_parameters": num_parameters,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def meta_model(config: StepBenchmarkConfig) -> GemmaForCausalLM:
     with torch.device("meta"):
-        return GemmaForCausalLM(SIZES[config.size]())
+        model = GemmaForCausalLM(SIZES[config.size]())
+    return machine(*PACKAGES) | {
+        "machine": torch.cuda.get_device_name() if config.device == "cuda" else cores,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 if __name__ == "__main__":

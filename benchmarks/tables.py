@@ -1,15 +1,19 @@
-"""Write the documents' tables from what lies in results/: `python -m benchmarks.tables`. A test compares them."""
+"""Write the tables of README.md and docs/ from the files in results/: `python -m benchmarks.tables`, in seconds.
+
+A document has the markers `<!-- NAME -->` and `<!-- /NAME -->` around each table. Tests compare them.
+"""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.memory_tables import ladder_table, loss_table
+from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
-from utils import GIB, MIB
+from utils import GIB, MIB, markdown_table
 
 
 ROOT = Path(__file__).parent.parent
@@ -20,15 +24,16 @@ DOCUMENTS = (
     *(f"docs/{name}.md" for name in ("gpu_guide", "memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
 GPU_TESTS, TWO_GPU_TESTS = (ROOT / f"results/gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
-CPU_MATRIX, HEADLINE = ROOT / "results/cpu/matrix.json", ROOT / "results/headline.json"
+CPU_MATRIX, GPU_MATRIX = ROOT / "results/cpu/matrix.json", ROOT / "results/gpu/matrix.json"
+HEADLINE, MGM_2B = ROOT / "results/headline.json", ROOT / "results/mgm_2b.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
 
 
 def gpu_table() -> str:
-    """results/gpu/matrix.json: the step as it is, and rows that `earlier` holds until they are measured again."""
-    matrix = json.loads((ROOT / "results/gpu/matrix.json").read_text())
-    # A row that was measured after the last prediction waits for the next one.
+    """results/gpu/matrix.json: rows of the present step; below them `earlier`, those of a step before it."""
+    matrix = json.loads(GPU_MATRIX.read_text())
+    # `--mode measure` adds rows without a prediction: `--mode predict` adds that.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
     parts = [
         f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}. Sizes are measured; error = "
@@ -41,20 +46,17 @@ def gpu_table() -> str:
 
 
 def error_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of what was measured and how far off the prediction is, and a line that sums it up."""
-    lines = [
-        "| flags | allocated | device | error: allocated | error: reserved | error: device |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A table of what was measured and the prediction's errors, and a line with their medians."""
+    cells = []
     for row in rows:
-        sizes = [f"{row['measured'][name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
-        errors = [f"{error(row, name):+.2%}" for name in FIGURES.values()]
-        lines.append("| " + " | ".join([describe(row["flags"]), *sizes, *errors]) + " |")
+        sizes = [gib(row["measured"][name]) for name in ("peak_allocated_bytes", "device_bytes")]
+        cells.append([describe(row["flags"]), *sizes, *(f"{error(row, name):+.2%}" for name in FIGURES.values())])
+    header = ["flags", "allocated", "device", "error: allocated", "error: reserved", "error: device"]
     summary = []
     for what, name in FIGURES.items():
         errors = [error(row, name) for row in rows]
         summary.append(f"{what} {median(map(abs, errors)):.2%} (worst {max(errors, key=abs):+.2%})")
-    return ["\n".join(lines), f"Median error: {', '.join(summary)}."]
+    return [markdown_table(header, cells), f"Median error: {', '.join(summary)}."]
 
 
 def error(row: dict[str, Any], name: str) -> float:
@@ -67,16 +69,13 @@ def describe(flags: dict[str, Any]) -> str:
 
 
 def lora_table() -> str:
-    """Predicted for MGM-2B: what each way of training trains and takes."""
-    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["lora"]
-    lines = ["| trained | parameters | share | allocated | device |", "|---|---|---|---|---|"]
-    for row in rows:
+    """Predicted for MGM-2B: the parameters that each way of training trains, and the memory it needs."""
+    cells = []
+    for row in json.loads(MGM_2B.read_text())["lora"]:
         share = f"{row['trainable_params'] / row['total_params']:.2%}"
-        sizes = [f"{row[name] / GIB:.2f} GiB" for name in ("peak_allocated_bytes", "device_bytes")]
-        lines.append(
-            f"| {what_is_trained(row['flags'])} | {row['trainable_params']:,} | {share} | {' | '.join(sizes)} |"
-        )
-    return "\n".join(lines)
+        cells.append([what_is_trained(row["flags"]), f"{row['trainable_params']:,}", share])
+        cells[-1] += [gib(row["peak_allocated_bytes"]), gib(row["device_bytes"])]
+    return markdown_table(["trained", "parameters", "share", "allocated", "device"], cells)
 
 
 def what_is_trained(flags: dict[str, Any]) -> str:
@@ -96,41 +95,37 @@ PURPOSES = {
 
 def host_table() -> str:
     """Predicted for MGM-2B: the host's memory by purpose."""
-    rows = json.loads((ROOT / "results/mgm_2b.json").read_text())["host"]
-    header = ["config", "trained", "processes", *PURPOSES, "other", "sum"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
+    cells = []
+    for row in json.loads(MGM_2B.read_text())["host"]:
         flags, host = row["flags"], row["host"]
         sizes = [sum(host.get(name, 0) for name in names) for names in PURPOSES.values()]
         sizes += [sum(host.values()) - sum(sizes), sum(host.values())]
-        first = [f"`{Path(flags['config_file']).name}`", "all" if flags.get("lora_r") == 0 else "LoRA r=16"]
-        cells = [*first, str(flags.get("world_size", 1)), *(f"{size / GIB:.2f}" for size in sizes)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "In GiB (2**30 bytes)."])
+        trained = "all" if flags.get("lora_r") == 0 else "LoRA r=16"
+        cells.append([f"`{Path(flags['config_file']).name}`", trained, flags.get("world_size", 1)])
+        cells[-1] += [f"{size / GIB:.2f}" for size in sizes]
+    header = ["config", "trained", "processes", *PURPOSES, "other", "sum"]
+    return markdown_table(header, cells) + "\n\nIn GiB (2**30 bytes)."
 
 
 def cpu_table() -> str:
-    """Each row of results/cpu/matrix.json, one process's and the strategies' apart."""
+    """Each row of results/cpu/matrix.json: those of one process, then those under ZeRO-3."""
     rows = json.loads(CPU_MATRIX.read_text())["rows"]
-    lines = []
+    parts = []
     for title, kept in (("One process", False), ("ZeRO-3 with everything offloaded, device and host together", True)):
-        lines += [
-            f"**{title}**",
-            "",
-            "| model | flags | measured | predicted | error |",
-            "|---|---|---|---|---|",
-        ]
         part = [row for row in rows if ("strategy" in row["flags"]) == kept]
+        cells = []
         for row in part:
             flags = {key: value for key, value in row["flags"].items() if key not in ("model", "strategy", "offload")}
             sizes = [f"{row[name] / MIB:.2f} MiB" for name in ("measured_bytes", "predicted_bytes")]
-            cells = [row["flags"]["model"], describe(flags), *sizes, f"{row['error']:+.3%}"]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells.append([row["flags"]["model"], describe(flags), *sizes, f"{row['error']:+.3%}"])
         errors = [row["error"] for row in part]
-        worst, lowest = max(errors, key=abs), min(errors)
-        lines += ["", f"{len(part)} rows. Median error {median(map(abs, errors)):.3%}, worst {worst:+.3%}, "
-                  f"furthest below the measurement {min(lowest, 0):+.3%}.", ""]  # fmt: skip
-    return "\n".join(lines).strip()
+        parts += [
+            f"**{title}**",
+            markdown_table(["model", "flags", "measured", "predicted", "error"], cells),
+            f"{len(part)} rows. Median error {median(map(abs, errors)):.3%}, worst {max(errors, key=abs):+.3%}, "
+            f"furthest below the measurement {min(*errors, 0):+.3%}.",
+        ]
+    return "\n\n".join(parts)
 
 
 def headline_table(is_short: bool = False) -> str:
@@ -144,7 +139,7 @@ def headline_table(is_short: bool = False) -> str:
     columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
     columns += ["device, predicted", "device, measured on an H100", "host RAM"]
     columns += [] if is_short else ["accelerate's estimate", "DeepSpeed's estimate"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    cells = []
     for row in headline["rows"]:
         rank, length, strategy = row["flags"].values()
         if is_short and (rank not in (16, 0) or strategy == "zero2"):
@@ -152,15 +147,15 @@ def headline_table(is_short: bool = False) -> str:
         fits = ["yes" if row["device_bytes"][gpu] <= capacity else "no" for gpu, capacity in capacities.items()]
         sizes = [row["device_bytes"]["rtx4090"], measured_device_bytes(row), row["host_bytes"]]
         sizes += [] if is_short else [estimates["accelerate"], estimates.get(strategy)]
-        words = [f"{size / GIB:.1f} GiB" if size is not None else "" for size in sizes]
-        lines.append("| " + " | ".join([str(rank or "full"), str(length), strategy, *fits, *words]) + " |")
-    return "\n".join(lines)
+        sizes = [f"{size / GIB:.1f} GiB" if size is not None else "" for size in sizes]
+        cells.append([rank or "full", length, strategy, *fits, *sizes])
+    return markdown_table(columns, cells)
 
 
 def measured_device_bytes(row: dict[str, Any]) -> int | None:
-    """The row's device memory on the GPU of results/gpu, if it is there with the same flags and by the same code: what
-    was predicted for that card differs from this row by the card's cuBLAS workspaces at most."""
-    matrix = json.loads((ROOT / "results/gpu/matrix.json").read_text())
+    """What the row with the same flags in results/gpu/matrix.json used of the GPU, if it was measured with the same
+    code: then the two predictions differ by the size of cuBLAS's workspaces at most, which depends on the card."""
+    matrix = json.loads(GPU_MATRIX.read_text())
     rank, length, strategy = row["flags"].values()
     flags = DEFAULTS | {"lora_r": rank, "max_seq_len": length}
     flags |= {"config_file": LAUNCH_CONFIGS[strategy]} if strategy in LAUNCH_CONFIGS else {}
@@ -173,14 +168,14 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
 
 
 def gpu_tests_table() -> str:
-    """Which tests GPUs have run, and of which commit."""
-    lines = ["| GPUs | PyTorch | commit | passed | failed | skipped | seconds |", "|---|---|---|---|---|---|---|"]
+    """How many tests have passed on GPUs, and at which commit."""
+    names = ["passed", "failed", "skipped", "seconds"]
+    cells = []
     for path in (GPU_TESTS, TWO_GPU_TESTS):
         record = json.loads(path.read_text())
-        cells = [f"{record['num_gpus']} x {record['gpu']}", record["torch"], record["commit"][:8]]
-        cells += [str(record[name]) for name in ("passed", "failed", "skipped", "seconds")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells.append([f"{record['num_gpus']} x {record['gpu']}", record["torch"], record["commit"][:8]])
+        cells[-1] += [record[name] for name in names]
+    return markdown_table(["GPUs", "PyTorch", "commit", *names], cells)
 
 
 TABLES = {
@@ -199,9 +194,9 @@ TABLES = {
 }
 
 
-def with_tables(text: str) -> str:
-    """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, table in TABLES.items():
+def with_tables(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """The text with new tables between its markers."""
+    for name, table in tables.items():
         before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if start and end:

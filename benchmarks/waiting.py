@@ -1,25 +1,23 @@
-"""How long train.py's steps wait for data on the demo:
+"""How long train.py's steps wait for their batch, on the demo:
 
-    python -m benchmarks.waiting
+    python -m benchmarks.waiting    # no GPU; a minute for each number of workers
 
-It runs train.py with 0, 1, ... workers and times each call for the next batch. The first, which starts the workers, is
-told apart. Writes results/waiting.json; the last line on stdout is JSON.
+It trains with 0, 1, ... workers and times each call for the next batch. The first call starts the workers, and is
+reported apart. Writes results/waiting.json; the last line on stdout is JSON.
 """
 
-import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-from accelerate.data_loader import DataLoaderShard
-
 import train
-from benchmarks.loader import environment
+from benchmarks.loader import PACKAGES
+from benchmarks.rows import machine, write_json
+from training.faults import Watch
 from utils import check_minimum, parse_config, run_script
 
 
@@ -36,14 +34,14 @@ class WaitingConfig:
 def main(config: WaitingConfig) -> dict:
     runs = [measure(num_workers, config.max_steps) for num_workers in range(config.num_workers + 1)]
     for run in runs:
-        print(f"{run['num_workers']} workers: {run['waiting_share']:.1%} of the time", flush=True)
-    result = {"benchmark": "waiting", **asdict(config), **environment(), "runs": runs}
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{run['num_workers']} workers: steps wait {run['waiting_share']:.1%} of the time", flush=True)
+    result = {"benchmark": "waiting", **asdict(config), **machine(*PACKAGES), "runs": runs}
+    write_json(config.output, result)
     return result
 
 
 def measure(num_workers: int, max_steps: int) -> dict:
-    """Seconds of a run on the demo, and those in which it waited for batches."""
+    """Seconds in which a run on the demo takes its steps, and in which it waits for batches."""
     with tempfile.TemporaryDirectory() as folder, timed_batches() as (waits, steps):
         flags = (
             f"--output_dir {folder} --max_steps {max_steps} --eval_samples 0 --dataloader_num_workers {num_workers}"
@@ -61,13 +59,13 @@ def measure(num_workers: int, max_steps: int) -> dict:
 
 @contextmanager
 def timed_batches() -> Iterator[tuple[list[float], list[float]]]:
-    """Seconds of each call for a batch, and between the calls: what is done with the batch."""
+    """Seconds of each call for a batch, and of the step after it."""
     waits: list[float] = []
     steps: list[float] = []
-    iterate = DataLoaderShard.__iter__
+    fetch = Watch.batches
 
-    def timed(loader: DataLoaderShard) -> Iterator:
-        batches = iterate(loader)
+    def timed(watch: Watch, loader: Iterable[dict]) -> Iterator[dict]:
+        batches = fetch(watch, loader)
         while True:
             start = time.perf_counter()
             try:
@@ -79,7 +77,7 @@ def timed_batches() -> Iterator[tuple[list[float], list[float]]]:
             yield batch
             steps.append(time.perf_counter() - start)
 
-    with patch.object(DataLoaderShard, "__iter__", timed):
+    with patch.object(Watch, "batches", timed):
         yield waits, steps
 
 

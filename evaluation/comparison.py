@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, bootstrap, wilcoxon
 
-from utils import UserError
+from utils import UserError, markdown_table
 
 
 CONFIDENCE = 0.95
@@ -97,13 +97,14 @@ def paired_test(full: np.ndarray, lora: np.ndarray) -> dict[str, Any]:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """What people read of `compare`, in Markdown."""
+    """The result of `compare` as a Markdown table."""
     rows = [("all", result), *result["by_type"].items()]
-    lines = ["| questions | n | full | LoRA | retention | 95 % interval |", "|---|---|---|---|---|---|"]
-    for name, row in rows:
-        scores = f"{row['n']} | {row['full_score']:.3f} | {row['lora_score']:.3f}"
-        lines.append(f"| {name} | {scores} | {percent(row['retention'])} | {percents(row['interval'])} |")
-    return "\n".join(lines)
+    cells = [
+        [name, row["n"], f"{row['full_score']:.3f}", f"{row['lora_score']:.3f}"]
+        + [percent(row["retention"]), percents(row["interval"])]
+        for name, row in rows
+    ]
+    return markdown_table(["questions", "n", "full", "LoRA", "retention", "95 % interval"], cells)
 
 
 def percent(value: float | None) -> str:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.tasks.task import Question, Score, by_type, mean_score
-from utils import escape_cell
+from utils import markdown_table
 
 
 PICTURE_WIDTH = 320  # pixels
@@ -29,14 +29,13 @@ def write_tensorboard(
         image = (question.images() or [Image.new("RGB", (PICTURE_WIDTH, PICTURE_WIDTH), "lightgrey")])[0]
         pictures.append(captioned(image, caption(question.prompt, question.references, answer, mark)))
         rows.append((question.id, question.prompt, " / ".join(dict.fromkeys(question.references)), answer, mark))
-    table = ["| id | question | answer | prediction | |", "|---|---|---|---|---|"]
-    table += ["| " + " | ".join(map(escape_cell, row)) + " |" for row in rows]
+    table = markdown_table(["id", "question", "answer", "prediction", ""], rows)
     with SummaryWriter(folder) as writer:
         writer.add_scalar(f"eval/{metric}", mean_score(scores), 0)
         for kind, group in by_type(scores).items():
             writer.add_scalar(f"eval/{metric}_{kind}", group["score"], 0)
         writer.add_image("eval/samples", np.asarray(grid(pictures)), 0, dataformats="HWC")
-        writer.add_text("eval/samples", "\n".join(table), 0)
+        writer.add_text("eval/samples", table, 0)
 
 
 def caption(question: str, references: list[str], prediction: str, mark: str) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from memory.categories import TITLES
 from memory.gpus import GPUS
-from utils import MIB, size
+from utils import MIB, markdown_table, size
 
 
 BAR_WIDTH = 24  # characters
@@ -79,16 +79,16 @@ def verdict(result: dict) -> str:
     return f"DOES NOT FIT {card} ({size(budget)}): {size(needed - budget)} too much."
 
 
-def markdown_table(rows: list[dict], keys: list[str]) -> str:
-    """A row for each configuration: the flags that set it apart, what it needs, and whether it fits."""
-    columns = [*keys, "allocated", "reserved", "device", "host", "budget", "fits"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        flags = [str(row["config"][key]) for key in keys]
-        names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
-        sizes = [size(row[name]) if name in row else "" for name in names]
-        lines.append("| " + " | ".join([*flags, *sizes, "yes" if row["fits"] else "**no**"]) + " |")
-    return "\n".join(lines)
+def sweep_table(rows: list[dict], keys: list[str]) -> str:
+    """A Markdown row for each configuration: the flags that set it apart, what it needs, and whether it fits."""
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
+    cells = [
+        [row["config"][key] for key in keys]
+        + [size(row[name]) if name in row else "" for name in names]
+        + ["yes" if row["fits"] else "**no**"]
+        for row in rows
+    ]
+    return markdown_table([*keys, "allocated", "reserved", "device", "host", "budget", "fits"], cells)
 
 
 def as_flags(changes: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from memory.charts import sweep_chart
 from memory.config import ProbeConfig
 from memory.probe import probe
-from memory.report import markdown_table
+from memory.report import sweep_table
 from utils import UserError, flag_parser
 
 
@@ -31,7 +31,7 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
         row_config = replace(config, sweep=None, output=None, **values)
         path = folder / "rows" / (row_name(values) + ".json")
         rows.append(read_row(path, row_config) or write_row(path, probe(row_config)))
-    table = markdown_table(rows, list(grid))
+    table = sweep_table(rows, list(grid))
     print(table, flush=True)
     (folder / "table.md").write_text(table + "\n")
     chart = sweep_chart(rows, list(grid))

@@ -12,7 +12,7 @@ import torch
 
 from models.config import ModelConfig, resolve_mixed_precision
 from models.loading import load_config, load_model, load_processor
-from utils import UserError, parse_config
+from utils import UserError, markdown_table, parse_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -269,3 +269,9 @@ def test_a_bug_keeps_its_traceback_and_exit_code_1(runs):
     code, _, stderr = runs["broken"]
     assert code == 1
     assert "Traceback" in stderr and "RuntimeError: a bug" in stderr
+
+
+def test_cells_of_a_table_stay_in_their_row():
+    """Numbers are written out; a bar is escaped and a line break becomes a space."""
+    table = markdown_table(["flag", "value"], {"lora_r": 16, "prompt": "a | b\nc"}.items())
+    assert table == "| flag | value |\n|---|---|\n| lora_r | 16 |\n| prompt | a \\| b c |"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from utils import GIB, escape_cell
+from utils import GIB, markdown_table
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,9 +51,9 @@ def build_model_card(run: dict) -> ModelCard:
         "## Memory",
         f"Peak on {run['environment']['device']}: {peaks}.",
         "## Settings",
-        as_table(config, "flag"),
+        markdown_table(["flag", "value"], config.items()),
         "## Versions",
-        as_table(run["environment"], "what"),
+        markdown_table(["what", "value"], run["environment"].items()),
     ]
     return ModelCard(f"---\n{metadata(run, folder.name).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
@@ -111,9 +111,3 @@ def describe_scores(scores: dict[str, float]) -> str:
     if "n_before" in scores:
         samples = f"{scores['n_before']} samples before, {scores['n']} after"
     return f"Held-out exact match: {', '.join(parts)} ({samples})."
-
-
-def as_table(values: dict, what: str) -> str:
-    """A Markdown table of two columns."""
-    rows = [f"| {key} | {escape_cell(str(value))} |" for key, value in values.items()]
-    return "\n".join([f"| {what} | value |", "|---|---|", *rows])

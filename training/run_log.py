@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import platform
 import resource
 import time
 from copy import copy
 from dataclasses import asdict
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,10 @@ from evaluation.pictures import caption, captioned
 from models.config import ModelConfig
 from models.lora import count_parameters
 from training.checkpoints import RUN_JSON, remove_temporaries
-from training.model_card import as_table, build_model_card
+from training.model_card import build_model_card
 from training.previous_run import CARD, TENSORBOARD, PreviousRun
 from training.run_memory import RunMemory
-from utils import GIB, escape_cell
+from utils import GIB, environment, markdown_table
 
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
@@ -86,7 +83,7 @@ class RunLog:
         purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
-            self.writer.add_text("config", as_table(asdict(config), "flag"))
+            self.writer.add_text("config", markdown_table(["flag", "value"], asdict(config).items()))
             self.memory = RunMemory(
                 accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
             )
@@ -251,9 +248,8 @@ class RunLog:
                 picture = np.asarray(captioned(image, lines))
                 self.writer.add_image(f"eval/sample_{i}", picture, global_step, dataformats="HWC")
         rows = [(p.question, p.answer, p.prediction, "yes" if p.is_exact else "no") for p in predictions]
-        table = "\n".join("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
-        header = "| question | answer | prediction | exact |\n|---|---|---|---|\n"
-        self.writer.add_text("eval/predictions", header + table, global_step)
+        table = markdown_table(["question", "answer", "prediction", "exact"], rows)
+        self.writer.add_text("eval/predictions", table, global_step)
 
     def finish(self, global_step: int, data: dict[str, Any]) -> dict | None:
         """Write run.json, the model card and hparams. Returns run.json's content on the main process.
@@ -278,7 +274,7 @@ class RunLog:
             "eval": self.eval,
             "data": data,
             "config": asdict(self.config),
-            "environment": environment(self.accelerator),
+            "environment": environment(*PACKAGES) | launch(self.accelerator),
         }
         if self.accelerator.is_main_process:
             result["memory"] = self.memory.finish(self.peak["train"])
@@ -326,15 +322,9 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def environment(accelerator: Accelerator) -> dict:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    # One process needs no DeepSpeed.
-    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
+def launch(accelerator: Accelerator) -> dict[str, str | int]:
     return {
-        "python": platform.python_version(),
-        "device": device,
         "distributed_type": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        **versions,
     }

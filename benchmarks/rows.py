@@ -1,0 +1,80 @@
+"""Results that grow row by row. A row is written as soon as it is done, and a benchmark that starts again skips it:
+
+    rows = Rows(path, {"version": 1}, config.overwrite)
+    for flags in rows.missing(ROWS):
+        rows.add({"flags": flags} | measure(flags))
+
+Rows are told apart by their flags. When the code changes so that the same flags give other rows, raise the version.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import environment
+
+
+@dataclass(kw_only=True)
+class RowsConfig:
+    overwrite: bool = field(default=False, metadata={"help": "begin anew; default: add the rows that are missing"})
+
+
+class Rows:
+    """A JSON file with one or more lists of rows.
+
+    `settings` hold for all rows: a file with others is begun anew. `about` is noted when a file is begun. A file that
+    names no version has version 1.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False, **about: Any) -> None:
+        self.path = path
+        self.result: dict[str, Any] = settings | about
+        if path.exists() and not overwrite:
+            found = json.loads(path.read_text())
+            if settings.items() <= ({"version": 1} | found).items():
+                self.result = found
+
+    def missing(self, wanted: Iterable[dict[str, Any]], name: str = "rows") -> list[dict[str, Any]]:
+        """The flags in `wanted` of which there is no row yet."""
+        done = [row["flags"] for row in self.result.setdefault(name, [])]
+        return [flags for flags in wanted if flags not in done]
+
+    def add(self, row: dict[str, Any], name: str = "rows") -> None:
+        self.result[name].append(row)
+        print(row, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.path, self.result)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write beside the file and rename: an interruption leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
+    partial.replace(path)
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The cores, the GPU, Python, and the packages' versions: what figures hold for."""
+    versions = environment(*packages)
+    gpu = versions.pop("device") if torch.cuda.is_available() else "no GPU"
+    return {"machine": f"{os.cpu_count()} cores, {gpu}", "python": versions.pop("python"), "versions": versions}
+
+
+def gpu_machine() -> dict[str, str]:
+    """The GPU, PyTorch with the CUDA that it was built for, and Python."""
+    versions = environment()
+    return {
+        "gpu": versions["device"],
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": versions["python"],
+    }
