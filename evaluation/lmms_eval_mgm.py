@@ -1,6 +1,6 @@
 """MGM for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval, 0.7), so that its tasks run on it:
 
-    python evaluation/lmms_eval_mgm.py --model mgm --model_args pretrained=mgm-2b --tasks textvqa_val --batch_size 16
+    python -m evaluation.lmms_eval_mgm --model mgm --model_args pretrained=mgm-2b --tasks textvqa_val --batch_size 16
 
 lmms-eval needs torchvision and much else: give it an environment of its own (docs/lmms_eval.md).
 """

@@ -54,7 +54,7 @@ def test_a_local_task(tmp_path, monkeypatch):
     flags = (
         f"--model mgm --model_args pretrained=data/tiny_mgm --tasks mgm_demo --batch_size 8 --include_path {tmp_path}"
     )
-    command = [sys.executable, "evaluation/lmms_eval_mgm.py", *flags.split()]
+    command = [sys.executable, "-m", "evaluation.lmms_eval_mgm", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     score = float(re.search(r"exact_match\|[^|]*\|\s*([\d.]+)", done.stdout)[1])
