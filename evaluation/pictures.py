@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.tasks.task import Question, Score, by_type, mean_score
@@ -12,7 +12,7 @@ from utils import markdown_table
 
 
 PICTURE_WIDTH = 320  # pixels
-NUM_COLUMNS, NUM_ROWS = 4, 3  # of the grid
+NUM_PICTURES = 12
 
 
 def write_tensorboard(
@@ -21,7 +21,7 @@ def write_tensorboard(
     """`eval/METRIC`, `eval/METRIC_TYPE`, `eval/samples`. The samples are the same whatever model has answered, so that
     two runs under one folder can be laid side by side."""
     values = {score.id: score.value for score in scores}
-    chosen = np.linspace(0, len(questions) - 1, min(NUM_COLUMNS * NUM_ROWS, len(questions))).round().astype(int)
+    chosen = np.linspace(0, len(questions) - 1, min(NUM_PICTURES, len(questions))).round().astype(int)
     pictures, rows = [], []
     for index in chosen.tolist():
         question, answer = questions[index], answers[index]
@@ -29,12 +29,14 @@ def write_tensorboard(
         image = (question.images() or [Image.new("RGB", (PICTURE_WIDTH, PICTURE_WIDTH), "lightgrey")])[0]
         pictures.append(captioned(image, caption(question.prompt, question.references, answer, mark)))
         rows.append((question.id, question.prompt, " / ".join(dict.fromkeys(question.references)), answer, mark))
+    height = max(picture.height for picture in pictures)
+    tiles = [ImageOps.expand(picture, (0, 0, 0, height - picture.height), "white") for picture in pictures]
     table = markdown_table(["id", "question", "answer", "prediction", ""], rows)
     with SummaryWriter(folder) as writer:
         writer.add_scalar(f"eval/{metric}", mean_score(scores), 0)
         for kind, group in by_type(scores).items():
             writer.add_scalar(f"eval/{metric}_{kind}", group["score"], 0)
-        writer.add_image("eval/samples", np.asarray(grid(pictures)), 0, dataformats="HWC")
+        writer.add_images("eval/samples", np.stack(tiles), 0, dataformats="NHWC")
         writer.add_text("eval/samples", table, 0)
 
 
@@ -55,15 +57,4 @@ def captioned(image: Image.Image, lines: list[str]) -> Image.Image:
     canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")
     canvas.paste(image)
     ImageDraw.Draw(canvas).text((8, image.height + 4), text, fill="black", font_size=16)
-    return canvas
-
-
-def grid(pictures: list[Image.Image]) -> Image.Image:
-    """Rows of pictures, each row as high as its highest."""
-    rows = [pictures[start : start + NUM_COLUMNS] for start in range(0, len(pictures), NUM_COLUMNS)]
-    heights = [max(picture.height for picture in row) + 8 for row in rows]
-    canvas = Image.new("RGB", (len(rows[0]) * (PICTURE_WIDTH + 8), sum(heights)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            canvas.paste(picture, (j * (PICTURE_WIDTH + 8), sum(heights[:i])))
     return canvas
