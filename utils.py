@@ -29,6 +29,7 @@ ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 # Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIB, GIB = 2**20, 2**30
+NUM_NAMED = 8  # samples that a message names
 
 
 class UserError(Exception):
@@ -37,12 +38,12 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        # A loader's worker hands its exception over as a new one whose message is the whole traceback.
+        # An exception in a loader's worker arrives as a new one, whose message is the whole traceback.
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
 class BadSample(UserError):
-    """A sample that cannot be had, found while training. All processes raise it together."""
+    """A sample that cannot be loaded, found while training. All processes raise it together."""
 
 
 class LostWorker(UserError):
@@ -52,7 +53,7 @@ class LostWorker(UserError):
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT, where the run can be ended in good order. Exit code 143 or 130."""
+    """SIGTERM or SIGINT, raised where the run can end cleanly. Exit code 143 or 130."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -60,7 +61,7 @@ class Interrupted(BaseException):
 
 
 def brief_error(error: Exception) -> str:
-    """The system's word for it, or the message's first line."""
+    """The operating system's text, or the message's first line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -76,7 +77,7 @@ def escape_cell(value: object) -> str:
 
 
 def environment(*packages: str) -> dict[str, str]:
-    """What figures hold for: Python, the GPU or else the processor, and the version of each package that is there."""
+    """What figures were measured on: Python, the GPU or else the processor, and each installed package's version."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     found = {"python": platform.python_version(), "device": device}
     for package in packages:
@@ -85,13 +86,24 @@ def environment(*packages: str) -> dict[str, str]:
     return found
 
 
+def name_some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + rest
+
+
+def size(nbytes: float) -> str:
+    """For people: GiB, or MiB where GiB would read 0.00."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
 
 
 def check_device(device: str) -> None:
-    """Raise UserError unless it is cuda or cpu, and there."""
+    """Raise UserError unless it is cuda or cpu, and this machine has it."""
     check_choice("device", device, ("cuda", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU, choose cpu")
@@ -112,8 +124,8 @@ def check_minimum(config: object, **minimums: float) -> None:
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults.
 
-    A config class may have a `default_recipe(flags)`: it sees the parsed flags and names the recipe that lies below
-    all of them, or returns None.
+    A config class may have a `default_recipe(flags)`: it sees the parsed flags and returns the recipe whose
+    flags all others override, or None.
     """
     parser = flag_parser(config_class)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
@@ -143,7 +155,7 @@ def flag_parser(config_class: type) -> HfArgumentParser:
 
 
 def read_recipe(path: str | Path, names: set[str]) -> list[str]:
-    """A YAML file of flags as command line words, so that one parser checks them all."""
+    """A YAML file of flags as command-line arguments, so that one parser checks them all."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -196,7 +208,7 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
 
 
 def allocator_settings() -> str:
-    """What a run gives PyTorch's allocator, and a prediction assumes: the user's own settings, or else ours."""
+    """PyTorch's allocator settings in a run and in a prediction: the user's own, or else ours."""
     return os.environ.get(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
 
 
@@ -211,21 +223,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Leave out what libraries tell each other's developers, so that a user's own messages can be seen."""
+    """Silence the libraries' warnings for developers, so that a user sees our own messages."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to find out
-
-
-NUM_NAMED = 8  # samples in a message
-
-
-def name_some(names: list[str]) -> str:
-    """A list that stays readable: the first few, and how many more."""
-    rest = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(names[:NUM_NAMED]) + rest
-
-
-def size(nbytes: float) -> str:
-    """Small sizes in MiB, so that they do not all read 0.00."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to detect it
