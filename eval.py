@@ -132,7 +132,7 @@ def load_task(config: EvalConfig) -> Task:
 
 
 def prepare_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
-    """The model with its adapter, on its device. ZeRO-3 splits it only then: PEFT loads whole tensors."""
+    """The model with its adapter, on its device. ZeRO-3 splits it afterwards: PEFT loads unsharded tensors."""
     plugin = accelerator.state.deepspeed_plugin
     with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
         model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)

@@ -16,7 +16,7 @@ from models.generation import Answer, generate_answers, prompt_inputs
 
 
 class QuestionBatches(torch.utils.data.Dataset):
-    """The questions of one process as ready batches: images are opened in a loader's workers."""
+    """The questions of one process as batches for the model. A loader's workers open the images."""
 
     def __init__(self, processor: ProcessorMixin, questions: list[Question], batches: list[list[int]]) -> None:
         self.processor, self.questions, self.batches = processor, questions, batches
@@ -44,7 +44,7 @@ def answer_batches(
     max_new_tokens: int,
     num_workers: int = 0,
 ) -> Iterator[dict[int, Answer]]:
-    """Answers to the questions with these indices, a batch of every process at a time, to all processes.
+    """Answer the questions with these indices, a batch per process at a time. Every process gets all answers.
 
     The longest prompts come first: there is little padding, and memory runs out at once or never. Every process takes
     part in every batch, if need be with a question that another has too: under ZeRO-3 they have to run in step.

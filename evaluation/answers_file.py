@@ -1,4 +1,4 @@
-"""What an evaluation writes: answers as they come, so that an interrupted run goes on, and the result."""
+"""Write answers as they come, so that an interrupted evaluation goes on where it stopped."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class AnswersFile:
         self.file.flush()
 
     def _read(self, settings: dict[str, Any]) -> str:
-        """Take over what is there; returns its whole lines."""
+        """Keep and return the complete lines of an interrupted run."""
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if not lines:
             return ""

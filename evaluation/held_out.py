@@ -19,9 +19,9 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What train.py asks before and after training: the first question of every held-out sample.
+    """The questions that train.py asks before and after training: the first one of every held-out sample.
 
-    `longest` is the largest row that answering can come to: prompt and answer.
+    `longest` is the largest row, prompt and answer together.
     """
 
     questions: list[Question]
@@ -64,7 +64,7 @@ class HeldOut:
 
     @property
     def when(self) -> str:
-        """They are answered, for a message."""
+        """What the run is doing while it answers them, for a message."""
         return f"while answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
 
 
@@ -96,7 +96,7 @@ def evaluate(
     processor: ProcessorMixin,
     held_out: HeldOut,
 ) -> list[Prediction]:
-    """Answer the questions, shared out among the processes. All of them get all predictions."""
+    """Answer the questions, divided among the processes. Every process returns all predictions."""
     if not held_out.questions:
         return []
     was_training = model.training

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of an evaluation: scores, and a grid of images with question, answer and prediction."""
+"""What TensorBoard shows of an evaluation: scores, and images with question, answer and prediction."""
 
 import textwrap
 from pathlib import Path
@@ -19,7 +19,7 @@ def write_tensorboard(
     folder: Path, metric: str, questions: list[Question], answers: list[str], scores: list[Score]
 ) -> None:
     """`eval/METRIC`, `eval/METRIC_TYPE`, `eval/samples`. The samples are the same whatever model has answered, so that
-    two runs under one folder can be laid side by side."""
+    two runs under one folder can be compared side by side."""
     values = {score.id: score.value for score in scores}
     chosen = np.linspace(0, len(questions) - 1, min(NUM_PICTURES, len(questions))).round().astype(int)
     pictures, rows = [], []
@@ -41,7 +41,7 @@ def write_tensorboard(
 
 
 def caption(question: str, references: list[str], prediction: str, mark: str) -> list[str]:
-    """A list of lines: what was asked, what would be right, what was said and how that counts."""
+    """Lines: the question, the right answers, the prediction and its score."""
     answers = " / ".join(dict.fromkeys(references))  # TextVQA's ten repeat themselves
     return [
         question,
@@ -51,7 +51,7 @@ def caption(question: str, references: list[str], prediction: str, mark: str) ->
 
 
 def captioned(image: Image.Image, lines: list[str]) -> Image.Image:
-    """The image, brought to a fixed width, over the lines."""
+    """The image, resized to a fixed width, above the lines."""
     image = image.resize((PICTURE_WIDTH, round(PICTURE_WIDTH * image.height / image.width)))
     text = "\n".join(line for paragraph in lines for line in textwrap.wrap(paragraph, width=40)[:4])
     canvas = Image.new("RGB", (PICTURE_WIDTH, image.height + 20 * (text.count("\n") + 1) + 8), "white")

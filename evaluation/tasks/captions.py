@@ -22,7 +22,7 @@ class Captions:
     metric: str = "cider"
 
     def score(self, answers: list[str]) -> list[Score]:
-        """CIDEr of each image. Words count by how rare they are in this set's references."""
+        """CIDEr of each image. A word counts more the rarer it is in this set's references."""
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

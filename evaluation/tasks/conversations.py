@@ -50,7 +50,7 @@ def to_questions(dataset: ConversationDataset) -> list[Question]:
 
 
 def first_images(dataset: ConversationDataset, index: int, num_images: int) -> list:
-    """Those of the first question: later turns may have images too."""
+    """The images of the first question: later turns may have images too."""
     return dataset[index]["images"][:num_images]
 
 

@@ -1,4 +1,4 @@
-"""Reading the benchmarks' own files: whatever is wrong with one ends in a line that names it."""
+"""Read the benchmarks' own files. Whatever is wrong with one is reported in one line that names it."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What eval.py asks and how it scores: the terms that all tasks share."""
+"""Question, Score and Task: the terms that all tasks share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

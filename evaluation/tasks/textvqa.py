@@ -89,7 +89,7 @@ def ocr_records(path: Path) -> list[dict[str, Any]]:
 
 
 def llava_prompts(records: list[dict[str, Any]], path: Path) -> list[str]:
-    """Those of LLaVA's file, found as its scorer finds them: by the image, and the question in small letters."""
+    """The prompts of LLaVA's file, found as its scorer does: by the image and the question in lower case."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = {(line["question_id"], question_of(line["text"])): line["text"] for line in lines}

@@ -56,7 +56,7 @@ def textvqa_score(prediction: str, answers: list[str]) -> float:
 
 
 def normalize(text: str) -> str:
-    """Small letters, numbers as digits, no articles, no punctuation but inside of words."""
+    """Lower case, numbers as digits, no articles, no punctuation except inside words."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     words = [DIGITS.get(word, word) for word in strip_punctuation(text).split()]
