@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import step
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
 from layers.chunked_loss import IGNORE_INDEX
@@ -146,7 +147,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
     """A step of train.py's model on text: called with StepConfig's flags it returns the loss and all gradients."""
 
-    def step(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
+    def run(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
         config = step.StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
         torch.manual_seed(0)
         model = step.build_model(config, is_deepspeed=False).train()
@@ -162,7 +163,7 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
         gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {"loss": loss.detach()} | gradients
 
-    return step
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
