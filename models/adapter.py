@@ -3,13 +3,14 @@
 import warnings
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from models.loading import load_processor
-from utils import UserError
+from models.lora import freeze_unused
+from utils import UserError, name_some
 
 
 def base_of(adapter: str) -> str:
@@ -31,14 +32,29 @@ def check_base(adapter: str, model: str) -> None:
 
 
 def load_adapter(model: nn.Module, adapter: str) -> PeftModel:
-    """The model with the adapter's tensors. Raises UserError where they do not all fit, or some are missing."""
+    """The model with the adapter's tensors, frozen.
+
+    Raises:
+        UserError: the file lacks a tensor that the adapter trains, has one without a place, or one of another shape.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, UserWarning) as error:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = False  # so that what it trains requires a gradient, until its names are compared
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of a base whose folder has moved
+            model = get_peft_model(model, config)
+            found = set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"))
+    except KeyError as error:  # a tensor of a module trained in full
+        raise UserError(f"--adapter {adapter}: it does not fit the model (missing {error.args[0]})") from None
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--adapter {adapter}: it does not fit the model ({reason})") from None
+    freeze_unused(model)  # train.py saves nothing of what the loss does not depend on
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    problems = [f"missing {name}" for name in found.missing_keys if name in trained]
+    problems += [f"unexpected {name}" for name in found.unexpected_keys]
+    if problems:
+        raise UserError(f"--adapter {adapter}: it does not fit the model ({name_some(problems)})")
+    return model.requires_grad_(False).eval()
 
 
 def load_trained_processor(model: str, adapter: str | None) -> ProcessorMixin:

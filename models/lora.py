@@ -97,9 +97,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
-    sizes = {
-        name: (num_values(p), p.requires_grad)
-        for name, p in model.named_parameters()
-        if ".original_module." not in name
-    }
-    return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    duplicates = {id(p) for wrapper in wrappers for p in wrapper.original_module.parameters()}
+    counted = [p for p in model.parameters() if id(p) not in duplicates]
+    return sum(map(num_values, counted)), sum(num_values(p) for p in counted if p.requires_grad)
