@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mgm.configuration_mgm import MGMConfig
-from mgm.processing_mgm import IGNORE_INDEX, low_views
+from mgm.processing_mgm import IGNORE_INDEX
 
 
 Config = TypeVar("Config")
@@ -96,10 +96,8 @@ def worst_case_questions(
 
 
 def black_images(model_config: MGMConfig, num_images: int) -> dict[str, torch.Tensor]:
-    """Both views, as the processor makes them, of images that are black all over."""
-    size = model_config.vision_config_aux.image_size
-    high = torch.zeros(num_images, 3, size, size)
-    low = low_views(high, model_config.vision_config.image_size, model_config.image_grid, model_config.image_global)
+    """Both views of images that are black all over."""
+    low, high = (torch.zeros(shape) for shape in model_config.view_shapes(num_images))
     return {"pixel_values": low, "pixel_values_aux": high}
 
 

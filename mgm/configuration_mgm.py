@@ -73,8 +73,15 @@ class MGMConfig(PreTrainedConfig):
 
     @property
     def num_crops(self) -> int:
-        """How many pictures CLIP sees of one image: its crops, and the whole where it is looked at too."""
+        """CLIP's views of one image: its crops, and the whole image where CLIP sees that too."""
         return self.image_grid**2 + self.image_global
+
+    def view_shapes(self, num_images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of N images' `pixel_values`, [N, 3, H, H] or in K crops [N, K, 3, H, H], and `pixel_values_aux`,
+        [N, 3, S, S]."""
+        low, high = self.vision_config.image_size, self.vision_config_aux.image_size
+        crops = () if self.num_crops == 1 else (self.num_crops,)
+        return (num_images, *crops, 3, low, low), (num_images, 3, high, high)
 
 
 def clip_large_336() -> CLIPVisionConfig:

@@ -139,9 +139,8 @@ class MGMModel(MGMPreTrainedModel):
         if pixel_values_aux is None or len(pixel_values) != len(pixel_values_aux):
             num_aux = 0 if pixel_values_aux is None else len(pixel_values_aux)
             raise ValueError(f"{len(pixel_values)} images in pixel_values but {num_aux} in pixel_values_aux")
-        num_crops = self.config.num_crops
-        expected = (len(pixel_values), num_crops, 3) if num_crops > 1 else (len(pixel_values), 3)
-        if tuple(pixel_values.shape[:-2]) != expected:
+        *expected, _, _ = self.config.view_shapes(len(pixel_values))[0]
+        if list(pixel_values.shape[:-2]) != expected:
             raise ValueError(
                 f"pixel_values is {list(pixel_values.shape)}, expected {[*expected, 'height', 'width']} "
                 f"(image_grid {self.config.image_grid}, image_global {self.config.image_global})"
@@ -167,11 +166,7 @@ class MGMModel(MGMPreTrainedModel):
     def dummy_image_features(self) -> torch.Tensor:
         """Features of one black image. A process whose batch has no image still has to run the vision side: under
         ZeRO-3 and DDP the others wait for it, and its trained parameters need gradients (zeros), not None."""
-        low, high = self.config.vision_config.image_size, self.config.vision_config_aux.image_size
-        views = (1,) if self.config.num_crops == 1 else (1, self.config.num_crops)
-        return self.get_image_features(
-            torch.zeros(*views, 3, low, low, device=self.device), torch.zeros(1, 3, high, high, device=self.device)
-        )
+        return self.get_image_features(*(torch.zeros(x, device=self.device) for x in self.config.view_shapes(1)))
 
     def forward(
         self,
