@@ -26,7 +26,7 @@ NUM_TILES = 8  # pieces of the backward pass: each temporary is as large as one 
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Let the MLPs of known classes recompute their activation, in the layers that are not checkpointed."""
+    """Make the MLPs of known classes recompute their activation, in the layers that are not checkpointed."""
     for mlp in layer_mlps(model, checkpointed=False):
         for part in mlp.modules():  # PEFT wraps an MLP that is trained in full
             if type(part) in KNOWN_CLASSES:  # a subclass may compute something else
