@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from mgm.configuration_mgm import MGMConfig
 from mgm.label_mask import FIRST_LABEL
-from mgm.processing_mgm import IGNORE_INDEX, low_views
+from mgm.processing_mgm import IGNORE_INDEX
 from step import StepConfig
 
 
@@ -106,10 +106,8 @@ def worst_case_questions(
 
 
 def black_images(model_config: MGMConfig, num_images: int) -> dict[str, torch.Tensor]:
-    """Both views, as the processor makes them, of black images."""
-    size = model_config.vision_config_aux.image_size
-    high = torch.zeros(num_images, 3, size, size)
-    low = low_views(high, model_config.vision_config.image_size, model_config.image_grid, model_config.image_global)
+    """Both views of black images."""
+    low, high = (torch.zeros(shape) for shape in model_config.view_shapes(num_images))
     return {"pixel_values": low, "pixel_values_aux": high}
 
 

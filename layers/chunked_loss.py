@@ -1,8 +1,9 @@
-"""The cross entropy of a language model's head without its logits: [tokens, vocabulary] is never there as a whole.
+"""The cross entropy of a language model's head, computed without ever holding the logits of all tokens.
 
-For MGM-2B the logits of 1024 tokens are 500 MiB in bf16, and a loss in fp32 holds several times that. Here a chunk of
-tokens has its logits made, turned into its loss and into the gradient of its hidden states, and given up. Nothing is
-recomputed in the backward pass: there the gradients only wait for their factor.
+Logits are large: for MGM-2B those of 1024 tokens are 500 MiB in bf16, and a loss in fp32 holds several times that.
+Here the tokens are taken in chunks. For each chunk the forward pass computes the logits, from them the loss and the
+gradient of the hidden states, and then frees the logits. That works because the loss is the last operation of the
+model: its gradient is known up to one factor, by which the backward pass multiplies. Nothing is recomputed.
 """
 
 import torch
@@ -11,18 +12,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
-# A chunk's products each read the whole head: more tokens use it better. Its logits are there once in the dtype of the
-# hidden states and once in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py tells what other sizes cost. Of fewer
-# words a chunk has more tokens, as many as there is room for.
+# Each matrix product reads the whole head, so larger chunks are faster. A chunk holds its logits in the dtype of the
+# hidden states and in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py measures other sizes. With a smaller
+# vocabulary a chunk has more tokens: up to CHUNK_ELEMENTS logits.
 CHUNK_TOKENS = 64
 CHUNK_ELEMENTS = 2**22
-WEIGHT_GRADIENT_ROWS = 2**13  # words whose gradient is worked out at a time
+WEIGHT_GRADIENT_ROWS = 2**13  # vocabulary entries whose gradient is computed at a time
 
 
 class LanguageModelHead(nn.Linear):
     """`lm_head`. Given targets it returns their summed cross entropy instead of logits.
 
-    That happens inside the module's forward because there ZeRO-3 has gathered the weight.
+    The loss is computed inside this module's forward because only there has ZeRO-3 gathered the weight.
     """
 
     def forward(self, hidden_states: torch.Tensor, targets: torch.LongTensor | None = None) -> torch.Tensor:
@@ -45,7 +46,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if weight_is_trained else None
         head = weight.to(hidden_states.dtype)
         chunk_size = max(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight))
-        # The dtypes are chosen here; autocast would choose others on the way.
+        # This code chooses its dtypes itself; autocast would choose others.
         with torch.autocast(hidden_states.device.type, enabled=False):
             for start in range(0, len(hidden_states), chunk_size):
                 chunk = slice(start, start + chunk_size)
@@ -54,14 +55,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, head, out=hidden_gradient[chunk])
                 if weight_is_trained:
                     _add_weight_gradient(weight_gradient, gradient, hidden_states[chunk])
-                del gradient  # before the next chunk's logits are made
+                del gradient  # frees it before the next chunk's logits are computed
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # fp16: the gradients up to here are no smaller than a probability, the factor brings the loss scale along.
+        # Safe in fp16: the saved gradients have the size of probabilities, and `factor` contains the loss scale.
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return (
             (hidden_gradient * factor).to(hidden_gradient.dtype),
@@ -75,9 +76,9 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A chunk's summed cross entropy, and its gradient by the logits in the dtype of the hidden states.
 
-    In place as far as it goes: two tensors as large as the logits are all there is.
+    Computed in place: no more than two tensors as large as the logits exist at any time.
     """
-    values = (hidden_states @ head.T).float()  # logits; probabilities in the end; then the gradient
+    values = (hidden_states @ head.T).float()  # holds the logits, then the probabilities, then the gradient
     targets = targets[:, None]
     values -= values.amax(dim=1, keepdim=True)
     target_values = values.gather(1, targets)
@@ -89,8 +90,8 @@ def _loss_and_gradient(
 
 
 def _add_weight_gradient(weight_gradient: torch.Tensor, gradient: torch.Tensor, hidden_states: torch.Tensor) -> None:
-    """Word by word some rows at a time: the sum may be in fp32, and its addend is then not as large as the head."""
-    for rows, words in zip(
+    """Add a chunk's part, some vocabulary entries at a time: otherwise the product would be as large as the head."""
+    for rows, columns in zip(
         weight_gradient.split(WEIGHT_GRADIENT_ROWS), gradient.split(WEIGHT_GRADIENT_ROWS, dim=1), strict=True
     ):
-        rows += words.T @ hidden_states
+        rows += columns.T @ hidden_states

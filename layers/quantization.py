@@ -1,10 +1,10 @@
 """The frozen language model in 4 bits (QLoRA, arXiv:2305.14314): bitsandbytes' NF4 with double quantization.
 
     model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=nf4_config(torch.bfloat16))
-    model = quantize_language_model(model, torch.bfloat16)    # what is no checkpoint: a preset, a model on `meta`
+    model = quantize_language_model(model, torch.bfloat16)    # of a preset, or a model on `meta`
 
-Two values of a linear layer's weight share a byte, 64 of them a scale of a byte, 256 scales one in fp32: 4.127 bits a
-weight. Towers, mining, projector, embeddings and head stay as they are.
+Two values of a linear layer's weight share a byte, 64 values share a one-byte scale, and 256 scales share an fp32
+scale: 4.127 bits a weight. Towers, mining, projector, embeddings and head are not quantized.
 """
 
 import copy
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 QUANTIZATIONS = ("none", "nf4")
-# Where a language model has its layers: without a vision side, and with one.
+# The path of a language model's layers: without vision towers, and with them.
 LANGUAGE_LAYERS = r"(?:model\.layers|.*\blanguage_model)"
 
 
 def check_quantization() -> None:
-    """Raise ImportError or RuntimeError where bitsandbytes is missing or has no code for the device that is there."""
+    """Raise ImportError if bitsandbytes is missing, RuntimeError if it cannot compute on this machine's device."""
     from bitsandbytes.functional import quantize_4bit
 
     quantize_4bit(torch.zeros(64, device=compute_device()), quant_type="nf4")
@@ -39,29 +39,29 @@ def compute_device() -> torch.device:
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """For `from_pretrained`, which then puts the model where it computes."""
+    """For `from_pretrained`, which then loads the model to the device that computes."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[rf"(?!{LANGUAGE_LAYERS}\.).*"],  # for 4 bits too, whatever the name says
+        llm_int8_skip_modules=[rf"(?!{LANGUAGE_LAYERS}\.).*"],  # despite its name it also applies to 4 bits
     )
 
 
 def quantize_language_model(model: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Replace the language model's linear layers, as `from_pretrained` does with `nf4_config`.
 
-    Layers on `meta` stay there: a model of that kind is what memory is predicted from.
+    Layers on `meta` stay there: memory is predicted from such a model.
     """
     from bitsandbytes.functional import create_dynamic_map, name2qmap
 
-    with torch.device("cpu"):  # it is worked out from data, which `meta` lacks
+    with torch.device("cpu"):  # it is computed from data, which tensors on `meta` lack
         name2qmap.setdefault("dynamic", create_dynamic_map())
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and re.match(rf"{LANGUAGE_LAYERS}\.", path):
             model.set_submodule(path, quantize_linear(module, compute_dtype))
-    model.is_loaded_in_4bit = True  # PEFT asks for it
+    model.is_loaded_in_4bit = True  # PEFT reads it
     keep_layout(model)
     return model
 
@@ -81,14 +81,14 @@ def quantize_linear(linear: nn.Linear, compute_dtype: torch.dtype) -> "Linear4bi
 
 
 def dequantize(packed: torch.Tensor, state: "QuantState") -> torch.Tensor:
-    """A layer's weight as the layer computes with it: [out_features, in_features] in the weight's first dtype."""
+    """The weight that a layer computes with: [out_features, in_features] in the dtype before quantization."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed, state)
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing the weights anew when a CPU evaluates: that form has no backward pass."""
+    """Keep bitsandbytes from repacking the weights when a CPU evaluates: the new form has no backward pass."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -99,13 +99,13 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def num_values(parameter: nn.Parameter) -> int:
-    """Elements of the weight that a parameter stands for: packed, split by ZeRO-3, or as it is."""
+    """The elements of a parameter before 4-bit packing and before ZeRO-3's partitioning."""
     state = getattr(parameter, "quant_state", None)
     return getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Scales and code tables by name. They belong to the weights, but are neither parameters nor buffers."""
+    """Scales and code tables by name. They belong to 4-bit weights, but are neither parameters nor buffers."""
     for name, parameter in model.named_parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
             yield from _tensors(name, state)
@@ -120,7 +120,7 @@ def _tensors(name: str, state: "QuantState") -> Iterator[tuple[str, torch.Tensor
 
 
 def replace_tensors(state: "QuantState", change: Callable[[torch.Tensor], torch.Tensor]) -> "QuantState":
-    """A state with other tensors in the place of its own."""
+    """A copy of the state, each of its tensors replaced by `change(tensor)`."""
     replaced = copy.copy(state)
     for key, value in vars(state).items():
         if isinstance(value, torch.Tensor):

@@ -1,7 +1,10 @@
 """Gated MLPs that keep two wide tensors for the backward pass instead of three.
 
-`down_proj(act_fn(gate_proj(x)) * up_proj(x))` by itself keeps gate, up and the activation. The activation is quickly
-made again from the gate. A quarter of what a layer without checkpointing keeps goes that way, at no cost in time.
+A gated MLP computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))`. Autograd saves the gate, the activation of the
+gate, and up: three tensors as wide as the MLP. The activation is cheap to recompute from the gate, so here only gate
+and up are saved. A layer without checkpointing keeps a quarter less that way, at no cost in time.
+
+Only MLPs of a class that is known to compute this formula are changed.
 """
 
 from functools import partial
@@ -9,19 +12,25 @@ from functools import partial
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from layers.tiled_mlp import layer_mlps
 
 
-PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj")  # of Gemma, Llama, Qwen2 and Mistral
-NUM_TILES = 8  # of the backward pass, whose temporaries are no larger than one
+# The MLPs that compute the formula above and nothing else. Others have the same parts and a clamp or a scale besides.
+KNOWN_CLASSES = (GemmaMLP, LlamaMLP, MistralMLP, Qwen2MLP)
+NUM_TILES = 8  # pieces of the backward pass: each temporary is as large as one piece
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Let the gated MLP of each layer that is not checkpointed make its activation again in the backward pass."""
+    """Make the MLPs of known classes recompute their activation, in the layers that are not checkpointed."""
     for mlp in layer_mlps(model, checkpointed=False):
-        if all(hasattr(mlp, name) for name in PARTS):
-            mlp.forward = partial(_forward, mlp)
+        for part in mlp.modules():  # PEFT wraps an MLP that is trained in full
+            if type(part) in KNOWN_CLASSES:  # a subclass may compute something else
+                part.forward = partial(_forward, part)
 
 
 def _forward(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -30,7 +39,7 @@ def _forward(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class GatedActivation(torch.autograd.Function):
-    """`act_fn(gate) * up`, element by element."""
+    """`act_fn(gate) * up`, elementwise."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: torch.Tensor, up: torch.Tensor, act_fn: nn.Module) -> torch.Tensor:
@@ -41,8 +50,8 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # The gradients take the place of what was saved: nobody else reads it, and a second backward pass through the
-        # same graph is refused by autograd, which sees that it was written to.
+        # The gradients overwrite the saved tensors: nobody else reads them. Autograd notices the write and refuses a
+        # second backward pass through the same graph.
         gate, up = ctx.saved_tensors
         tiles = (x.tensor_split(NUM_TILES) for x in (gate.view(-1), up.view(-1), gradient.flatten()))
         for gate_tile, up_tile, gradient_tile in zip(*tiles, strict=True):
@@ -51,9 +60,10 @@ class GatedActivation(torch.autograd.Function):
 
 
 def _replace_by_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor, act_fn: nn.Module) -> None:
+    """Overwrite `gate` and `up` with their gradients, given the gradient of `act_fn(gate) * up`."""
     leaf = gate.detach().requires_grad_()
     with torch.enable_grad():
-        activation = act_fn.forward(leaf)  # without hooks: ZeRO-3's would see a module run that it does not expect
+        activation = act_fn.forward(leaf)  # not act_fn(leaf): ZeRO-3's hooks expect no module to run here
     (gate_gradient,) = torch.autograd.grad(activation, leaf, gradient * up)
     torch.mul(gradient, activation.detach(), out=up)
     gate.copy_(gate_gradient)

@@ -1,7 +1,11 @@
-"""Runs a frozen MLP over some tokens at a time, forward and backward, so that its wide activations are never whole.
+"""Runs a frozen MLP in tiles, some tokens at a time, so that its wide activations never exist for all tokens.
 
-An MLP's layers see each token by itself. MGM-2B's are eight times as wide as its hidden states, and the backward pass
-of one layer holds five such tensors: 320 MiB for 2048 tokens. In tiles it holds five pieces of them.
+MGM-2B's MLP is eight times as wide as its hidden states, and its backward pass holds five tensors of that width: 320
+MiB for 2048 tokens. An MLP treats each token by itself, so it can run tile by tile and hold five such tensors of one
+tile. Each tile is recomputed in the backward pass. That costs nothing extra in a checkpointed layer, whose MLP would
+be recomputed anyway.
+
+DeepSpeed (TiledMLP in runtime/sequence_parallel/ulysses_sp.py) and Liger (LigerTiledGEGLUMLP) tile MLPs too.
 """
 
 from collections.abc import Iterator
@@ -14,11 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def tile_frozen_mlps(model: nn.Module, num_tiles: int) -> None:
-    """Let the MLP of each checkpointed layer run in tiles wherever a gradient passes through it, if it is frozen.
+    """Run the frozen MLPs of checkpointed layers in tiles wherever a gradient passes through them.
 
-    One whose own parameters are trained is left alone: its gradients would come in pieces, where DDP and ZeRO expect
-    one. Tiles are counted, not sized: under ZeRO-3 every process has to run the same modules equally often.
+    An MLP with trained parameters is left alone: each tile would produce a gradient, where DDP and ZeRO expect one.
     """
+    # A number of tiles, not of tokens: under ZeRO-3 every process must run the same modules equally often.
     for mlp in layer_mlps(model, checkpointed=True):
         if not any(parameter.requires_grad for parameter in mlp.parameters()):
             mlp.forward = partial(_forward, mlp.forward, num_tiles)
@@ -41,16 +45,17 @@ def _forward(mlp: nn.Module, num_tiles: int, hidden_states: torch.Tensor) -> tor
 
 
 class Kept:
-    """What KeptFunction has saved, for TiledFunction's backward."""
+    """The link from KeptFunction, which saves the input, to TiledFunction's backward, which needs it."""
 
     ctx: FunctionCtx
 
 
 class KeptFunction(torch.autograd.Function):
-    """Saves its input and passes it on.
+    """Saves its input and returns it.
 
-    TiledFunction could save it itself, but only once its forward is done. A checkpointed layer is recomputed up to the
-    last tensor that was saved: saved here, that is before the MLP, which then is not run a third time.
+    TiledFunction could save the input itself, but a custom function's saved tensors count from the end of its forward.
+    Checkpointing recomputes a layer until the last saved tensor is there. Saved here, that is before the MLP, so the
+    recomputation stops there and the MLP runs twice, not three times.
     """
 
     @staticmethod
@@ -65,7 +70,7 @@ class KeptFunction(torch.autograd.Function):
 
 
 class TiledFunction(torch.autograd.Function):
-    """An MLP's output [B, T, D] tile by tile; the backward pass runs each tile again."""
+    """An MLP's output [B, T, D], computed tile by tile; the backward pass recomputes each tile."""
 
     @staticmethod
     def forward(
@@ -92,5 +97,5 @@ class TiledFunction(torch.autograd.Function):
 
 
 def tiles(hidden_states: torch.Tensor, num_tiles: int) -> tuple[torch.Tensor, ...]:
-    """Views of [B, T, D], each [1, tokens, D]; always `num_tiles` of them, the last ones may be empty."""
+    """Views [1, tokens, D] of [B, T, D]. There are always `num_tiles` of them; the last ones may be empty."""
     return hidden_states.flatten(0, 1).unsqueeze(0).tensor_split(num_tiles, dim=1)

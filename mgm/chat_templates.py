@@ -1,7 +1,7 @@
-"""How each family of language models marks its turns, and where in a rendered conversation the replies stand.
+"""How each family of language models marks its turns, and where the replies are in a rendered conversation.
 
-A tokenizer's own chat template is used where it has one. Gemma's is the exception: MGM trained it with an <eos> after
-every reply. What stands inside {% generation %} carries labels.
+A tokenizer's own chat template is used if it has one. Gemma is the exception: MGM was trained with an <eos> after
+every reply. The contents of {% generation %} carry labels.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ Messages = list[dict]  # transformers' form: {"role": ..., "content": a string o
 Span = tuple[int, int]  # [begin, end) characters of a rendered conversation
 RenderPlain = Callable[[list[Messages], bool], list[str]]  # conversations, and whether to ask for a reply
 
-MANY_REPLIES = 8  # rendering a conversation up to each of them takes time that grows with their square
+MANY_REPLIES = 8  # rendering a conversation up to each of its replies takes quadratic time
 
-# Templates of text models know strings alone: images go to the front of their message, a line each.
+# Templates of text models take strings only: images go to the front of their message, one per line.
 FLATTEN = (
     "{% set flat = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -91,7 +91,7 @@ MISTRAL = _turns(
     reply_header="''",
     reply="' ' + content + eos_token",
 )
-# The token that tells a family by its vocabulary. All of these end a turn with a token of their own.
+# The token in its vocabulary by which a family is recognized.
 BY_TOKEN = {"<|start_header_id|>": LLAMA_3, "<|im_start|>": CHATML, "[INST]": MISTRAL}
 END_OF_TURN_TOKENS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
@@ -100,7 +100,7 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase, model_type: str | None
     """The template for a language model: MGM's own for Gemma, else the tokenizer's, else its family's.
 
     Args:
-        model_type: of the text config; tells Mistral (whose vocabulary may not show it) from Llama, i.e. Vicuna.
+        model_type: of the text config. Mistral's vocabulary may lack [INST], and then looks like Vicuna's.
     """
     vocabulary = tokenizer.get_vocab()
     if "<start_of_turn>" in vocabulary:
@@ -118,10 +118,10 @@ def render(
     special_tokens: dict[str, str],
     add_generation_prompt: bool = False,
 ) -> tuple[list[str], list[list[Span]]]:
-    """Conversations as the model reads them, and the spans of each one's replies, their end of turn included.
+    """The text of each conversation, and the spans of its replies, with their end of turn.
 
     Raises:
-        ValueError: the template does not say where replies stand, and rewrites turns that were already there.
+        ValueError: the template does not mark replies, and rewrites earlier turns when a later one is added.
     """
 
     def render_plain(conversations: list[Messages], add_generation_prompt: bool) -> list[str]:
@@ -142,7 +142,7 @@ def render(
 
 
 def _reply_spans(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span]:
-    """What each reply adds to the prompt that asks for it. Space after its end of turn belongs to the next turn."""
+    """The text that each reply adds to its prompt. Whitespace after the end of turn belongs to the next turn."""
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(replies) >= MANY_REPLIES and (spans := _spans_turn_by_turn(messages, text, render_plain)):
         return spans
@@ -160,9 +160,9 @@ def _reply_spans(messages: Messages, text: str, render_plain: RenderPlain) -> li
 
 
 def _spans_turn_by_turn(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span] | None:
-    """The same in linear time: each question and reply is rendered behind the first ones alone, not behind all.
+    """The same in linear time: each question and reply is rendered after the first question and reply only.
 
-    None where these pieces put together are not `text`: the template makes a turn depend on more.
+    None if the pieces do not add up to `text`, because a turn depends on more of the conversation.
     """
     first = messages[:2]
     starts = range(0, len(messages) - 1, 2)  # of a question and its reply
@@ -183,7 +183,7 @@ def _spans_turn_by_turn(messages: Messages, text: str, render_plain: RenderPlain
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A reply ends with the end of a turn (<end_of_turn> or what the tokenizer has for it) as well as with <eos>."""
+    """Generation stops at <eos> and at the tokenizer's end of turn, such as <end_of_turn>."""
     vocabulary = tokenizer.get_vocab()
     end_of_turn = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary]
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""MGM's configuration: a text backbone, a CLIP tower, a ConvNeXt tower and how they are joined. Presets by name."""
+"""MGM's configuration: a language model, a CLIP tower, a ConvNeXt tower and how they are joined. Presets by name."""
 
 from collections.abc import Callable
 
@@ -21,8 +21,8 @@ class MGMConfig(PreTrainedConfig):
 
     `text_config` is any causal language model's, `vision_config` CLIP's (the low resolution view) and
     `vision_config_aux` ConvNeXt's (the high resolution view). `image_token_id` marks an image position in `input_ids`;
-    it has no row in the embedding matrix. The HD variants look at an image in `image_grid` x `image_grid` crops and,
-    with `image_global`, as a whole too.
+    it has no row in the embedding matrix. In the HD variants CLIP sees an image in `image_grid` x `image_grid` crops
+    and, with `image_global`, also as a whole.
     """
 
     model_type = "mgm"
@@ -58,7 +58,7 @@ class MGMConfig(PreTrainedConfig):
 
     @property
     def patch_grid_size(self) -> int:
-        """CLIP patches along one side of what it sees at once: 336 / 14 = 24."""
+        """CLIP patches along one side of a view: 336 / 14 = 24."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
@@ -68,13 +68,20 @@ class MGMConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions of the text sequence that one image takes: 576, or 2880 in four crops and as a whole."""
+        """Positions of the text sequence that one image needs: 576, or 2880 in four crops and as a whole."""
         return self.num_crops * self.patch_grid_size**2
 
     @property
     def num_crops(self) -> int:
-        """How many pictures CLIP sees of one image: its crops, and the whole where it is looked at too."""
+        """CLIP's views of one image: its crops, and the whole image where CLIP sees that too."""
         return self.image_grid**2 + self.image_global
+
+    def view_shapes(self, num_images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of N images' `pixel_values`, [N, 3, H, H] or in K crops [N, K, 3, H, H], and `pixel_values_aux`,
+        [N, 3, S, S]."""
+        low, high = self.vision_config.image_size, self.vision_config_aux.image_size
+        crops = () if self.num_crops == 1 else (self.num_crops,)
+        return (num_images, *crops, 3, low, low), (num_images, 3, high, high)
 
 
 def clip_large_336() -> CLIPVisionConfig:
@@ -91,14 +98,14 @@ def clip_large_336() -> CLIPVisionConfig:
 
 
 def convnext_large(image_size: int = 768) -> ConvNextConfig:
-    """The trunk of OpenCLIP's convnext_large_d_320, 196,227,264 parameters. It takes images of any multiple of 32."""
+    """The trunk of OpenCLIP's convnext_large_d_320, 196,227,264 parameters. `image_size`: any multiple of 32."""
     return ConvNextConfig(
         hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3], image_size=image_size, layer_norm_eps=1e-6
     )
 
 
 def with_towers(text_config: PreTrainedConfig, image_token_id: int) -> MGMConfig:
-    """The released models differ in their language model alone."""
+    """The released models differ in their language model only."""
     return MGMConfig(
         text_config=text_config,
         vision_config=clip_large_336(),
@@ -153,7 +160,7 @@ def mgm_8b() -> MGMConfig:
 
 
 def mgm_1_5b() -> MGMConfig:
-    """Never released: Qwen2-1.5B in Gemma's place, for cards on which MGM-2B does not fit."""
+    """Never released: Qwen2-1.5B instead of Gemma, for GPUs on which MGM-2B does not fit."""
     text_config = Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
@@ -167,20 +174,20 @@ def mgm_1_5b() -> MGMConfig:
         eos_token_id=151645,
         pad_token_id=151643,
     )
-    # The tokenizer has 151,646 entries: <image> takes one of the matrix's spare rows, which is never read.
+    # The tokenizer has 151,646 entries: <image> gets one of the matrix's spare rows, which is never read.
     return with_towers(text_config, image_token_id=151646)
 
 
 def hd(config: MGMConfig) -> MGMConfig:
-    """The HD form of a model: 1536 pixels in place of ConvNeXt's 768, four crops and the whole image for CLIP. Same
-    weights."""
+    """The HD form of a model, with the same weights: 1536 pixels instead of 768 for ConvNeXt, and for CLIP four crops
+    and the whole image."""
     config.vision_config_aux.image_size *= 2
     config.image_grid, config.image_global = 2, True
     return config
 
 
 def tiny() -> MGMConfig:
-    """MGM's architecture with small numbers: 16 positions an image, about 1.2 M parameters."""
+    """MGM's architecture with small numbers: 16 positions per image, about 1.2 M parameters."""
     text_config = GemmaConfig(
         vocab_size=512,
         hidden_size=128,

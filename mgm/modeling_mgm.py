@@ -1,4 +1,4 @@
-"""MGM in transformers' form: embed the text, encode and project the images, put them in their places, decode."""
+"""MGM in transformers' form: embed the text, encode and project the images, insert their features, decode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +62,9 @@ class MGMModel(MGMPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         # A ConvNeXt has no attention, and refuses every implementation but the default.
         self.vision_tower_aux = AutoModel.from_config(config.vision_config_aux, attn_implementation="eager")
-        self.vision_tower_aux.layernorm = nn.Identity()  # MGM reads the stages: this is the classifier's norm
+        self.vision_tower_aux.layernorm = nn.Identity()  # the classifier's norm; MGM reads the stages before it
         for module in self.vision_tower_aux.modules():
-            if isinstance(module, nn.LayerNorm):  # transformers builds all but the last with 1e-6, whatever is asked
+            if isinstance(module, nn.LayerNorm):  # transformers ignores the config's eps in all norms but that one
                 module.eps = config.vision_config_aux.layer_norm_eps
         self.patch_info_mining = MGMPatchInfoMining(config)
         self.multi_modal_projector = MGMProjector(config)
@@ -85,33 +85,33 @@ class MGMModel(MGMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def embed_text(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """[B, T] ids to [B, T, D]. The image token has no embedding: token 0 stands in for the features to come."""
+        """[B, T] ids to [B, T, D]. The image token has no embedding; token 0's is used until features replace it."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
     @property
     def num_clip_layers(self) -> int:
-        """Those that lead to the features."""
+        """The number of CLIP's layers up to the features."""
         return self.config.vision_feature_layer % (len(self.vision_tower.encoder.layers) + 1)
 
     def unused_modules(self) -> list[nn.Module]:
-        """What lies behind CLIP's features: no loss depends on it, so it cannot be trained."""
+        """CLIP's layers after the features. The loss does not depend on them, so they cannot be trained."""
         tower = self.vision_tower
         return [*tower.encoder.layers[self.num_clip_layers :], tower.post_layernorm]
 
     def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] to patch features [N, P, C] of the last layer but one. No CLS, no final norm."""
+        """[N, 3, H, W] to patch features [N, P, C] of the layer that the config names, without CLS and final norm."""
         tower = self.vision_tower
-        with _as_it_is_trained(tower):
+        with _no_grad_if_frozen(tower):
             hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
             for layer in tower.encoder.layers[: self.num_clip_layers]:
                 hidden_states = layer(hidden_states, attention_mask=None)
         return hidden_states[:, 1:]
 
     def convnext_stages(self, pixel_values_aux: torch.Tensor) -> list[torch.Tensor]:
-        """[N, 3, S, S] to the features of all four stages, [N, C_i, S / 4, S / 4] and each half as large again."""
+        """[N, 3, S, S] to the features of all four stages: [N, C_i, S / 4, S / 4], then half the size each time."""
         tower = self.vision_tower_aux
         stages = []
-        with _as_it_is_trained(tower):
+        with _no_grad_if_frozen(tower):
             features = tower.embeddings(pixel_values_aux.to(tower.dtype))
             for stage in tower.encoder.stages:
                 features = stage(features)
@@ -119,11 +119,11 @@ class MGMModel(MGMPreTrainedModel):
         return stages
 
     def get_image_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
-        """N images to [N, K * P, D], ready to stand among the token embeddings (before their scaling).
+        """N images to [N, K * P, D], to be inserted among the token embeddings (before their scaling).
 
         Args:
-            pixel_values: [N, 3, H, W]; with `image_grid` > 1 [N, K, 3, H, W], K an image's crops in reading order and,
-                with `image_global`, the whole image last. The whole image's features come out first.
+            pixel_values: [N, 3, H, W]; with `image_grid` > 1 [N, K, 3, H, W]: an image's crops in reading order and,
+                with `image_global`, the whole image last. The features begin with the whole image's.
             pixel_values_aux: [N, 3, S, S].
         """
         self._check_views(pixel_values, pixel_values_aux)
@@ -140,9 +140,8 @@ class MGMModel(MGMPreTrainedModel):
         if pixel_values_aux is None or len(pixel_values) != len(pixel_values_aux):
             num_aux = 0 if pixel_values_aux is None else len(pixel_values_aux)
             raise ValueError(f"{len(pixel_values)} images in pixel_values but {num_aux} in pixel_values_aux")
-        num_crops = self.config.num_crops
-        expected = (len(pixel_values), num_crops, 3) if num_crops > 1 else (len(pixel_values), 3)
-        if tuple(pixel_values.shape[:-2]) != expected:
+        *expected, _, _ = self.config.view_shapes(len(pixel_values))[0]
+        if list(pixel_values.shape[:-2]) != expected:
             raise ValueError(
                 f"pixel_values is {list(pixel_values.shape)}, expected {[*expected, 'height', 'width']} "
                 f"(image_grid {self.config.image_grid}, image_global {self.config.image_global})"
@@ -158,7 +157,7 @@ class MGMModel(MGMPreTrainedModel):
                 f"{num_tokens} image positions in input_ids but {num_features} image features "
                 f"({image_features.shape[0]} images of {image_features.shape[1]})"
             )
-        # Gemma scales its embeddings inside the embedding module, and the original scales image features alike.
+        # Gemma scales its embeddings inside the embedding module; the original scales image features too.
         scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         if scale is not None:
             image_features = image_features * scale.to(image_features.dtype)
@@ -166,13 +165,9 @@ class MGMModel(MGMPreTrainedModel):
         return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features).view_as(inputs_embeds)
 
     def dummy_image_features(self) -> torch.Tensor:
-        """Features of one black image. A process whose batch has no image still has to run the vision side: under
-        ZeRO-3 and DDP the others wait for it, and its trained parameters need gradients (zeros), not None."""
-        low, high = self.config.vision_config.image_size, self.config.vision_config_aux.image_size
-        views = (1,) if self.config.num_crops == 1 else (1, self.config.num_crops)
-        return self.get_image_features(
-            torch.zeros(*views, 3, low, low, device=self.device), torch.zeros(1, 3, high, high, device=self.device)
-        )
+        """Features of one black image. A process whose batch has no image must run the vision side as well: under
+        ZeRO-3 and DDP the others wait for it, and its trained parameters need gradients of 0, not None."""
+        return self.get_image_features(*(torch.zeros(x, device=self.device) for x in self.config.view_shapes(1)))
 
     def forward(
         self,
@@ -190,7 +185,7 @@ class MGMModel(MGMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if not is_prefill:
-            image_positions = None  # the prompt's: generation hands them on to every step
+            image_positions = None  # generation passes the prompt's positions to every step
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)  # [B, T, D]
         if image_positions is None and input_ids is not None and is_prefill:
@@ -222,7 +217,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MGMModel(config)
         self.lm_head = LanguageModelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.chunked_loss = True  # in training: never the logits of all positions at once
+        self.chunked_loss = True  # in training; False computes the logits of all positions
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -235,9 +230,9 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        """A row for each beam or sample, with all of its images: the default would repeat image by image."""
+        """Repeat each row with all of its images. The default would repeat image by image, which mixes up the rows."""
         if expand_size > 1:
-            model_kwargs.pop("image_positions", None)  # those of the prompt as it was
+            model_kwargs.pop("image_positions", None)  # of the rows before they are repeated
         names = [name for name in ("pixel_values", "pixel_values_aux") if model_kwargs.get(name) is not None]
         images = {name: model_kwargs.pop(name) for name in names}
         if images and expand_size > 1:
@@ -269,10 +264,10 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         """The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
 
         `image_positions` and `label_positions` are the flat positions (row * T + column) of the image tokens and of
-        the tokens with a label. A collator that knows them spares the GPU a synchronisation; without it they are
-        looked up in `input_ids` and `labels`.
+        the tokens with a label. Without them they are looked up in `input_ids` and `labels`, which makes the CPU wait
+        for the GPU.
         """
-        if self.training or labels is not None:  # with a cache transformers would not look for packed samples
+        if self.training or labels is not None:  # with a cache transformers does not look for packed samples
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
@@ -297,7 +292,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
                 )
         return MGMCausalLMOutputWithPast(
             loss=loss,
-            # Whoever trains needs no logits, and a mixed-precision wrapper would copy this biggest of tensors to fp32.
+            # Training needs no logits, and accelerate's mixed-precision wrapper would copy them to fp32.
             logits=None if self.training and labels is not None else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -320,9 +315,9 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
 
 
 @contextmanager
-def _as_it_is_trained(tower: nn.Module) -> Iterator[None]:
-    """A frozen tower leaves no graph behind and computes in its own dtype: autocast would bring its norms to fp32, and
-    all features after them."""
+def _no_grad_if_frozen(tower: nn.Module) -> Iterator[None]:
+    """A frozen tower runs without a graph and in its own dtype: under autocast its norms would return fp32, and so all
+    layers after them."""
     if any(parameter.requires_grad for parameter in tower.parameters()):
         yield
     else:

@@ -1,13 +1,13 @@
 """Patch info mining (arXiv:2403.18814, section 3.2): every CLIP patch attends to its own square of the high view.
 
-The original projects each of an image's 36,864 auxiliary positions to a key and a value. A patch has one query, so
-both projections can be moved to its side of the attention, where there are 576 of them:
+The original projects each of an image's 36,864 auxiliary positions to a key and a value. Each of the 576 patches has
+one query, so both projections can be applied on the patches' side instead:
 
     query . (W_k norm(x) + b_k)   =  (W_k^T query) . norm(x) + b_k . query
     sum w (W_v norm(x) + b_v)     =  W_v (sum w norm(x)) + b_v              as the weights w add up to 1
 
-The numbers are the original's up to rounding, at a sixtieth of the operations, and no position needs more than its
-normalized features. Those are made again in the backward pass from the tower's stages, an eighth of their size.
+The results are the original's up to rounding, with a sixtieth of the operations. Positions need only their normalized
+features. With gradient checkpointing these are recomputed from the tower's stages, which are an eighth of their size.
 """
 
 import math
@@ -22,22 +22,22 @@ from torch import nn
 from mgm.configuration_mgm import MGMConfig
 
 
-# Elements of the auxiliary features that are looked at together: 32 MiB in bf16, of MGM-2B's an image's sixth part.
-# About three times that is in use for a moment.
+# Elements of the auxiliary features that are processed together: 32 MiB in bf16, a sixth of an MGM-2B image's. The
+# peak is about three times that.
 CHUNK_ELEMENTS = 2**24
 
 
 class MiningKey(nn.Sequential):
-    """LayerNorm and Linear whose product with the query is taken from the query's side."""
+    """The key's LayerNorm and Linear, applied to the query."""
 
     def forward(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [..., C] to what normalized features are multiplied by [..., C_aux] and what is added [..., 1]."""
+        """Queries [..., C] to a factor [..., C_aux] for normalized features, and a constant [..., 1] to add."""
         norm, projection = self
         return norm(*projection(query))
 
 
 class MiningKeyLayerNorm(nn.LayerNorm):
-    """Scale and shift; the normalization itself is the features' part."""
+    """Scale and shift alone: the features are normalized elsewhere."""
 
     def forward(self, query: torch.Tensor, constant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return query * self.weight, constant + (query * self.bias).sum(-1, keepdim=True)
@@ -49,14 +49,14 @@ class MiningKeyProjection(nn.Linear):
 
 
 class MiningValueLayerNorm(nn.LayerNorm):
-    """Scale and shift of features that have been normalized already."""
+    """Scale and shift alone: the features have been normalized before they were mixed."""
 
     def forward(self, mixed: torch.Tensor) -> torch.Tensor:
         return mixed * self.weight + self.bias
 
 
 class MGMPatchInfoMining(nn.Module):
-    gradient_checkpointing = False  # transformers switches it on, and sets _gradient_checkpointing_func
+    gradient_checkpointing = False  # transformers sets it to True, and _gradient_checkpointing_func with it
 
     def __init__(self, config: MGMConfig) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ class MGMPatchInfoMining(nn.Module):
         image_grid: int = 1,
         image_global: bool = False,
     ) -> torch.Tensor:
-        """Add to CLIP's features what each patch finds in its square.
+        """Add to CLIP's features the attention of each patch to its square of the auxiliary features.
 
-        The modules run once, for all images: under ZeRO-3 they have to run equally often on every process. What is
-        done chunk by chunk has no parameters.
+        The modules run once, for all images: under ZeRO-3 every process must run them equally often. Only code without
+        parameters runs chunk by chunk.
 
         Args:
-            features: [N * K, P, C] of the K views of N images, the whole image's first where there is one.
+            features: [N * K, P, C] of the K views of N images, beginning with the whole image where CLIP sees it.
             stages_aux: of the auxiliary tower, [N, C_i, H_i, W_i] each.
             image_grid, image_global: the config's.
         """
@@ -111,8 +111,8 @@ class MGMPatchInfoMining(nn.Module):
     def _attend(
         self, query: torch.Tensor, constant: torch.Tensor, view: "View", rows: slice, *stages: torch.Tensor
     ) -> torch.Tensor:
-        """Queries [n, p, C_aux] of some rows of patches, and what is added to their products [n, p, 1], to mixtures
-        [n, p, C_aux] of their squares' normalized features."""
+        """Attention of some rows of patches to their squares' normalized features: [n, p, C_aux], from queries
+        [n, p, C_aux] and the constants [n, p, 1] that are added to their products."""
         squares = normalize(view.squares(stages, rows), self.key_proj[0].eps)  # [n, p, S, C_aux]
         products = (squares @ query.unsqueeze(3)).squeeze(3) + constant  # [n, p, S]
         return (products.softmax(dim=2).unsqueeze(2) @ squares).squeeze(2)
@@ -120,10 +120,10 @@ class MGMPatchInfoMining(nn.Module):
 
 @dataclass(frozen=True)
 class View:
-    """Which part of the auxiliary features CLIP's patches of a view look at: with one view the image, else a crop.
+    """The part of the auxiliary features that a view's patches attend to: the whole image's, or a crop's.
 
-    The whole image, where there is one, is the first view. Its share are the features scaled down, not those of a
-    smaller image.
+    The whole image is the first view where CLIP sees it beside crops. It attends to the features scaled down, not to
+    features of a smaller image.
     """
 
     index: int
@@ -132,8 +132,8 @@ class View:
     patch_grid_size: int
 
     def squares(self, stages: Sequence[torch.Tensor], rows: slice) -> torch.Tensor:
-        """Stages [n, C_i, H_i, W_i] to [n, p, S, C_aux], all brought to the first one's size: the S positions in the
-        square of each of the patches in `rows` of the view."""
+        """Stages [n, C_i, H_i, W_i], upsampled to the first one's size, to [n, p, S, C_aux]: the S positions in the
+        square of each patch in `rows` of the view."""
         height = stages[0].shape[2]
         is_whole = self.image_global and self.index == 0
         row, column = (0, 0) if is_whole else divmod(self.index - self.image_global, self.image_grid)
@@ -150,7 +150,7 @@ class View:
 
 
 def chunks(num_images: int, patch_grid_size: int, elements_of_view: int) -> tuple[list[slice], list[slice]]:
-    """Slices of the images, and of the rows of patches, that are looked at together: CHUNK_ELEMENTS or a row."""
+    """Slices of the images, and of the rows of patches, to process together: up to CHUNK_ELEMENTS, at least a row."""
     rows = min(patch_grid_size, max(1, CHUNK_ELEMENTS * patch_grid_size // elements_of_view))
     images = max(1, CHUNK_ELEMENTS // elements_of_view)
     return _slices(num_images, images), _slices(patch_grid_size, rows)
@@ -166,7 +166,7 @@ def _elements_of_view(stages_aux: list[torch.Tensor], image_grid: int) -> int:
 
 
 def upsampled_rows(features: torch.Tensor, height: int, top: int, bottom: int) -> torch.Tensor:
-    """Rows `top` to `bottom` of features [n, C, h, w] brought to `height`. The rows around them are looked at too."""
+    """Rows `top` to `bottom` of features [n, C, h, w] upsampled to `height`, with their neighbours as input."""
     scale = height // features.shape[2]
     if scale == 1:
         return features[:, :, top:bottom]
@@ -176,7 +176,7 @@ def upsampled_rows(features: torch.Tensor, height: int, top: int, bottom: int) -
 
 
 def normalize(features: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm without scale and shift, in the features' own dtype: autocast would make a copy in fp32."""
+    """LayerNorm without scale and shift, in the features' own dtype: under autocast it would return fp32."""
     with torch.autocast(features.device.type, enabled=False):
         return F.layer_norm(features, features.shape[-1:], eps=eps)
 

@@ -1,4 +1,4 @@
-"""MGMProcessor: LLaVA conversations and PIL images to what MGM's forward takes."""
+"""MGMProcessor: LLaVA conversations and PIL images to the arguments of MGM's forward."""
 
 from collections.abc import Sequence
 
@@ -25,13 +25,13 @@ class MGMProcessor(ProcessorMixin):
 
     Args:
         image_processor: CLIP's, at the auxiliary tower's size (768); the low view is made from its output.
-        tokenizer: a fast tokenizer; `<image>` is added to it as id `len(tokenizer)` where it is missing.
-        chat_template: how turns are marked; by default what the tokenizer's family does.
+        tokenizer: a fast tokenizer; `<image>` is added to it as id `len(tokenizer)` if it is missing.
+        chat_template: how turns are marked; by default as the tokenizer's family does.
         image_size: pixels along one side of the low view (336).
         patch_size: pixels along one side of a CLIP patch (14).
         image_aspect_ratio: `pad` to a square with CLIP's mean colour, or `square`, which crops the middle.
         image_grid: the low view is cut into `image_grid` x `image_grid` crops of `image_size`.
-        image_global: the whole image, scaled down to `image_size`, follows the crops.
+        image_global: the whole image, scaled down to `image_size`, comes after the crops.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MGMProcessor(ProcessorMixin):
         image_global: bool = False,
         **kwargs,
     ) -> None:
-        if tokenizer.pad_token is None:  # Llama's; padding is masked, so that any token will do
+        if tokenizer.pad_token is None:  # Llama's; padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if IMAGE_TOKEN not in tokenizer.get_added_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -61,7 +61,7 @@ class MGMProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions of the sequence that one image takes."""
+        """Positions of the sequence that one image needs."""
         return (self.image_grid**2 + self.image_global) * (self.image_size // self.patch_size) ** 2
 
     @property
@@ -83,7 +83,7 @@ class MGMProcessor(ProcessorMixin):
 
         Args:
             images: a list of PIL images per sample, in the order of their `<image>` placeholders.
-            max_length: in tokens, image positions counted; what lies beyond is cut off.
+            max_length: in tokens, image positions included; later tokens are cut off.
             add_generation_prompt: end with the header of the model's turn, for generation.
             padding_side: `right` for training (the tokenizer's default), `left` for generation.
 
@@ -143,8 +143,8 @@ class MGMProcessor(ProcessorMixin):
         return low_views(high, self.image_size, self.image_grid, self.image_global)[0], high[0]
 
     def _normalized(self, image: Image.Image) -> torch.Tensor:
-        """The image processor's pixels [1, 3, S, S], bit for bit, in a third less time: NumPy's way from bytes to fp32
-        makes six more arrays as large as the result, in twice the precision."""
+        """The image processor's pixels [1, 3, S, S], bit for bit, in a third less time: it goes from bytes to fp32 by
+        six more arrays of the result's size, in fp64."""
         processor = self.image_processor
         pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
@@ -186,7 +186,7 @@ def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
     dropped, as in the original.
 
     Raises:
-        ValueError: an unknown speaker, two turns in a row by one, or an image in a reply.
+        ValueError: an unknown speaker, two turns in a row by the same speaker, or an image in a reply.
     """
     messages = []
     for turn in conversation:
@@ -210,13 +210,13 @@ def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
 def low_views(high: torch.Tensor, image_size: int, image_grid: int, image_global: bool) -> torch.Tensor:
     """CLIP's views of N images from ConvNeXt's [N, 3, S, S]: [N, 3, H, H], in K crops [N, K, 3, H, H].
 
-    They are scaled down without antialiasing, as in the original, so that the views agree. The sizes are the config's.
+    They are scaled down without antialiasing, as in the original. The sizes are the config's.
     """
     low = _scaled(high, image_grid * image_size)
     if image_grid == 1:
         return low
     crops = split_into_crops(low, image_grid)
-    if image_global:  # from the low view, not from the high one: as in the original
+    if image_global:  # scaled from the low view, not from the high one, as in the original
         crops = torch.cat([crops, _scaled(low, image_size).unsqueeze(1)], dim=1)
     return crops
 
@@ -226,7 +226,7 @@ def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square of the given colour, whose side is the longer one of the image's."""
+    """The image in the middle of a square of the given colour, as large as the image's longer side."""
     width, height = image.size
     if width == height:
         return image
@@ -237,7 +237,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def _one_list_per_sample(images: Sequence | None, num_samples: int) -> list[list]:
-    """Accept what transformers' processors accept: nothing, one image, a flat list for one sample, a list a sample."""
+    """Accept what transformers' processors accept: None, one image, a list for one sample, a list for each sample."""
     if images is None:
         return [[] for _ in range(num_samples)]
     if not isinstance(images, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The flags that every script with a model has, and the precision that a machine computes in."""
+"""The flags of every script that loads a model, and the precision that a machine computes in."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bf
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The flags that every script with a model honours."""
+    """The flags of every script that loads a model."""
 
     model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
     attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(ATTN_IMPLEMENTATIONS)})

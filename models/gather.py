@@ -1,4 +1,4 @@
-"""Gather what ZeRO-3 has split among the processes, and what a checkpoint or an adapter takes of a model."""
+"""Gather the parameters that ZeRO-3 has partitioned, and those that are saved in a checkpoint or an adapter."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What is to be saved, by name, on the main process's CPU. None: the model as it is.
+    """The tensors to save, by name, on the main process's CPU. None: save the model as it is.
 
-    Of a model with an adapter these are the parameters that PEFT saves. The frozen rest stays where it is.
+    For a model with an adapter these are the parameters that PEFT saves. The frozen rest is not gathered.
     """
     unwrapped = accelerator.unwrap_model(model)
     if not isinstance(unwrapped, PeftModel):
@@ -25,12 +25,12 @@ def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torc
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO-3 has split the parameters among the processes."""
+    """Whether ZeRO-3 has partitioned the parameters among the processes."""
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
-    """A context in which the parameters are whole. What the process `modifier_rank` makes of them, all get."""
+    """A context in which the parameters are unsharded. Changes by the process `modifier_rank` reach all processes."""
     if not is_partitioned(parameters):
         return nullcontext()
     import deepspeed

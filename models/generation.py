@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 def prompt_inputs(
     processor: ProcessorMixin, prompts: list[list[dict[str, str]]], images: list[list[Image.Image]]
 ) -> BatchFeature:
-    """Conversations that wait for a reply, padded on the left so that every row goes on where it ends."""
+    """Conversations up to the next reply, padded on the left so that every row ends where its answer begins."""
     inputs = processor(conversations=prompts, images=images, add_generation_prompt=True, padding_side="left")
     del inputs["labels"]
     return inputs
@@ -22,7 +22,7 @@ def prompt_inputs(
 @dataclass(frozen=True)
 class Answer:
     text: str
-    is_cut: bool  # it had not ended after as many tokens as were allowed
+    is_cut: bool  # max_new_tokens came before an end token
 
 
 def generate_answers(
@@ -35,18 +35,18 @@ def generate_answers(
     return [Answer(text, is_cut=not has_ended) for text, has_ended in zip(texts, ended, strict=True)]
 
 
-@torch.no_grad()  # not inference_mode: a prediction traces this function, and has no say in what runs under that
+@torch.no_grad()  # not inference_mode: a prediction traces this function, and cannot replace operators under that
 def generate_tokens(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
-    """The likeliest next token again and again, up to one of `end_tokens`. Returns the new tokens [B, N].
+    """Greedy decoding up to one of `end_tokens`. Returns the new tokens [B, N].
 
-    Images are encoded once, with the prompt; the cache holds the rest.
+    Images are encoded once, with the prompt; later steps read the key-value cache.
     """
     generated = model.generate(**inputs, do_sample=False, use_cache=True, max_new_tokens=max_new_tokens)
     return generated[:, inputs["input_ids"].shape[1] :]
 
 
 def answer_worst_case(accelerator: Accelerator, model: nn.Module, questions: Mapping[str, torch.Tensor]) -> None:
-    """What answering takes at most, for worst_case_questions: a pass over the prompts, and one with their cache."""
+    """Run the passes that need the most memory: over the prompts of worst_case_questions, and with their cache."""
     was_training = model.training
     model.eval()
     with accelerator.autocast():
@@ -55,6 +55,6 @@ def answer_worst_case(accelerator: Accelerator, model: nn.Module, questions: Map
 
 
 def end_tokens(model: nn.Module) -> list[int]:
-    """The tokens that end an answer: the model's own."""
+    """The tokens that end an answer, by the model's generation config."""
     found = model.generation_config.eos_token_id
     return [found] if isinstance(found, int) else found or []

@@ -26,21 +26,21 @@ from utils import UserError, brief_error
 
 
 def is_preset(name: str) -> bool:
-    """A folder comes first: the README's conversion writes one that is called `mgm-2b` like the preset."""
+    """Whether `name` is a preset. A folder of that name has priority: the README's conversion writes `mgm-2b`."""
     return name in PRESETS and not Path(name).is_dir()
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset, a folder or a hub id. Raises UserError where there is none."""
+    """The configuration of a preset, a folder or a hub id. Raises UserError if there is none."""
     if is_preset(name):
         return PRESETS[name]()
     return _from_pretrained(AutoConfig, name)
 
 
 def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
-    """A preset with random weights, or the model of a folder or a hub id. Raises UserError where it cannot be had.
+    """A preset with random weights, or the model of a folder or a hub id. Raises UserError if it cannot be loaded.
 
-    With `quantize` nf4 the language model's linear layers hold 4 bits a weight, and compute in `dtype`.
+    With `quantize` nf4 the language model's linear layers hold 4 bits per weight, and compute in `dtype`.
     """
     config = load_config(name)
     has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -48,8 +48,8 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
-    if is_preset(name) or torch.get_default_device().type == "meta":  # there no weights are read
-        with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 is to split what is quantized
+    if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
+        with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
             model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
         return quantize_language_model(model, dtype) if is_quantized else model
     model, info = _from_pretrained(
@@ -70,7 +70,7 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
 
 
 def require_quantization(quantize: str) -> None:
-    """Raise UserError where this machine cannot quantize."""
+    """Raise UserError if this machine cannot quantize."""
     try:
         check_quantization()
     except ImportError:
@@ -81,7 +81,7 @@ def require_quantization(quantize: str) -> None:
 
 
 def load_processor(name: str) -> ProcessorMixin:
-    """The processor of a folder or a hub id. Raises UserError where there is none."""
+    """The processor of a folder or a hub id. Raises UserError if there is none."""
     if is_preset(name):
         raise UserError(
             f"--model {name}: there is no such folder here, and the preset of that name has no tokenizer; make the "
@@ -104,7 +104,7 @@ def _from_pretrained(auto_class: type, name: str, **kwargs):
 
 
 def check_no_adapter(name: str) -> None:
-    """Raise UserError for a folder that holds an adapter alone: it names the adapter's base."""
+    """Raise UserError if the folder holds an adapter only. The message names the adapter's base."""
     try:
         base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError):
@@ -116,6 +116,6 @@ def check_no_adapter(name: str) -> None:
 
 
 def num_positions(model: str) -> float:
-    """Tokens that a row of the language model may have; infinity where its config names no limit."""
+    """The most tokens that a row of the language model may have; infinity if its config names no limit."""
     text_config = load_config(model).get_text_config()
     return getattr(text_config, "max_position_embeddings", None) or math.inf

@@ -1,4 +1,4 @@
-"""Choose what is trained: the linear layers that get LoRA, and the modules that are trained in full beside them."""
+"""Choose what is trained: the linear layers with LoRA, and the modules that are trained in full beside them."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"  # PEFT's word
 
 
 def lora_targets(names: list[str], language_model: nn.Module) -> list[str]:
-    """The layers that get LoRA, by name; all of them for `all-linear`. Raises UserError for a name of none."""
+    """The names of the layers that get LoRA; `all-linear` stands for all. Raises UserError for an unknown name."""
     modules = language_model.named_modules()
     known = sorted({path.rpartition(".")[2] for path, module in modules if isinstance(module, nn.Linear)})
     if names == [ALL_LINEAR]:
@@ -36,8 +36,8 @@ def lora_pattern(targets: list[str]) -> str:
 def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """The modules to train in full, by path: those whose path ends with one of the names.
 
-    A module inside another one belongs to it, and a list of modules is its members: it runs nothing itself, and PEFT
-    does not take it. Raises UserError for a name that ends no path, or a module that cannot be trained.
+    A module inside another chosen one is left out. A list of modules is replaced by its members, since PEFT cannot
+    wrap a list. Raises UserError for a name that ends no path, or a module that cannot be trained.
     """
     having_weights = {p: module for p, module in model.named_modules() if p and list(module.parameters())}
     found = {}
@@ -56,10 +56,10 @@ def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
 
 
 def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: list[str], names: list[str]) -> None:
-    """Raise UserError for one of the `modules`, chosen by `names`, that LoRA trains too, or whose copy has no place.
+    """Raise UserError if one of the `modules`, chosen by `names`, also has LoRA, or shares a weight with another.
 
-    PEFT trains a copy of each module. The copy of a head that shares its weight with the embedding would be a second
-    weight, and a checkpoint of such a model has room for one.
+    PEFT trains a copy of each module. If a head shares its weight with the embedding, its copy would be a second
+    weight, and a checkpoint of such a model holds only one.
     """
     pattern = re.compile(lora_pattern(targets))
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -76,12 +76,12 @@ def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: 
 
 
 def freeze_unused(model: nn.Module) -> list[str]:
-    """Train nothing that cannot get a gradient: DDP would wait for it. Returns the paths of what is not trained."""
+    """Freeze what cannot get a gradient, because DDP would wait for one. Returns the paths of the frozen modules."""
     base = model
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):  # the copy runs; --lora_bias all has reached the original too
+            if isinstance(module, ModulesToSaveWrapper):  # its copy runs, but --lora_bias all unfroze the original too
                 module.original_module.requires_grad_(False)
     unused = getattr(base.model, "unused_modules", list)()
     paths = {id(module): path for path, module in base.named_modules()}
@@ -96,10 +96,8 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trained). PEFT's frozen duplicates of the modules trained in full do not count."""
-    sizes = {
-        name: (num_values(p), p.requires_grad)
-        for name, p in model.named_parameters()
-        if ".original_module." not in name
-    }
-    return sum(size for size, _ in sizes.values()), sum(size for size, trained in sizes.values() if trained)
+    """(all, trained). PEFT's frozen originals of the modules trained in full do not count."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    originals = {id(p) for wrapper in wrappers for p in wrapper.original_module.parameters()}
+    counted = [p for p in model.parameters() if id(p) not in originals]
+    return sum(map(num_values, counted)), sum(num_values(p) for p in counted if p.requires_grad)

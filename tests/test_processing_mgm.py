@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor, pad_to_square, to_messages
+from mgm.configuration_mgm import MGMConfig, tiny
+from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor, build_processor, pad_to_square, to_messages
 
 
 ORIGINAL_IMAGE_TOKEN = -200  # one id an image in the original's input_ids; ours has one a position
@@ -251,6 +252,16 @@ def test_crops_are_cut_from_the_scaled_high_view(processor, image, image_global)
     batch = hd(conversations=[CONVERSATION, CHAT], images=[[image], []])
     assert batch["pixel_values"].shape == (1, len(expected), 3, 56, 56)
     assert (batch["input_ids"][0] == hd.image_token_id).sum() == hd.num_image_tokens
+
+
+@pytest.mark.parametrize(("image_grid", "image_global"), [(1, False), (2, False), (2, True)])
+def test_views_have_the_configs_shapes(processor, image, image_grid, image_global):
+    """The config says what the processor makes: black images and the model's check of its inputs rely on it."""
+    sizes = {**tiny().to_dict(), "image_grid": image_grid, "image_global": image_global}
+    sizes["vision_config_aux"]["image_size"] = 128
+    config = MGMConfig(**sizes)
+    views = build_processor(config, processor.tokenizer)(conversations=[CONVERSATION] * 2, images=[[image], [image]])
+    assert (views["pixel_values"].shape, views["pixel_values_aux"].shape) == config.view_shapes(2)
 
 
 def test_wrong_image_aspect_ratio(processor, image):

@@ -1,10 +1,10 @@
-"""Gated MLPs that make their activation again against plain ones: the same step, with less in memory."""
+"""Gated MLPs that recompute their activation against plain ones: the same step, with less in memory."""
 
 import pytest
 import torch
 from conftest import assert_same_gradients
 from torch import nn
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModel, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -12,10 +12,14 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import step
-from layers.recompute_activation import GatedActivation, recompute_activations
+from layers.recompute_activation import KNOWN_CLASSES, GatedActivation, recompute_activations
 from memory.config import ProbeConfig
 from memory.trace import trace_single
+from mgm.configuration_mgm import PRESETS
 from models.loading import load_model
+
+
+CONFIGS = {GemmaMLP: GemmaConfig, LlamaMLP: LlamaConfig, MistralMLP: MistralConfig, Qwen2MLP: Qwen2Config}
 
 
 class Layer(GradientCheckpointingLayer):
@@ -57,15 +61,12 @@ def test_step_is_the_same(monkeypatch, tiny_step, flags, num_layers):
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("mlp_class", "config_class"),
-    [(GemmaMLP, GemmaConfig), (LlamaMLP, LlamaConfig), (MistralMLP, MistralConfig), (Qwen2MLP, Qwen2Config)],
-)
+@pytest.mark.parametrize("mlp_class", KNOWN_CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlps_of_all_language_models(mlp_class, config_class, dtype):
+def test_mlps_of_known_classes(mlp_class, dtype):
     """Output and gradients in both precisions, of more pieces than they divide into; and without gradients."""
     torch.manual_seed(0)
-    layer = Layer(mlp_class(config_class(hidden_size=32, intermediate_size=37))).to(dtype)
+    layer = Layer(mlp_class(CONFIGS[mlp_class](hidden_size=32, intermediate_size=37))).to(dtype)
     hidden_states = torch.randn(2, 5, 32, dtype=dtype, requires_grad=True)
     inputs = [hidden_states, *layer.parameters()]
 
@@ -113,10 +114,63 @@ def test_a_quarter_less_is_kept(monkeypatch):
     assert 0 <= (plain - slim) / wide_bytes - text_config.num_hidden_layers < 1
 
 
-def test_other_layers_are_left_alone():
-    """One that is checkpointed, and an MLP without a gate."""
-    gated = Layer(GemmaMLP(GemmaConfig(hidden_size=4, intermediate_size=8)))
-    gated.gradient_checkpointing = True
-    for layer in (gated, Layer(nn.Linear(2, 2))):
-        recompute_activations(layer)
-        assert "forward" not in vars(layer.mlp)
+class ClampedMLP(nn.Module):
+    """An MLP with Gemma's parts and another formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, part in small_mlp(GemmaMLP).named_children():
+            self.add_module(name, part)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        activation = self.act_fn(self.gate_proj(hidden_states)).clamp(max=0.1)
+        return self.down_proj(activation * self.up_proj(hidden_states))
+
+
+class ScaledMLP(GemmaMLP):
+    """A subclass of a known class, with another formula."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+def small_mlp(mlp_class: type[GemmaMLP]) -> GemmaMLP:
+    return mlp_class(GemmaConfig(hidden_size=4, intermediate_size=8))
+
+
+@pytest.mark.parametrize(
+    "mlp", [small_mlp(ScaledMLP), ClampedMLP(), nn.Linear(4, 4)], ids=lambda mlp: type(mlp).__name__
+)
+def test_an_mlp_of_another_formula_is_left_alone(mlp):
+    """Whatever its parts are called, it computes what it did before."""
+    hidden_states = torch.randn(2, 3, 4)
+    expected = mlp(hidden_states)
+    recompute_activations(Layer(mlp))
+    assert "forward" not in vars(mlp)
+    assert torch.equal(mlp(hidden_states), expected)
+
+
+def test_a_checkpointed_layer_is_left_alone():
+    layer = Layer(small_mlp(GemmaMLP))
+    layer.gradient_checkpointing = True
+    recompute_activations(layer)
+    assert "forward" not in vars(layer.mlp)
+
+
+def test_all_language_models_of_the_presets_are_known():
+    """Otherwise they would keep a third wide tensor, and nobody would notice. convert_mgm.py takes Mistral too."""
+    for preset in PRESETS.values():
+        with torch.device("meta"):
+            model = AutoModel.from_config(preset().text_config)
+        assert {type(module) for module in model.modules() if hasattr(module, "gate_proj")} <= set(KNOWN_CLASSES)
+    assert MistralMLP in KNOWN_CLASSES
+
+
+def test_an_mlp_trained_in_full_beside_lora(monkeypatch, tiny_step):
+    """PEFT trains a copy of it inside a wrapper: the copy recomputes its activation too."""
+    shapes = count_calls(monkeypatch)
+    flags = {"trainable_modules": ["layers.0.mlp"], "gradient_checkpointing": False}
+    found = tiny_step(**flags)
+    assert len(shapes) == 4
+    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
+    assert_same_gradients(found, tiny_step(**flags))

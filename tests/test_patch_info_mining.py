@@ -5,7 +5,7 @@ import torch
 from conftest import plain_mining
 from torch.utils.checkpoint import checkpoint
 
-from mgm import patch_info_mining as modeling_mining
+from mgm import patch_info_mining
 from mgm.configuration_mgm import tiny
 from mgm.patch_info_mining import MGMPatchInfoMining, chunks, upsampled_rows
 
@@ -36,7 +36,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     "chunk_elements", [1, 16 * 32 * 208, 10**9]
 )  # rows of patches, part of the images, everything
 def test_values_and_gradients_are_the_originals(monkeypatch, chunk_elements, is_checkpointed):
-    monkeypatch.setattr(modeling_mining, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(patch_info_mining, "CHUNK_ELEMENTS", chunk_elements)
     mining, features, stages = make_inputs()
     if is_checkpointed:
         mining.gradient_checkpointing = True
@@ -56,7 +56,7 @@ def test_values_and_gradients_are_the_originals(monkeypatch, chunk_elements, is_
 
 def test_chunks_cover_everything_once(monkeypatch):
     """Images or rows of patches, in order and without a gap; a chunk is no larger than it may be."""
-    monkeypatch.setattr(modeling_mining, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(patch_info_mining, "CHUNK_ELEMENTS", 1000)
     for elements_of_view in (10, 300, 1000, 1001, 6000, 24_000, 10**6):
         images, rows = chunks(num_images=7, patch_grid_size=24, elements_of_view=elements_of_view)
         for slices, length in ((images, 7), (rows, 24)):

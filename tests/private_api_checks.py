@@ -1,0 +1,407 @@
+"""Small runs for test_private_apis.py: each fails if a library no longer does what the project relies on."""
+
+import ast
+import importlib
+import inspect
+import itertools
+import mmap
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DeepSpeedPlugin
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import dora
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin, masking_utils
+
+from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
+from layers.tiled_mlp import layer_mlps
+from memory.cpu_profile import memory_events, profile_memory
+from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, _overload, kernels_of
+from memory.known import READERS
+from mgm.configuration_mgm import tiny
+from mgm.modeling_mgm import MGMForConditionalGeneration
+from utils import UserError
+
+
+ROOT = Path(__file__).parent.parent
+TOKENS = torch.arange(4, 10)[None]
+
+
+def small_gemma(**config: object) -> GemmaForCausalLM:
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    return GemmaForCausalLM(GemmaConfig(num_attention_heads=2, num_key_value_heads=1, **(sizes | config))).eval()
+
+
+@contextmanager
+def must_call(owner: object, *names: str) -> Iterator[None]:
+    """Fails unless each of the owner's functions is called inside, found under the name that the project patches."""
+    called: set[str] = set()
+
+    def noting(name: str) -> Callable:
+        original = getattr(owner, name)
+
+        def function(*args: object, **kwargs: object) -> object:
+            called.add(name)
+            return original(*args, **kwargs)
+
+        return function
+
+    with patch.multiple(owner, **{name: noting(name) for name in names}):
+        yield
+    assert called == set(names), f"no longer called: {', '.join(sorted(set(names) - called))}"
+
+
+def check_masks() -> None:
+    with must_call(masking_utils, "is_tracing", "fast_all"):
+        small_gemma()(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+
+
+def check_generation() -> None:
+    num_tokens = itertools.count()
+    with patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(num_tokens) < 2):
+        generated = small_gemma().generate(TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=8)
+    assert generated.shape[1] - TOKENS.shape[1] == 2, "generate does not end when it says so"
+
+
+def check_checkpointing_flags() -> None:
+    model = MGMForConditionalGeneration(tiny())
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    mining = model.model.patch_info_mining
+    assert mining.gradient_checkpointing and callable(mining._gradient_checkpointing_func)
+    mlps = list(layer_mlps(model.model.language_model, checkpointed=True))
+    assert len(mlps) == tiny().text_config.num_hidden_layers, "layers or their MLPs are no longer found"
+    assert not list(layer_mlps(model, checkpointed=False)), "a layer is not checkpointed although it was asked for"
+
+
+def check_clip() -> None:
+    model = MGMForConditionalGeneration(tiny()).eval().model
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    expected = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(model.clip_features(pixels), expected)
+    assert len(model.unused_modules()) == 2 and isinstance(model.vision_tower.post_layernorm, nn.LayerNorm)
+
+
+def check_convnext() -> None:
+    config = tiny()
+    config.vision_config_aux.layer_norm_eps = 1e-3
+    tower = MGMForConditionalGeneration(config).model.vision_tower_aux
+    assert type(tower.layernorm) is nn.Identity
+    assert type(AutoModel.from_config(config.vision_config_aux).layernorm) is nn.LayerNorm, (
+        "the classifier's norm is elsewhere"
+    )
+    norms = [module for module in tower.modules() if "LayerNorm" in type(module).__name__]
+    num_stages, num_blocks = 4, sum(config.vision_config_aux.depths)
+    assert len(norms) == num_blocks + num_stages, "the embeddings', the down-samplings' and the blocks'"
+    assert all(isinstance(norm, nn.LayerNorm) and norm.eps == 1e-3 for norm in norms), "an eps is not set"
+
+
+def check_tied_head() -> None:
+    model = MGMForConditionalGeneration(tiny())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def check_embed_scale() -> None:
+    embeddings = small_gemma().get_input_embeddings()
+    torch.testing.assert_close(embeddings.embed_scale, torch.tensor(64**0.5))
+    torch.testing.assert_close(embeddings(TOKENS), embeddings.weight[TOKENS] * 8)
+
+
+def check_peft_paths() -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["gate_proj"], use_dora=True)
+    model = get_peft_model(small_gemma(), config)
+    names = " ".join(name for name, _ in model.named_parameters())
+    layer = "base_model.model.model.layers.0"
+    for piece in (
+        f"{layer}.self_attn.q_proj.base_layer.weight",
+        f"{layer}.self_attn.q_proj.lora_A.default.weight",
+        f"{layer}.self_attn.q_proj.lora_magnitude_vector.default.weight",
+        f"{layer}.mlp.gate_proj.original_module.weight",
+        f"{layer}.mlp.gate_proj.modules_to_save.default.weight",
+    ):
+        assert piece in names, f"{piece} is called otherwise"
+
+
+def check_dora() -> None:
+    model = get_peft_model(small_gemma(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with must_call(dora, "dequantize_module_weight"):
+        model(input_ids=TOKENS)
+
+
+def check_peft_asks_for_4_bits() -> None:
+    model = quantize_language_model(small_gemma(), torch.float32)
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert any(isinstance(module, LoraLinear4bit) for module in peft_model.modules()), "PEFT asks otherwise"
+
+
+def check_quant_state() -> None:
+    layer = quantize_linear(nn.Linear(64, 64, bias=False), torch.float32)
+    tensors = {name.removeprefix("weight.quant_state.").removeprefix("weight.") for name, _ in state_tensors(layer)}
+    assert tensors == {"absmax", "code", "offset", "state2.absmax", "state2.code"}
+    assert layer.weight.quant_state.shape.numel() == 64 * 64
+    assert layer.support_avx512bf16_for_cpu in (True, False)
+
+
+def check_dynamic_map() -> None:
+    from bitsandbytes import functional
+
+    with patch.dict(functional.name2qmap, clear=True):
+        quantize_linear(nn.Linear(64, 64, bias=False), torch.float32)
+        assert functional.name2qmap.keys() >= {"dynamic"}
+
+
+def check_gemm_4bit() -> None:
+    names = [argument.name for argument in torch.ops.bitsandbytes.gemm_4bit.default._schema.arguments]
+    assert names[:5] == ["A", "B", "shapeB", "absmax", "blocksize"], f"its arguments are {names}"
+
+
+def check_skip_modules() -> None:
+    assert nf4_config(torch.float32).llm_int8_skip_modules, "the towers would be quantized"
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[object] = set()
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        self.seen.add(func)
+        return func(*args, **kwargs or {})
+
+
+def check_item() -> None:
+    with Operators() as mode:
+        torch.ones(1).item()
+    assert torch.ops.aten._local_scalar_dense.default in mode.seen
+
+
+def check_autograd_nodes() -> None:
+    seen = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append(torch._C._current_autograd_node()._sequence_nr())
+            return gradient
+
+    leaf = torch.ones(1, requires_grad=True)
+    before = torch.autograd._get_sequence_nr()
+    output = Noting.apply(leaf)
+    after = torch.autograd._get_sequence_nr()
+    output.backward()
+    assert before <= seen[0] < after, "the node that runs has no number between those around its forward"
+    assert torch._C._current_autograd_node() is None, "outside the backward pass there is none"
+
+
+def check_storage_address() -> None:
+    one, other = torch.zeros(4), torch.zeros(4)
+    assert one.untyped_storage()._cdata == one[1:].untyped_storage()._cdata != other.untyped_storage()._cdata
+    assert one[1:]._is_view() and not one._is_view()
+
+
+def check_module_tables() -> None:
+    module = nn.BatchNorm1d(2)
+    replacement = nn.Parameter(torch.zeros(2))
+    module._parameters["weight"] = replacement
+    module._buffers["running_mean"] = torch.ones(2)
+    assert module.weight is replacement and module.running_mean.sum() == 2
+
+
+def check_fake_devices() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device, host = torch.empty(2, device="cpu:0"), torch.empty(2, device="cpu")
+        assert device.device == torch.device("cpu:0") != host.device
+        assert device.to("cpu").device == host.device
+
+
+def check_checkpoint_keeps_random_state() -> None:
+    with must_call(torch, "get_rng_state"):
+        checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False)
+
+
+def check_library() -> None:
+    for name in (*CUDA_AUTOCAST_TO_FP32, *CUDA_AUTOCAST_FP32_OUTPUT):
+        assert isinstance(_overload(name), torch._ops.OpOverload), f"there is no aten.{name}"
+    x = torch.ones(2, 2, dtype=torch.bfloat16)
+    for context, dtype in ((kernels_of("cuda"), torch.float32), (nullcontext(), torch.bfloat16)):
+        with context, torch.autocast("cpu", dtype=torch.bfloat16):
+            assert x.exp().dtype == dtype, "the replaced kernel is not called, or stays"
+
+
+def check_profiler() -> None:
+    with profile_memory() as profiler:
+        tensor = torch.empty(1_000_000)
+        del tensor
+    events = memory_events(profiler)
+    assert 4_000_000 in events and -4_000_000 in events, "allocations are no longer among the profiler's events"
+
+
+def check_kineto_variable() -> None:
+    library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        assert content.find(b"KINETO_LOG_LEVEL") >= 0
+
+
+def check_fake_process_group() -> None:
+    import torch.testing._internal.distributed.fake_pg
+
+    assert "fake" in torch.distributed.Backend.backend_list
+
+
+def check_optimizer_state() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    assert "foreach" in optimizer.param_groups[0]
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+class Failing(Dataset):
+    """A data set whose samples fail in the way that `fail` does."""
+
+    def __init__(self, fail: Callable[[], None]) -> None:
+        self.fail = fail
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        self.fail()
+
+
+def raise_user_error() -> None:
+    raise UserError("image 7: it is a UserError: of two words")
+
+
+def kill_worker() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_worker_exception() -> None:
+    with pytest.raises(UserError) as raised:
+        next(iter(DataLoader(Failing(raise_user_error), num_workers=1, multiprocessing_context="fork")))
+    assert str(raised.value) == "of two words", "a UserError has lost its line on the way from a worker"
+
+
+def check_dead_worker() -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(RuntimeError, match=r"DataLoader worker.*\(pid(\(s\))? [\d, ]+\)") as raised:
+            next(iter(DataLoader(Failing(kill_worker), num_workers=1, multiprocessing_context="fork")))
+        assert "signal: Killed" in str(raised.value) or str(raised.value).endswith("exited unexpectedly")
+        assert callable(signal.getsignal(signal.SIGCHLD)), "torch's handler raises it"
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def check_host_out_of_memory() -> None:
+    from training.out_of_memory import asked_for, is_out_of_memory
+
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert asked_for(raised.value) == "tried to allocate 1048576.00 GiB of host memory"
+
+
+def check_getitems() -> None:
+    class Batches(Dataset):
+        def __getitems__(self, indices: list[int]) -> list[list[int]]:
+            return [indices]
+
+    class Indices(list):
+        pass
+
+    batches = DataLoader(Batches(), batch_sampler=[Indices([1, 2])], collate_fn=lambda samples: samples[0])
+    assert [type(indices) for indices in batches] == [Indices], "a micro-batch would lose what it carries"
+
+
+def check_batch_sampler() -> None:
+    class Sampler(list):
+        batch_size, drop_last = None, False
+
+    shards = [list(BatchSamplerShard(Sampler([[0, 1], [2, 3], [4], [5]]), 2, i, even_batches=False)) for i in range(2)]
+    assert shards == [[[0, 1], [4]], [[2, 3], [5]]]
+
+
+def check_launch_variables() -> None:
+    source = inspect.getsource(importlib.import_module("accelerate.state")) + inspect.getsource(DeepSpeedPlugin)
+    for name in ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "DEEPSPEED_ZERO3_INIT"):
+        assert f"ACCELERATE_{name}" in source, f"accelerate no longer reads ACCELERATE_{name}"
+
+
+def check_deepspeed_variable() -> None:
+    from deepspeed.accelerator import real_accelerator
+
+    assert "DS_ACCELERATOR" in inspect.getsource(real_accelerator)
+
+
+def check_stand_in() -> None:
+    """Each method that the stand-in overrides exists, with as many parameters, and no new one is abstract."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    assert not inspect.isabstract(CPU_Accelerator)
+    tree = ast.parse((ROOT / "memory/stand_in.py").read_text())
+    stand_in = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "StandIn")
+    methods = [node for node in stand_in.body if isinstance(node, ast.FunctionDef)]
+    assert methods
+    for method in methods:
+        original = inspect.getattr_static(CPU_Accelerator, method.name, None)
+        assert original is not None, f"DeepSpeed no longer asks for {method.name}"
+        if not isinstance(original, property):  # FloatTensor and its like return a function
+            expected = list(inspect.signature(original).parameters)
+            assert len(method.args.args) == len(expected), f"{method.name} takes {expected}"
+
+
+def check_loss_scaler() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(2.0, 2.0, 10, 1.0, 2, False)
+    assert scaler.dynamic
+    assert {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"} <= vars(scaler).keys()
+
+
+def check_readers() -> None:
+    """Each function that may read a traced tensor's number is in its file."""
+    for path, function in READERS:
+        library, _, rest = path.partition("/")
+        source = (Path(find_spec(library).origin).parent / rest).read_text()
+        names = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+        assert function in names, f"{path} has no {function}"
+
+
+def check_fingerprint() -> None:
+    import datasets
+
+    one = datasets.Dataset.from_dict({"a": [1]})
+    other = one.map(lambda row: {"b": row["a"]}, new_fingerprint="abc", desc=None)
+    assert isinstance(one._fingerprint, str) and other._fingerprint == "abc"
+
+
+def check_name_or_path() -> None:
+    assert GemmaConfig(name_or_path="a")._name_or_path == "a"
+
+
+def check_lmms_eval() -> None:
+    lmms_eval = pytest.importorskip("lmms_eval.api.model", reason="lmms-eval has an environment of its own")
+    assert {"_rank", "_world_size"} <= vars(lmms_eval.lmms()).keys()
