@@ -402,7 +402,7 @@ APIS = [
             ("ds_numel", "layers/quantization.py", "its unsharded size", "wrong counts of parameters"),
             ("ds_shape", "training/training_state.py", "its unsharded shape", "resuming under ZeRO-3 fails"),
             ("ds_tensor", "training/training_state.py memory/zero.py", "this process's part",
-             "predictions under ZeRO fail"),
+             "resuming and predicting under ZeRO-3 fail"),
         )
     ],
     # Tools around training
