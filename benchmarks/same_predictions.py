@@ -1,0 +1,85 @@
+"""Predict the rows under results/ again and compare them with what is committed, to the byte.
+
+    python -m benchmarks.same_predictions                    # half an hour of one core, no GPU
+    python -m benchmarks.same_predictions --only cpu gpu     # some of the files: cpu gpu headline mgm_2b
+
+Run it before and after a change that must not change a prediction. Exit code 1: a row differs.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cpu_matrix, gpu_matrix, headline, mgm_2b
+from benchmarks.tables import CPU_MATRIX, GPU_MATRIX, HEADLINE, MGM_2B
+from memory.config import ProbeConfig
+from memory.predict import predict
+from utils import check_choice, run_script
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    only: list[str] = field(
+        default_factory=lambda: ["cpu", "gpu", "headline", "mgm_2b"], metadata={"help": "which files' rows"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.only:
+            check_choice("only", name, tuple(FILES))
+
+
+def main(config: CompareConfig) -> dict[str, Any]:
+    count, different = 0, []
+    for name in config.only:
+        for flags, committed, predicted in FILES[name]():
+            count += 1
+            if committed != predicted:
+                different.append({"file": name, "flags": flags})
+            print(f"{'same' if committed == predicted else 'DIFFERENT'}: {name} {flags}", flush=True)
+            if committed != predicted:
+                print(f"  committed {committed}\n  predicted {predicted}", flush=True)
+    return {"rows": count, "different": different}
+
+
+# Each yields a row's flags, the committed figures and today's.
+Comparison = Iterator[tuple[dict[str, Any], Any, Any]]
+
+
+def cpu_rows() -> Comparison:
+    with tempfile.TemporaryDirectory() as folder:
+        for row in json.loads(CPU_MATRIX.read_text())["rows"]:
+            model = cpu_matrix.model_path(row["flags"]["model"], Path(folder))
+            config = ProbeConfig(**cpu_matrix.DEFAULTS | row["flags"] | {"model": model, "mode": "predict"})
+            yield row["flags"], row["predicted_bytes"], predict(config)["peak_allocated_bytes"]
+
+
+def gpu_rows() -> Comparison:
+    config = gpu_matrix.MatrixConfig()
+    for row in json.loads(GPU_MATRIX.read_text())["rows"]:
+        if "predicted" in row:
+            result = predict(gpu_matrix.row_config(config, row["flags"]))
+            yield row["flags"], row["predicted"], {name: result[name] for name in row["predicted"]}
+
+
+def headline_rows() -> Comparison:
+    committed = json.loads(HEADLINE.read_text())
+    for row in committed["rows"]:
+        yield row["flags"], row, {"flags": row["flags"]} | headline.predict_row(committed["model"], row["flags"])
+
+
+def mgm_2b_rows() -> Comparison:
+    committed = json.loads(MGM_2B.read_text())
+    for name, predict_row in (("lora", mgm_2b.lora), ("host", mgm_2b.host)):
+        for row in committed[name]:
+            yield row["flags"], row, {"flags": row["flags"]} | predict_row(row["flags"])
+
+
+FILES = {"cpu": cpu_rows, "gpu": gpu_rows, "headline": headline_rows, "mgm_2b": mgm_2b_rows}
+
+
+if __name__ == "__main__":
+    sys.exit(1 if run_script(main, CompareConfig)["different"] else 0)
