@@ -28,14 +28,8 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 
 from training.out_of_memory import SNAPSHOT
-from training.training_state import (
-    Tensors,
-    TrainingState,
-    load_rng_state,
-    rng_state,
-    rng_state_from_json,
-    rng_state_to_json,
-)
+from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
+from training.training_state import Tensors, TrainingState
 from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
 
 
