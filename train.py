@@ -8,10 +8,8 @@ last line on stdout is a JSON object.
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
@@ -31,9 +29,8 @@ from data.loader import build_loader
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import load_processor, num_positions
-from step import StepConfig, build_accelerator, build_model, build_optimizer, check_positions, training_step
+from step import build_accelerator, build_model, build_optimizer, check_positions, training_step
 from training.checkpoints import (
-    RUN_JSON,
     Checkpoints,
     Position,
     check_output_dir,
@@ -42,102 +39,25 @@ from training.checkpoints import (
     read_position,
     run_settings,
 )
+from training.config import DEMO_RECIPE, TrainConfig
 from training.doctor import run_doctor
 from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
-from training.out_of_memory import OutOfMemory
+from training.out_of_memory import ExplainOutOfMemory
 from training.rehearsal import rehearse
 from training.run_log import RunLog
 from training.saving import save_trained
 from training.training_state import TrainingState
-from utils import UserError, check_choice, check_minimum, run_script
+from utils import UserError, run_script
 
 
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
-DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
-# transformers' schedulers but those that need more settings than these flags have, such as a smallest learning rate.
-SCHEDULERS = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
-    *("constant", "constant_with_warmup", "inverse_sqrt"),
-)
-POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin above it
-
-
-@dataclass(kw_only=True)
-class TrainConfig(StepConfig):
-    # Data
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
-    )
-    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad | square; default: as the model's processor"}
-    )
-    group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
-    allow_missing_end_of_turn: bool = field(
-        default=False, metadata={"help": "train even if no token that stops generation ends the replies"}
-    )
-    on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
-    # The course of training
-    learning_rate: float = field(default=2e-4, metadata={"help": "the highest, after the warm-up"})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the updates"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": " | ".join(SCHEDULERS)})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
-    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data set"})
-    max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
-    # Output
-    doctor: bool = field(default=False, metadata={"help": "only look whether this machine is ready for --model"})
-    output_dir: str = field(default="outputs/demo", metadata={"help": "folder for adapter, checkpoints and logs"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the run that is in --output_dir"})
-    logging_steps: int = field(default=10, metadata={"help": "updates from one point in TensorBoard to the next"})
-    save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
-    save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
-    forecast: bool = field(
-        default=True, metadata={"help": "predict the run's memory in a process beside it, to compare with"}
-    )
-    rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
-    max_nonfinite_updates: int = field(
-        default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_aspect_ratio is not None:
-            check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
-        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
-        check_minimum(self, max_bad_fraction=0)
-        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
-        check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        if self.warmup_ratio > 1:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio}: it is a share of the updates, at most 1")
-        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
-            raise UserError(
-                f"--learning_rate {self.learning_rate}: polynomial falls to {POLYNOMIAL_END}, start above it"
-            )
-        check_minimum(self, logging_steps=1, max_new_tokens=1)
-        check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
-        if not self.doctor:
-            if Path(self.model).resolve() == Path(self.output_dir).resolve():
-                raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
-            check_output_dir(Path(self.output_dir), self.overwrite_output_dir, self.resume_from_checkpoint)
-
-    @staticmethod
-    def default_recipe(flags: Namespace) -> Path | None:
-        """Without a data set the demo is trained on, and the demo has its own batch and learning rate."""
-        return DEMO_RECIPE if flags.dataset is None else None
 
 
 def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
     if config.doctor:
         return run_doctor(config.model, output_dir)
+    check_output_dir(config)
     accelerator = build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,
@@ -152,8 +72,8 @@ def main(config: TrainConfig) -> dict | None:
     # Whatever is wrong with the input is found here, before the first byte is written.
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
-    run_json, data = output_dir / RUN_JSON, train_dataset.digest
-    if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
+    data = train_dataset.digest
+    if finished := finished_run(config, data):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
     if config.dataset is None:
@@ -178,7 +98,7 @@ def main(config: TrainConfig) -> dict | None:
 
     state = TrainingState(accelerator, model, optimizer, scheduler)
     settings = run_settings(
-        asdict(config),
+        config,
         data=data,
         lengths=sampler.digest(),
         samples_per_update=sampler.update_size,
@@ -190,7 +110,7 @@ def main(config: TrainConfig) -> dict | None:
 
     with (
         Watch(accelerator) as watch,
-        OutOfMemory(accelerator, config, longest) as out_of_memory,
+        ExplainOutOfMemory(accelerator, config, longest) as out_of_memory,
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
@@ -218,7 +138,14 @@ def main(config: TrainConfig) -> dict | None:
                 num_items_in_batch = bad_samples.count(batch, label_tokens[global_step - first_step])
                 with accelerator.accumulate(model):
                     loss, grad_norm = training_step(
-                        accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm, True
+                        accelerator,
+                        model,
+                        optimizer,
+                        scheduler,
+                        batch,
+                        num_items_in_batch=num_items_in_batch,
+                        max_grad_norm=config.max_grad_norm,
+                        skip_nonfinite=True,
                     )
                 log.micro_batch(batch, loss)
                 nonfinite.micro_batch(loss, sample_ids)

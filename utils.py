@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 # Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIB, GIB = 2**20, 2**30
+RESUME = "resume"  # in a flag's metadata
 
 
 class UserError(Exception):
@@ -85,13 +86,30 @@ def check_minimum(config: object, **minimums: float) -> None:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
+def free_on_resume(default: Any, help: str) -> Any:
+    """A dataclass's flag that may have another value when a run is resumed. All flags not made by this must stay."""
+    return field(default=default, metadata={"help": help, RESUME: "free"})
+
+
+def flags_free_on_resume(config_class: type) -> set[str]:
+    return {flag.name for flag in fields(config_class) if flag.metadata.get(RESUME) == "free"}
+
+
+class FlagParser(HfArgumentParser):
+    """HfArgumentParser gives a flag's whole metadata to argparse, which does not know what RESUME is."""
+
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        options.pop(RESUME, None)
+        return super().add_argument(*names, **options)
+
+
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults.
 
     A config class may have a `default_recipe(flags)`: it sees the parsed flags and names the recipe that lies below
     all of them, or returns None.
     """
-    parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser = FlagParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="flags with their values; those typed override them")
     parser.error = _raise_user_error
 

@@ -94,8 +94,7 @@ def load_in_new_process(path: Path) -> dict:
 
 def load(path: str) -> dict:
     """Everything train.py does with a data set before the first step. Peaks: this process's, the largest child's."""
-    with tempfile.TemporaryDirectory() as output_dir:
-        config = TrainConfig(dataset=path, eval_samples=0, output_dir=output_dir)
+    config = TrainConfig(dataset=path, eval_samples=0)
     processor = load_processor(config.model)
     start, cpu_before = time.perf_counter(), time.process_time()
     dataset, _ = build_datasets(config, processor)

@@ -90,9 +90,8 @@ def main(config: ExperimentConfig) -> dict[str, Any]:
 def prepare_demo() -> int:
     """Write the demo and its cache once, before many processes ask for them. Returns its longest sample's tokens."""
     ensure_demo()
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(output_dir=folder, eval_samples=0)
-        train_dataset, _ = build_datasets(config, load_processor(config.model))
+    config = TrainConfig(eval_samples=0)
+    train_dataset, _ = build_datasets(config, load_processor(config.model))
     return int(column_values(train_dataset.records, "num_tokens").max())
 
 

@@ -89,7 +89,13 @@ def _measure(config: step.StepConfig, rank: int, world_size: int, images_per_sam
             with profile_memory() as profiler:
                 with accelerator.accumulate(model):
                     step.training_step(
-                        accelerator, model, optimizer, scheduler, batch, batch["labels"].numel(), config.max_grad_norm
+                        accelerator,
+                        model,
+                        optimizer,
+                        scheduler,
+                        batch,
+                        num_items_in_batch=batch["labels"].numel(),
+                        max_grad_norm=config.max_grad_norm,
                     )
             peaks.append(before_bytes + rise(memory_events(profiler)))
         before_bytes = bytes_in_use(model)

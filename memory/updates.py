@@ -57,12 +57,10 @@ def run_updates(
     """Updates of the prepared model, with as many micro-batches each as the accelerator accumulates. The second one
     finds the optimizer's state in place."""
     scheduler = get_scheduler("constant", optimizer)
-    num_items_in_batch = batch["labels"].numel()
+    settings = {"num_items_in_batch": batch["labels"].numel(), "max_grad_norm": config.max_grad_norm}
     for _ in range(num_updates * accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):
-            step.training_step(
-                accelerator, model, optimizer, scheduler, batch, num_items_in_batch, config.max_grad_norm
-            )
+            step.training_step(accelerator, model, optimizer, scheduler, batch, **settings)
 
 
 def end_run(

@@ -56,7 +56,8 @@ def run(config: step.StepConfig, folder: Path, num_updates: int, result: dict | 
             memory = RunMemory(accelerator, config.step_flags, model, optimizer, Row(60, 1), writer, forecast)
             for update in range(num_updates * config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    step.training_step(accelerator, model, optimizer, scheduler, batch, 100, config.max_grad_norm)
+                    settings = {"num_items_in_batch": 100, "max_grad_norm": config.max_grad_norm}
+                    step.training_step(accelerator, model, optimizer, scheduler, batch, **settings)
                 memory.micro_batch(batch)
                 memory.log(update + 1)
                 if forecast:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -27,28 +27,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 
+from training.config import TrainConfig
 from training.out_of_memory import SNAPSHOT
 from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from training.training_state import Tensors, TrainingState
-from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
+from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, flags_free_on_resume
 
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
 LATEST = "latest"
 RUN_JSON = "run.json"  # what a finished run has come to
-# Flags whose change leaves the run what it is. All others have to stay; the records, the samples an update and the
-# number of updates are compared themselves.
-FREE_FLAGS = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
-    *("logging_steps", "save_steps", "save_total_limit"),
-    *("dataset", "image_folder", "follow_links", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
-    *("per_device_eval_batch_size", "max_new_tokens", "allow_missing_end_of_turn"),
-    *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast", "rehearse"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles"),
-    *("attn_implementation", "mixed_precision", "loss"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,18 @@ class Position:
     global_step: int = 0
     epoch: int = 0
     update: int = 0
+
+
+class Log(Protocol):
+    """What a checkpoint needs of the run's log."""
+
+    def state(self) -> Any: ...
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """What `state` has returned, as JSON. All processes call together."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -75,9 +76,9 @@ class Checkpoints:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: Any,
+        config: TrainConfig,
         state: TrainingState,
-        log: Any,
+        log: Log,
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
@@ -293,8 +294,11 @@ def find_damage(path: Path) -> str | None:
         return f"{CHECKSUMS} is damaged"
 
 
-def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> None:
-    """Raise UserError where output would mix with what another run has left."""
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise UserError where nothing can be written, or output would mix with what another run has left."""
+    path, overwrite, resume_from = Path(config.output_dir), config.overwrite_output_dir, config.resume_from_checkpoint
+    if Path(config.model).resolve() == path.resolve():
+        raise UserError(f"--output_dir {path}: the model is there, choose another folder")
     is_resumed_here = resume_from == LATEST or (
         resume_from is not None and Path(resume_from).resolve().parent == path.resolve()
     )
@@ -332,34 +336,36 @@ def read_tensors(path: Path) -> Tensors:
                 yield name, tensors.get_tensor(name)
 
 
-def finished_run(
-    resume_from: str | None, run_json: Path, flags: dict[str, Any], data: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What a run with these flags has already come to, where `latest` is the end of it.
+def finished_run(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any] | None:
+    """run.json's content if `--resume_from_checkpoint latest` finds a run with these flags at its end.
 
     Raises:
         UserError: it was trained on other `data`.
     """
-    is_saved = any((run_json.parent / name).is_file() for name in ("adapter_config.json", "config.json"))
-    if resume_from != LATEST or not run_json.is_file() or not is_saved:
+    output_dir = Path(config.output_dir)
+    run_json = output_dir / RUN_JSON
+    is_saved = any((output_dir / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if config.resume_from_checkpoint != LATEST or not run_json.is_file() or not is_saved:
         return None
     result = json.loads(run_json.read_text())
-    names = flags.keys() - FREE_FLAGS | {"num_train_epochs", "max_steps"}
+    flags = asdict(config)
+    names = flags.keys() - flags_free_on_resume(TrainConfig) | {"num_train_epochs", "max_steps"}
     is_same = all(result["config"].get(name) == flags[name] for name in names)
     if result["status"] != "done" or not is_same:
         return None
     if (trained_on := result.get("data", data)) != data:
         difference = _data_difference(trained_on, data)
         raise UserError(
-            f"--resume_from_checkpoint latest: {run_json.parent} is finished, and {difference}. "
+            f"--resume_from_checkpoint latest: {output_dir} is finished, and {difference}. "
             "Use the same data, or choose another --output_dir to start a new run"
         )
     return result
 
 
-def run_settings(flags: dict[str, Any], **derived: Any) -> dict[str, Any]:
-    """The flags that have to stay, and what others come to."""
-    return {name: value for name, value in flags.items() if name not in FREE_FLAGS} | derived
+def run_settings(config: TrainConfig, **derived: Any) -> dict[str, Any]:
+    """The flags that must stay on resume, and `derived`: what the others amount to, which must stay too."""
+    free = flags_free_on_resume(TrainConfig)
+    return {name: value for name, value in asdict(config).items() if name not in free} | derived
 
 
 def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from data.worst_case import Row
 from memory.report import as_flags, breakdown_lines, title
+from training.config import TrainConfig
 from training.forecast import Forecast
 from utils import UserError, brief_error, size
 
@@ -19,19 +20,19 @@ SNAPSHOT = "oom_snapshot.pickle"  # for https://docs.pytorch.org/memory_viz; nev
 FORECAST_SECONDS = 300
 
 
-class OutOfMemory:
+class ExplainOutOfMemory:
     """A context that turns running out of memory into an explanation and a UserError.
 
     train.py says by `at` what the run is at.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Any, longest: Row) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, longest: Row) -> None:
         self.accelerator = accelerator
         self.config = config
         self.longest = longest
         self.at("while preparing")
 
-    def __enter__(self) -> "OutOfMemory":
+    def __enter__(self) -> "ExplainOutOfMemory":
         return self
 
     def at(self, when: str, row: Row | None = None) -> None:

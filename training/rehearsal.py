@@ -42,7 +42,7 @@ def rehearse(
     """
     random_numbers, values = rng_state(), state.values()
     state.make_optimizer_state()
-    before = state.norms()
+    before = state.checksums()
     with allocation_history():
         announce("before step 1, in the largest step that the data can bring", longest)
         batch = worst_batch(accelerator, model, config, longest, worst_case_batch)
@@ -53,7 +53,7 @@ def rehearse(
             answer_worst_case(accelerator, model, questions)
     state.load_values(values)
     load_rng_state(random_numbers)
-    if state.norms() != before:
+    if state.checksums() != before:
         raise RuntimeError(
             "the rehearsal has changed what is to be trained, which is a bug; --no_rehearse leaves it out"
         )

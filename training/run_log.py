@@ -24,9 +24,9 @@ from data.dataset import ConversationDataset
 from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
-from models.config import ModelConfig
 from models.lora import count_parameters
 from training.checkpoints import RUN_JSON, remove_temporaries
+from training.config import TrainConfig
 from training.model_card import as_table, build_model_card
 from training.previous_run import CARD, TENSORBOARD, PreviousRun
 from training.run_memory import RunMemory
@@ -49,7 +49,7 @@ class RunLog:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: ModelConfig,
+        config: TrainConfig,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         num_steps: int,

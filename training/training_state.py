@@ -107,18 +107,17 @@ class TrainingState:
             if STEP in state:
                 state[STEP].zero_()
 
-    def norms(self) -> list[str]:
-        """The norm of every tensor that training changes, of this process's part of it.
+    def checksums(self) -> list[str]:
+        """The sum of every tensor that training changes, of this process's part of it, to tell whether it changed.
 
-        They tell whether something has changed. As text, in which nan equals nan.
+        As text, in which nan equals nan.
         """
         held = self.parameters.values()
         if self.zero_stage == 3:
             held = [deepspeed_attribute(parameter, PARTITION) for parameter in held]
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         tensors = [*held, *self._updated_tensors(), *(value for value in state if isinstance(value, torch.Tensor))]
-        norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32) for tensor in tensors]
-        return [str(norm.item()) for norm in norms]
+        return [str(_sum(tensor.detach())) for tensor in tensors]
 
     def values(self) -> dict[str, Any]:
         """The scheduler's and the loss scaler's state, for JSON. The same on every process."""
@@ -232,3 +231,8 @@ class TrainingState:
             safe_set_full_fp32_param(parameter, tensors[PARAMETER].to(parameter.device))
             for key in moments:
                 safe_set_full_optimizer_state(parameter, tensors[key].to(parameter.device), key)
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    """In fp64, in which the smallest change counts, by parts: a whole copy in fp64 might not fit."""
+    return sum(part.sum(dtype=torch.float64).item() for part in tensor.flatten().split(2**22))
