@@ -229,15 +229,19 @@ def training_step(
     max_grad_norm: float,
     skip_nonfinite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """One micro-batch forward and backward, and at the end of an update the optimizer's step.
+    """Forward and backward of one micro-batch, and at the end of an update the optimizer's step.
 
-    Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
-    label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
-    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
-    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
+    Args:
+        num_items_in_batch: the update's label tokens, over all micro-batches and processes.
+        skip_nonfinite: leave parameters and optimizer alone if the gradients' norm is NaN or infinite. The norm is a
+            float then, and the host waits for the GPU once an update. DeepSpeed and a loss scaler skip by themselves.
+
+    Returns:
+        The micro-batch's share of the update's loss: the sum over its label tokens / `num_items_in_batch`.
+        At the end of an update the gradients' norm before clipping, else None.
     """
     loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
-    # The engine takes the mean over micro-batches and processes; the shares are to be added up.
+    # accelerate and DeepSpeed average over micro-batches and processes; these shares must be summed instead.
     accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
     grad_norm = None
     if accelerator.sync_gradients:

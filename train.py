@@ -69,7 +69,7 @@ def main(config: TrainConfig) -> dict | None:
     processor = build_processor(config)
     set_seed(config.seed)
 
-    # Whatever is wrong with the input is found here, before the first byte is written.
+    # Bad data is found here, before the first byte is written.
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
     data = train_dataset.digest
@@ -78,8 +78,6 @@ def main(config: TrainConfig) -> dict | None:
         return finished if accelerator.is_main_process else None
     if config.dataset is None:
         accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
-    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
-
     held_out = HeldOut.of(
         eval_dataset,
         processor,
@@ -87,13 +85,14 @@ def main(config: TrainConfig) -> dict | None:
         config.max_new_tokens,
         positions=num_positions(config.model),
     )
+
+    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
     loader, sampler, longest = build_loader(config, train_dataset, processor, model.config, accelerator.num_processes)
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     scheduler = build_scheduler(config, optimizer, num_steps)
-
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     state = TrainingState(accelerator, model, optimizer, scheduler)
@@ -123,7 +122,8 @@ def main(config: TrainConfig) -> dict | None:
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
-        clear_device_cache()  # what loading and answering have left behind
+        clear_device_cache()  # of loading and answering
+
         log.start()
         global_step = position.global_step
         sampler.start_at(position.epoch, position.update)
@@ -162,7 +162,7 @@ def main(config: TrainConfig) -> dict | None:
 
         out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
-        clear_device_cache()  # what training has left behind
+        clear_device_cache()  # of training
         with noting_what_is_saved(output_dir):
             out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
@@ -171,7 +171,7 @@ def main(config: TrainConfig) -> dict | None:
 
 @contextmanager
 def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
-    """Whatever fails inside, what was trained is not lost, and the error says so."""
+    """An error in this context also says that what was trained is not lost."""
     try:
         yield
     except Exception as error:
@@ -180,10 +180,10 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
 
 
 def build_processor(config: TrainConfig) -> ProcessorMixin:
-    """The model's processor. `--image_aspect_ratio` changes it for the whole run, and it is saved like that."""
+    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves it so."""
     processor = load_processor(config.model)
     if config.image_aspect_ratio is None:
-        config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
+        config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json
     processor.image_aspect_ratio = config.image_aspect_ratio
     return processor
 
@@ -191,7 +191,7 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
 def build_datasets(
     config: TrainConfig, processor: ProcessorMixin
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """The samples to train on, and those to evaluate on where there are any."""
+    """The samples to train on, and those to evaluate on, if any."""
     train_path, eval_path, image_folder = config.dataset, config.eval_dataset, config.image_folder
     if train_path is None:
         demo = ensure_demo()
@@ -227,7 +227,7 @@ def build_datasets(
 
 
 def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: ConversationDataset) -> None:
-    """Raise UserError, or warn where the flag allows it, if the model would not learn to end its turn."""
+    """Raise UserError if the model would not learn to end its turn; only warn if the flag allows it."""
     problem = missing_turn_end(config.model, processor, dataset.records[0])
     if problem and not config.allow_missing_end_of_turn:
         raise UserError(f"{problem}. Mend the template, or give --allow_missing_end_of_turn")
@@ -236,7 +236,7 @@ def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: Con
 
 
 def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:
-    """Name the records that are skipped. Raises UserError where they are too many."""
+    """Print the records that are skipped. Raises UserError if they are too many."""
     problems = list(dataset.problems.values())
     for problem in problems[:MAX_NAMED_RECORDS]:
         PartialState().print(f"warning: left out: {problem}", file=sys.stderr)
@@ -248,7 +248,7 @@ def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> No
 def build_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    # Polynomial divides by the number of steps after the warm-up.
+    # At least one step after the warm-up: polynomial divides by their number.
     num_warmup_steps = min(round(config.warmup_ratio * num_steps), num_steps - 1)
     return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 

@@ -498,6 +498,16 @@ def test_bad_flags(flags, words, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_are_looked_at_by_main_alone(capsys, monkeypatch, tmp_path):
+    """A config can be made of any flags; a run into a folder that is in use is refused, and nothing is written."""
+    (tmp_path / "notes.txt").touch()
+    assert train.TrainConfig(output_dir=str(tmp_path)).output_dir == str(tmp_path)
+    assert evaluation.EvalConfig(adapter=str(tmp_path)).model is None
+    line = fail(capsys, monkeypatch, "--output_dir", str(tmp_path))
+    assert f"--output_dir {tmp_path} is not empty: choose another" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_that_are_offered_work(name, warmup_ratio, tmp_path):
