@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
-from training.training_state import TrainingState, deepspeed_attribute
+from training.training_state import LOSS_SCALER_STATE, TrainingState, deepspeed_attribute
 
 
 def test_optimizer_state_is_what_adamw_makes(cpu_accelerator: Accelerator) -> None:
@@ -66,3 +66,18 @@ def test_a_missing_attribute_of_deepspeed_is_named() -> None:
     words = f"DeepSpeed {version('deepspeed')}: SimpleNamespace has no attribute 'bit16_groups'"
     with pytest.raises(RuntimeError, match=words):
         deepspeed_attribute(optimizer, "bit16_groups")
+
+
+def test_what_changes_of_deepspeeds_loss_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is in a checkpoint: overflows up to a lower scale, then good steps up to a higher one."""
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it only decides who logs
+    scaler = loss_scaler.DynamicLossScaler(
+        2**16, scale_window=2, min_scale=1, delayed_shift=2, consecutive_hysteresis=0
+    )
+    changed, before = set(), dict(vars(scaler))
+    for overflow in (True, True, False, False, False, False):
+        scaler.update_scale(overflow)
+        changed |= {name for name, value in vars(scaler).items() if value != before[name]}
+    assert changed == set(LOSS_SCALER_STATE)
