@@ -1,11 +1,11 @@
-"""Child processes that end with the process that started them, however that ends: `kill -9` too.
+"""Child processes that end when the process that started them ends, even by `kill -9`.
 
     with process_pool() as pool:                              # a fresh Python process
         result = pool.submit(function, argument).result()
     done = run_child(["eval.py", "--task", "demo"], text=True)       # subprocess.run of a script
     process = subprocess.Popen(child_command(["eval.py"]), stdin=subprocess.PIPE)
 
-Without this a measurement would go on for an hour behind a killed benchmark, and hold a GPU or a core.
+Otherwise a measurement would run on for an hour after its benchmark was killed, and keep a GPU or a core busy.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ def process_pool(
     initializer: Callable[..., None] | None = None,
     initargs: tuple = (),
 ) -> ProcessPoolExecutor:
-    """A pool of fresh processes, as concurrent.futures has it. `preload`: what `forkserver` imports once for all."""
+    """A ProcessPoolExecutor of fresh processes. `preload`: the module that `forkserver` imports once for all."""
     context = multiprocessing.get_context(method)
     if preload is not None:
         context.set_forkserver_preload([preload])
@@ -35,14 +35,14 @@ def process_pool(
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:
-    """In a process of the pool."""
+    """What a process of the pool runs first."""
     _end_after(multiprocessing.parent_process().join)
     if initializer is not None:
         initializer(*initargs)
 
 
 def run_child(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
-    """`subprocess.run` of a Python script, or of `-m` and a module, with their arguments."""
+    """`subprocess.run` of a Python script, or of `-m` and a module, with its arguments."""
     read_end, write_end = os.pipe()
     try:
         return subprocess.run(child_command(arguments), stdin=read_end, **options)
@@ -52,20 +52,20 @@ def run_child(arguments: list[str], **options: Any) -> subprocess.CompletedProce
 
 
 def child_command(arguments: list[str]) -> list[str]:
-    """The command line of such a script. Its stdin has to be a pipe that this process keeps open."""
+    """The command line for such a child. Its stdin must be a pipe that this process keeps open."""
     return [sys.executable, __file__, *arguments]
 
 
 def _end_after(wait: Callable[[], Any]) -> None:
     def watch() -> None:
         wait()
-        os._exit(1)  # from a thread, whatever the main one is at
+        os._exit(1)  # ends the process from a thread, whatever the main thread is doing
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _main() -> None:
-    """Run a script as Python would, until it ends or stdin does: the system closes a dead parent's end of the pipe."""
+    """Run a script as Python would, until it ends or stdin closes: the system closes a dead parent's pipe."""
     _end_after(lambda: os.read(0, 1))
     del sys.argv[0]
     if sys.argv[0] == "-m":

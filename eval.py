@@ -65,10 +65,6 @@ class EvalConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is None:
-            self.model = base_of(self.adapter) if self.adapter else ModelConfig.model
-        elif self.adapter:
-            check_base(self.adapter, self.model)
         check_choice("task", self.task, TASKS)
         check_minimum(self, batch_size=1, max_new_tokens=1, limit=0, dataloader_num_workers=0)
         if self.compare is not None and len(self.compare) != 2:
@@ -91,6 +87,7 @@ def main(config: EvalConfig) -> dict | None:
         result = compare_files(*config.compare)
         print(as_table(result))
         return result
+    config.model = model_of(config.model, config.adapter)
     output = Path(config.output)
     if output.exists():
         raise UserError(f"--output {output} is there already: choose another, or delete it to evaluate again")
@@ -119,6 +116,15 @@ def main(config: EvalConfig) -> dict | None:
     for kind, group in details["by_type"].items():
         print(f"{kind}: {group['score']:.3f} of {group['n']}")
     return result
+
+
+def model_of(model: str | None, adapter: str | None) -> str:
+    """`--model`, or what `--adapter` was trained on. Raises UserError where they do not belong together."""
+    if adapter is None:
+        return model or ModelConfig.model
+    if model is not None:
+        check_base(adapter, model)
+    return model or base_of(adapter)
 
 
 def load_task(config: EvalConfig) -> Task:

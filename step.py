@@ -28,7 +28,7 @@ from models.lora import (
     select_modules,
     trained_parameters,
 )
-from utils import UserError, check_choice, check_minimum, name_some
+from utils import UserError, check_choice, check_minimum, free_on_resume, name_some
 
 
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
@@ -57,22 +57,20 @@ class StepConfig(ModelConfig):
         default=None,
         metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
     )
-    loss: str = field(
-        default="chunked", metadata={"help": "chunked: never the logits of all tokens at once | full: the reference"}
-    )
+    loss: str = free_on_resume("chunked", "chunked: never the logits of all tokens at once | full: the reference")
     max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
     packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of a micro-batch"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "held-out questions answered at once"})
-    eval_samples: int = field(default=256, metadata={"help": "held-out samples to answer, before and after; 0: none"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches of an update"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the backward pass"})
-    checkpoint_every_n_layers: int = field(default=1, metadata={"help": "2: every other layer alone"})
-    mlp_tiles: int = field(default=4, metadata={"help": "a checkpointed layer's frozen MLP runs in pieces; 1: whole"})
+    per_device_train_batch_size: int = free_on_resume(1, "rows of a micro-batch")
+    per_device_eval_batch_size: int = free_on_resume(1, "held-out questions answered at once")
+    eval_samples: int = free_on_resume(256, "held-out samples to answer, before and after; 0: none")
+    gradient_accumulation_steps: int = free_on_resume(1, "micro-batches of an update")
+    gradient_checkpointing: bool = free_on_resume(True, "recompute activations in the backward pass")
+    checkpoint_every_n_layers: int = free_on_resume(1, "2: every other layer alone")
+    mlp_tiles: int = free_on_resume(4, "a checkpointed layer's frozen MLP runs in pieces; 1: whole")
     optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
     max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     seed: int = field(default=42, metadata={"help": "of the adapter's start, the order of samples, and dropout"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead of the step"})
+    dataloader_num_workers: int = free_on_resume(2, "processes that open images ahead of the step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,19 +224,24 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     batch: dict[str, torch.Tensor],
+    *,
     num_items_in_batch: int,
     max_grad_norm: float,
     skip_nonfinite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """One micro-batch forward and backward, and at the end of an update the optimizer's step.
+    """Forward and backward of one micro-batch, and at the end of an update the optimizer's step.
 
-    Returns the micro-batch's share of the update's loss (the sum over its label tokens / `num_items_in_batch`, the
-    label tokens of all micro-batches and processes), and at the end of an update the gradients' norm before clipping.
-    `skip_nonfinite`: a NaN or infinite norm leaves parameters and optimizer alone; the norm is a float then, and a GPU
-    is waited for once an update. DeepSpeed's engine and a loss scaler skip by themselves.
+    Args:
+        num_items_in_batch: the update's label tokens, over all micro-batches and processes.
+        skip_nonfinite: leave parameters and optimizer alone if the gradients' norm is NaN or infinite. The norm is a
+            float then, and the host waits for the GPU once an update. DeepSpeed and a loss scaler skip by themselves.
+
+    Returns:
+        The micro-batch's share of the update's loss: the sum over its label tokens / `num_items_in_batch`.
+        At the end of an update the gradients' norm before clipping, else None.
     """
     loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
-    # The engine takes the mean over micro-batches and processes; the shares are to be added up.
+    # accelerate and DeepSpeed average over micro-batches and processes; these shares must be summed instead.
     accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
     grad_norm = None
     if accelerator.sync_gradients:

@@ -8,10 +8,8 @@ last line on stdout is a JSON object.
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
@@ -31,9 +29,8 @@ from data.loader import build_loader
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import load_processor, num_positions
-from step import StepConfig, build_accelerator, build_model, build_optimizer, check_positions, training_step
+from step import build_accelerator, build_model, build_optimizer, check_positions, training_step
 from training.checkpoints import (
-    RUN_JSON,
     Checkpoints,
     Position,
     check_output_dir,
@@ -42,101 +39,25 @@ from training.checkpoints import (
     read_position,
     run_settings,
 )
+from training.config import DEMO_RECIPE, TrainConfig
 from training.doctor import run_doctor
 from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
-from training.out_of_memory import OutOfMemory
+from training.out_of_memory import ExplainOutOfMemory
 from training.rehearsal import rehearse
 from training.run_log import RunLog
 from training.saving import save_trained
 from training.training_state import TrainingState
-from utils import UserError, check_choice, check_minimum, run_script
+from utils import UserError, run_script
 
 
 MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
-DEMO_RECIPE = Path(__file__).parent / "recipes/demo.yaml"
-# transformers' schedulers but those that need more settings than these flags have, such as a smallest learning rate.
-SCHEDULERS = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
-    *("constant", "constant_with_warmup", "inverse_sqrt"),
-)
-POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin above it
-
-
-@dataclass(kw_only=True)
-class TrainConfig(StepConfig):
-    # Data
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"},
-    )
-    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "held-out data; the demo's for the demo"})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "of a held-out answer; default: as many as the longest held-out reply has"}
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad | square; default: as the model's processor"}
-    )
-    group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
-    allow_missing_end_of_turn: bool = field(
-        default=False, metadata={"help": "train even if no token that stops generation ends the replies"}
-    )
-    on_bad_sample: str = field(default="error", metadata={"help": "error | skip: leave it out and say so"})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "of the data set: with more to skip the run ends"})
-    # The course of training
-    learning_rate: float = field(default=2e-4, metadata={"help": "the highest, after the warm-up"})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the updates"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": " | ".join(SCHEDULERS)})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
-    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data set"})
-    max_steps: int = field(default=-1, metadata={"help": "updates; overrides num_train_epochs where positive"})
-    # Output
-    doctor: bool = field(default=False, metadata={"help": "only look whether this machine is ready for --model"})
-    output_dir: str = field(default="outputs/demo", metadata={"help": "folder for adapter, checkpoints and logs"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the run that is in --output_dir"})
-    logging_steps: int = field(default=10, metadata={"help": "updates from one point in TensorBoard to the next"})
-    save_steps: int = field(default=100, metadata={"help": "updates from one checkpoint to the next; 0: none"})
-    save_total_limit: int = field(default=2, metadata={"help": "the newest checkpoints are kept; 0: all"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint's folder, or latest"})
-    forecast: bool = field(
-        default=True, metadata={"help": "predict the run's memory in a process beside it, to compare with"}
-    )
-    rehearse: bool = field(default=True, metadata={"help": "run the largest step once, unseen, before the first"})
-    max_nonfinite_updates: int = field(
-        default=5, metadata={"help": "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_aspect_ratio is not None:
-            check_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
-        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
-        check_minimum(self, max_bad_fraction=0)
-        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
-        check_minimum(self, learning_rate=0, warmup_ratio=0, weight_decay=0, num_train_epochs=1, max_steps=-1)
-        if self.warmup_ratio > 1:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio}: it is a share of the updates, at most 1")
-        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
-            raise UserError(
-                f"--learning_rate {self.learning_rate}: polynomial falls to {POLYNOMIAL_END}, start above it"
-            )
-        check_minimum(self, logging_steps=1, max_new_tokens=1)
-        check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
-        if not self.doctor and Path(self.model).resolve() == Path(self.output_dir).resolve():
-            raise UserError(f"--output_dir {self.output_dir}: the model is there, choose another folder")
-
-    @staticmethod
-    def default_recipe(flags: Namespace) -> Path | None:
-        """Without a data set the demo is trained on, and the demo has its own batch and learning rate."""
-        return DEMO_RECIPE if flags.dataset is None else None
 
 
 def main(config: TrainConfig) -> dict | None:
     output_dir = Path(config.output_dir)
     if config.doctor:
         return run_doctor(config.model, output_dir)
-    check_output_dir(output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    check_output_dir(config)
     accelerator = build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,
@@ -148,17 +69,15 @@ def main(config: TrainConfig) -> dict | None:
     processor = build_processor(config)
     set_seed(config.seed)
 
-    # Whatever is wrong with the input is found here, before the first byte is written.
+    # Bad data is found here, before the first byte is written.
     with accelerator.main_process_first():
         train_dataset, eval_dataset = build_datasets(config, processor)
-    run_json, data = output_dir / RUN_JSON, train_dataset.digest
-    if finished := finished_run(config.resume_from_checkpoint, run_json, asdict(config), data):
+    data = train_dataset.digest
+    if finished := finished_run(config, data):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
     if config.dataset is None:
         accelerator.print(f"No --dataset: training on the demo with recipes/{DEMO_RECIPE.name}")
-    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
-
     held_out = HeldOut.of(
         eval_dataset,
         processor,
@@ -166,6 +85,8 @@ def main(config: TrainConfig) -> dict | None:
         config.max_new_tokens,
         positions=num_positions(config.model),
     )
+
+    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
     loader, sampler, longest = build_loader(
         config, train_dataset, processor, model.config, accelerator.num_processes, config.group_by_length
     )
@@ -174,12 +95,11 @@ def main(config: TrainConfig) -> dict | None:
     optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     scheduler = build_scheduler(config, optimizer, num_steps)
-
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     state = TrainingState(accelerator, model, optimizer, scheduler)
     settings = run_settings(
-        asdict(config),
+        config,
         data=data,
         lengths=sampler.digest(),
         samples_per_update=sampler.update_size,
@@ -191,7 +111,7 @@ def main(config: TrainConfig) -> dict | None:
 
     with (
         Watch(accelerator) as watch,
-        OutOfMemory(accelerator, config, longest) as out_of_memory,
+        ExplainOutOfMemory(accelerator, config, longest) as out_of_memory,
         RunLog(accelerator, config, model, optimizer, num_steps, longest, position.global_step) as log,
         Checkpoints(accelerator, config, state, log, settings) as saver,
     ):
@@ -204,7 +124,8 @@ def main(config: TrainConfig) -> dict | None:
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
         else:
             saver.resume(checkpoint)
-        clear_device_cache()  # what loading and answering have left behind
+        clear_device_cache()  # of loading and answering
+
         log.start()
         global_step = position.global_step
         sampler.start_at(position.epoch, position.update)
@@ -223,8 +144,8 @@ def main(config: TrainConfig) -> dict | None:
                         optimizer,
                         scheduler,
                         batch.inputs,
-                        num_items_in_batch,
-                        config.max_grad_norm,
+                        num_items_in_batch=num_items_in_batch,
+                        max_grad_norm=config.max_grad_norm,
                         skip_nonfinite=True,
                     )
                 log.micro_batch(batch, loss)
@@ -242,7 +163,7 @@ def main(config: TrainConfig) -> dict | None:
 
         out_of_memory.at("while saving")
         save_trained(accelerator, model, processor, output_dir)
-        clear_device_cache()  # what training has left behind
+        clear_device_cache()  # of training
         with noting_what_is_saved(output_dir):
             out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(global_step, evaluate(accelerator, model, processor, held_out), eval_dataset)
@@ -251,7 +172,7 @@ def main(config: TrainConfig) -> dict | None:
 
 @contextmanager
 def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
-    """Whatever fails inside, what was trained is not lost, and the error says so."""
+    """An error in this context also says that what was trained is not lost."""
     try:
         yield
     except Exception as error:
@@ -260,10 +181,10 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
 
 
 def build_processor(config: TrainConfig) -> ProcessorMixin:
-    """The model's processor. `--image_aspect_ratio` changes it for the whole run, and it is saved like that."""
+    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves it so."""
     processor = load_processor(config.model)
     if config.image_aspect_ratio is None:
-        config.image_aspect_ratio = processor.image_aspect_ratio  # so that run.json tells it
+        config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json
     processor.image_aspect_ratio = config.image_aspect_ratio
     return processor
 
@@ -271,7 +192,7 @@ def build_processor(config: TrainConfig) -> ProcessorMixin:
 def build_datasets(
     config: TrainConfig, processor: ProcessorMixin
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """The samples to train on, and those to evaluate on where there are any."""
+    """The samples to train on, and those to evaluate on, if any."""
     train_path, eval_path, image_folder = config.dataset, config.eval_dataset, config.image_folder
     if train_path is None:
         demo = ensure_demo()
@@ -307,7 +228,7 @@ def build_datasets(
 
 
 def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: ConversationDataset) -> None:
-    """Raise UserError, or warn where the flag allows it, if the model would not learn to end its turn."""
+    """Raise UserError if the model would not learn to end its turn; only warn if the flag allows it."""
     problem = missing_turn_end(config.model, processor, dataset.records[0])
     if problem and not config.allow_missing_end_of_turn:
         raise UserError(f"{problem}. Mend the template, or give --allow_missing_end_of_turn")
@@ -316,7 +237,7 @@ def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: Con
 
 
 def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> None:
-    """Name the records that are skipped. Raises UserError where they are too many."""
+    """Print the records that are skipped. Raises UserError if they are too many."""
     problems = list(dataset.problems.values())
     for problem in problems[:MAX_NAMED_RECORDS]:
         PartialState().print(f"warning: left out: {problem}", file=sys.stderr)
@@ -328,7 +249,7 @@ def report_left_out(dataset: ConversationDataset, max_bad_fraction: float) -> No
 def build_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    # Polynomial divides by the number of steps after the warm-up.
+    # At least one step after the warm-up: polynomial divides by their number.
     num_warmup_steps = min(round(config.warmup_ratio * num_steps), num_steps - 1)
     return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)
 

@@ -8,14 +8,14 @@ import platform
 import signal
 import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -30,6 +30,7 @@ ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIB, GIB = 2**20, 2**30
 NUM_NAMED = 8  # samples that a message names
+RESUME = "resume"  # in a flag's metadata
 
 
 class UserError(Exception):
@@ -121,6 +122,23 @@ def check_minimum(config: object, **minimums: float) -> None:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
+def free_on_resume(default: Any, help: str) -> Any:
+    """A dataclass's flag that may have another value when a run is resumed. All flags not made by this must stay."""
+    return field(default=default, metadata={"help": help, RESUME: "free"})
+
+
+def flags_free_on_resume(config_class: type) -> set[str]:
+    return {flag.name for flag in fields(config_class) if flag.metadata.get(RESUME) == "free"}
+
+
+class FlagParser(HfArgumentParser):
+    """HfArgumentParser gives a flag's whole metadata to argparse, which does not know what RESUME is."""
+
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        options.pop(RESUME, None)
+        return super().add_argument(*names, **options)
+
+
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     """Flags (`--lora_r` and `--lora-r` alike) over those of `--recipe FILE.yaml` over the dataclass's defaults.
 
@@ -149,7 +167,7 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
 
 def flag_parser(config_class: type) -> HfArgumentParser:
     """A parser of the class's flags. It raises UserError where argparse would end the process."""
-    parser = HfArgumentParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser = FlagParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.error = _raise_user_error
     return parser
 

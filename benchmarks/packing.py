@@ -150,8 +150,16 @@ class Steps:
         for batch in batches:
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with self.accelerator.accumulate(self.model):
-                settings = (self.scheduler, batch, self.num_label_tokens, 1.0)
-                losses.append(step.training_step(self.accelerator, self.model, self.optimizer, *settings)[0])
+                loss, _ = step.training_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    batch,
+                    num_items_in_batch=self.num_label_tokens,
+                    max_grad_norm=1.0,
+                )
+                losses.append(loss)
         seconds = clock() - start
         return seconds, torch.stack(losses).sum().item()
 

@@ -187,8 +187,8 @@ class Ours:
                     self.optimizer,
                     self.scheduler,
                     self.batch,
-                    self.num_items_in_batch,
-                    MAX_GRAD_NORM,
+                    num_items_in_batch=self.num_items_in_batch,
+                    max_grad_norm=MAX_GRAD_NORM,
                 )
             steps.append(Step(clock() - start, loss.item(), float(grad_norm)))
         return steps

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from utils import UserError, check_choice
+from utils import UserError, check_choice, free_on_resume
 
 
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
@@ -16,10 +16,8 @@ class ModelConfig:
     """The flags of every script that loads a model."""
 
     model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(ATTN_IMPLEMENTATIONS)})
-    mixed_precision: str = field(
-        default="auto", metadata={"help": "auto (what the hardware does natively) | no | fp16 | bf16"}
-    )
+    attn_implementation: str = free_on_resume("sdpa", " | ".join(ATTN_IMPLEMENTATIONS))
+    mixed_precision: str = free_on_resume("auto", "auto (what the hardware does natively) | no | fp16 | bf16")
 
     def __post_init__(self) -> None:
         check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import HfArgumentParser
 
 from memory import predict as memory_predict
 from memory.allocator import replay_events
@@ -23,7 +22,7 @@ from memory.sweep import parse_grid, row_name, run_sweep
 from memory_probe import main
 from step import StepConfig
 from train import TrainConfig
-from utils import GIB, UserError
+from utils import GIB, FlagParser, UserError
 
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +60,7 @@ def test_shared_flags_have_one_default_and_one_help():
     """A prediction without flags is of a run without flags, but for the model: the run's is the tiny one."""
 
     def described(config_class: type) -> dict[str, tuple[Any, Any]]:
-        parser = HfArgumentParser(config_class)
+        parser = FlagParser(config_class)
         return {f.name: (parser.get_default(f.name), f.metadata.get("help")) for f in fields(config_class)}
 
     probed, trained = described(ProbeConfig), described(TrainConfig)

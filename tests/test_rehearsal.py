@@ -1,13 +1,22 @@
 """The rehearsal of the largest step leaves no trace, and what runs out of memory is explained."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from forked_runs import Fault, run
+from memory.updates import probe_accelerator
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
+from data.worst_case import Row
+from step import StepConfig, build_model, build_optimizer
+from training import rehearsal
 from training.out_of_memory import asked_for, is_out_of_memory, remedy
+from training.rehearsal import rehearse
+from training.training_state import TrainingState
 
 
 FLAGS = "--max_steps 3 --save_steps 3 --logging_steps 1 --eval_samples 0 --dataloader_num_workers 0"
@@ -16,17 +25,63 @@ FORWARD = "mgm.modeling_mgm.MGMForConditionalGeneration.forward"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 1), ("zero3", 1)])
+@pytest.mark.parametrize(
+    ("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 1), ("zero3", 1), ("zero2", 2), ("zero3", 2)]
+)
 def test_leaves_no_trace(config: str, num_processes: int, tmp_path: Path) -> None:
     """Weights, optimizer and random numbers: the run with it ends bitwise where the run without it ends."""
+    flags = f"{FLAGS} --weight_decay 0.1 --output_dir"
     for name, flag in (("with", ""), ("without", " --no_rehearse")):
-        ended = run(f"{FLAGS}{flag} --output_dir {tmp_path / name}", tmp_path / "logs", config, num_processes)
+        ended = run(f"{flags} {tmp_path / name}{flag}", tmp_path / "logs", config, num_processes)
         assert ended.code == 0, ended.err[-3000:]
     states = [load_file(tmp_path / name / "checkpoint-3/trained-00001.safetensors") for name in ("with", "without")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without")]
     assert adapters[0] == adapters[1]
+
+
+@pytest.fixture
+def prepared() -> Iterator[tuple[Accelerator, torch.nn.Module, TrainingState, StepConfig]]:
+    """What a rehearsal is given, in one process."""
+    config = StepConfig(model="tiny", lora_r=4, max_seq_len=60, gradient_accumulation_steps=4)
+    with probe_accelerator(config) as accelerator:
+        model = build_model(config, is_deepspeed=False).train()
+        optimizer = build_optimizer(model, config.optim, learning_rate=1e-3, weight_decay=0.1)
+        scheduler = get_scheduler("constant", optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        yield accelerator, model, TrainingState(accelerator, model, optimizer, scheduler), config
+
+
+def test_gradients_and_moments_are_in_place(prepared: tuple) -> None:
+    """Two of four micro-batches run, the second one with all that a later update has; then all is as it was."""
+    accelerator, model, state, config = prepared
+    parameters = state.parameters.values()
+    before, random_numbers = [p.detach().clone() for p in parameters], torch.get_rng_state()
+    found = []
+    model.register_forward_pre_hook(
+        lambda *_: found.append((sum(p.grad is not None for p in parameters), len(state.optimizer.state)))
+    )
+    rehearse(accelerator, model, state, config, Row(60, 1), None, announce=lambda *_: None)
+    assert found == [(0, len(before)), (len(before), len(before))]
+    assert all(p.grad is None for p in parameters)
+    assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
+    assert not any(value.any() for values in state.optimizer.state.values() for value in values.values())
+    assert [group["lr"] for group in state.optimizer.param_groups] == [1e-3]
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+
+
+@pytest.mark.parametrize("value", [1e-6, float("nan")])
+def test_a_trace_is_an_error(value: float, prepared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of DeepSpeed whose step changes what is trained must not go unnoticed."""
+    accelerator, model, state, config = prepared
+
+    def changing_step(*_: object) -> None:
+        next(iter(state.parameters.values())).data.view(-1)[0] += value
+
+    monkeypatch.setattr(rehearsal, "run_step", changing_step)
+    with pytest.raises(RuntimeError, match="--no_rehearse leaves it out"):
+        rehearse(accelerator, model, state, config, Row(60, 1), None, announce=lambda *_: None)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.demo import ensure_demo
-from training.checkpoints import check_settings
-from utils import UserError
+from training.checkpoints import check_settings, run_settings
+from training.config import TrainConfig
+from utils import UserError, flags_free_on_resume
 
 
 NUM_STEPS = 13  # 10 updates an epoch: the second epoch is entered
@@ -180,6 +182,36 @@ def test_other_data(killed: Path, data_flags: str, tmp_path: Path) -> None:
     """Another data set has no place to go on in."""
     ended = resume(killed, "", tmp_path, "--dataset data/demo/validation.json")
     assert ended.code == 2 and "the data set had 40 records, now " in ended.error
+
+
+def test_flags_that_may_change() -> None:
+    """Each of them says so itself; a new flag has to stay."""
+    assert flags_free_on_resume(TrainConfig) == {
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+        *(
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "dataset",
+            "image_folder",
+            "follow_links",
+            "eval_dataset",
+        ),
+        *("eval_samples", "dataloader_num_workers", "doctor", "per_device_eval_batch_size", "max_new_tokens"),
+        *("allow_missing_end_of_turn", "on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast"),
+        *("rehearse", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles", "attn_implementation"),
+        *("mixed_precision", "loss"),
+    }
+    config = TrainConfig(seed=7, save_steps=3)
+    settings = run_settings(config, updates=13)
+    assert settings["seed"] == 7 and settings["updates"] == 13 and "save_steps" not in settings
+
+    @dataclass(kw_only=True)
+    class WithNewFlag(TrainConfig):
+        new: int = field(default=1, metadata={"help": "whatever"})
+
+    assert flags_free_on_resume(WithNewFlag) == flags_free_on_resume(TrainConfig)
 
 
 def test_checkpoint_of_an_earlier_version() -> None:

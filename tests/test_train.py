@@ -32,6 +32,7 @@ from data.worst_case import worst_case_batch
 from memory.config import ProbeConfig
 from models.loading import load_config, load_model, load_processor
 from models.lora import trained_parameters
+from training.config import SCHEDULERS
 from utils import UserError, parse_config, run_script
 
 
@@ -497,8 +498,18 @@ def test_bad_flags(flags, words, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_are_looked_at_by_main_alone(capsys, monkeypatch, tmp_path):
+    """A config can be made of any flags; a run into a folder that is in use is refused, and nothing is written."""
+    (tmp_path / "notes.txt").touch()
+    assert train.TrainConfig(output_dir=str(tmp_path)).output_dir == str(tmp_path)
+    assert evaluation.EvalConfig(adapter=str(tmp_path)).model is None
+    line = fail(capsys, monkeypatch, "--output_dir", str(tmp_path))
+    assert f"--output_dir {tmp_path} is not empty: choose another" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 1.0])
-@pytest.mark.parametrize("name", train.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_that_are_offered_work(name, warmup_ratio, tmp_path):
     """Through runs of one update and of several, to the last one, whatever the warm-up; and `--help` names them."""
     config = train.TrainConfig(lr_scheduler_type=name, warmup_ratio=warmup_ratio, output_dir=str(tmp_path / "out"))

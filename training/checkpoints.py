@@ -1,12 +1,14 @@
-"""Checkpoints of a run: written whole or not at all, checked before they are read, never pickled.
+"""Checkpoints: a run that was killed can be resumed, and then ends bitwise where an undisturbed run ends.
 
     <output_dir>/checkpoint-<step>/
-        state.json             where the run stands, its settings, scheduler, loss scale, random numbers, log
-        trained-00001.safetensors ...   parameters in fp32 and the optimizer's moments
-        checksums.json         size and SHA-256 of the others
+        state.json             position in the data, settings, scheduler, loss scale, random state, log
+        trained-00001.safetensors ...   trained parameters in fp32 and the optimizer's moments
+        checksums.json         size and SHA-256 of the other files
 
-A folder is written under a name that begins with `.tmp-`, brought to the disk, and renamed. So a kill at any moment
-leaves the checkpoints before it, and perhaps a `.tmp-` folder, which the next run removes.
+A checkpoint holds what training changes, not the frozen weights. It is written to a folder whose name begins with
+`.tmp-`, synced to the disk, and renamed. So a kill at any moment leaves the earlier checkpoints as they were, and at
+most a `.tmp-` folder, which the next run removes. Checksums are compared before anything is read. Nothing is pickled:
+accelerate's and DeepSpeed's own checkpoints are, and hold the frozen weights too.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors.torch
 import torch
@@ -27,65 +29,59 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 
+from training.config import TrainConfig
 from training.out_of_memory import SNAPSHOT
-from training.training_state import (
-    Tensors,
-    TrainingState,
-    load_rng_state,
-    rng_state,
-    rng_state_from_json,
-    rng_state_to_json,
-)
-from utils import BadSample, Interrupted, LostWorker, UserError, brief_error
+from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
+from training.training_state import Tensors, TrainingState
+from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, flags_free_on_resume
 
 
 if TYPE_CHECKING:
     from train import TrainConfig
-    from training.run_log import RunLog
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
-SHARD_BYTES = 2**28  # what a file of tensors holds, and what saving holds in memory
+SHARD_BYTES = 2**28  # the most that a file of tensors holds, and that saving holds in memory
 LATEST = "latest"
-RUN_JSON = "run.json"  # what a finished run has come to
-# Flags whose change leaves the run what it is. All others have to stay; the records, the samples an update and the
-# number of updates are compared themselves.
-FREE_FLAGS = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
-    *("logging_steps", "save_steps", "save_total_limit"),
-    *("dataset", "image_folder", "follow_links", "eval_dataset", "eval_samples", "dataloader_num_workers", "doctor"),
-    *("per_device_eval_batch_size", "max_new_tokens", "allow_missing_end_of_turn"),
-    *("on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast", "rehearse"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles"),
-    *("attn_implementation", "mixed_precision", "loss"),
-}
+RUN_JSON = "run.json"  # the result of a finished run
 
 
 @dataclass(frozen=True)
 class Position:
-    """Updates done in all, the epoch, and updates done in it."""
+    """How many updates are done in total, the epoch, and how many updates of it are done."""
 
     global_step: int = 0
     epoch: int = 0
     update: int = 0
 
 
-class Checkpoints:
-    """Notes where the run stands after every update, and saves it: every `save_steps`, at the end, and on demand.
+class Log(Protocol):
+    """What a checkpoint needs of the run's log."""
 
-    Between updates neither parameters nor the optimizer's state change. What does, random numbers and the log, is
-    noted. So even in the middle of an update the last one can be saved.
+    def state(self) -> Any: ...
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """What `state` has returned, as JSON. All processes call together."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Checkpoints:
+    """Saves the run: every `save_steps` updates, at the end, and when the run is stopped.
+
+    Parameters and optimizer state change only at the end of an update. Random state and log change all the time, so
+    they are copied after each update. A save in the middle of an update therefore writes the end of the last one.
 
     Args:
-        settings: what must be the same when the run goes on (`run_settings`), with the number of `updates`.
+        settings: what must be the same when the run is resumed (`run_settings`), with the number of `updates`.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        config: "TrainConfig",
+        config: TrainConfig,
         state: TrainingState,
-        log: "RunLog",
+        log: Log,
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
@@ -102,7 +98,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """Keep the last update where all processes have stopped together."""
+        """Save the last update if all processes have stopped together."""
         if isinstance(error, (Interrupted, BadSample, LostWorker)):
             self.save()
             kept = f"Kept step {self.saved_step}: go on with --resume_from_checkpoint latest"
@@ -112,7 +108,7 @@ class Checkpoints:
                 self.accelerator.print(kept)
 
     def resume(self, path: Path) -> None:
-        """Put everything back to where the checkpoint was made."""
+        """Restore everything to what it was when the checkpoint was written."""
         saved = read_state(path)
         self.state.load_tensors(read_tensors(path))
         self.state.load_values(saved)
@@ -126,7 +122,7 @@ class Checkpoints:
         self.accelerator.print(f"Resumed from {path}: {self.saved_step} updates are done")
 
     def update(self, position: Position, is_skipped: bool = False) -> None:
-        """An update is done. While updates are skipped nothing is saved: good checkpoints must not go for them."""
+        """After each update. Skipped updates are not saved: they would push good checkpoints out."""
         if is_skipped and self.noted is None:
             return  # nothing has been trained yet
         self.noted = position, rng_state(), self.log.state()
@@ -135,10 +131,10 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Save the last update, if there is one that has not been. All processes call together.
+        """Save the last update, unless it is saved already. All processes call together.
 
         Raises:
-            UserError: the disk is full or cannot be written; the checkpoints before are as they were.
+            UserError: the disk is full or cannot be written; the earlier checkpoints are as they were.
         """
         if self.noted is None or self.saved_step == self.noted[0].global_step:
             return
@@ -151,7 +147,7 @@ class Checkpoints:
             "rng": gather_object([rng_state_to_json(rng)]),
         }
         error = None
-        tensors = self.state.tensors()  # parts come from all processes, so all walk through them
+        tensors = self.state.tensors()  # ZeRO gathers each from all processes, so all of them iterate
         try:
             if self.accelerator.is_main_process:
                 write_checkpoint(self.output_dir, position.global_step, content, tensors)
@@ -159,7 +155,7 @@ class Checkpoints:
                     remove_checkpoints(self.output_dir, self.save_total_limit)
         except OSError as os_error:
             error = brief_error(os_error)
-        for _ in tensors:  # also what the main process had left when its disk was full
+        for _ in tensors:  # the other processes; and the rest on the main process, if its disk was full
             pass
         if any(gather_object([error])):
             before = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
@@ -171,7 +167,7 @@ class Checkpoints:
 
 
 def write_checkpoint(output_dir: Path, step: int, state: dict[str, Any], tensors: Tensors) -> None:
-    """Write everything beside its place, bring it to the disk, rename. Raises OSError, and then leaves nothing."""
+    """Write to a temporary folder, sync it to the disk, rename it. After an OSError nothing of it is left."""
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{TMP}checkpoint-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -183,7 +179,7 @@ def write_checkpoint(output_dir: Path, step: int, state: dict[str, Any], tensors
         checksums[STATE] = write_durably(temporary / STATE, to_json(state))
         write_durably(temporary / CHECKSUMS, to_json(checksums))
         sync_folder(temporary)
-        if final.exists():  # of a run that went back to an earlier checkpoint
+        if final.exists():  # this run was resumed from an earlier checkpoint
             remove_folder(final)
         os.rename(temporary, final)
         sync_folder(output_dir)
@@ -197,7 +193,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def in_shards(tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in groups of at most SHARD_BYTES, or one tensor."""
+    """The tensors in groups of at most SHARD_BYTES; a larger tensor is a group of its own."""
     shard, nbytes = {}, 0
     for name, tensor in tensors:
         if shard and nbytes + tensor.nbytes > SHARD_BYTES:
@@ -226,7 +222,7 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Renamed first: a kill in between leaves no half checkpoint."""
+    """Rename it first, so that a kill leaves no half checkpoint."""
     doomed = path.with_name(f"{TMP}removed-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -234,7 +230,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_checkpoints(output_dir: Path, num_kept: int) -> None:
-    """All but the newest ones."""
+    """Remove all but the newest `num_kept`."""
     for path in list_checkpoints(output_dir)[num_kept:]:
         remove_folder(path)
 
@@ -245,7 +241,7 @@ def remove_temporaries(output_dir: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The newest first."""
+    """All checkpoints, the newest first."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
     return sorted((path for path, match in steps.items() if match), key=lambda p: -int(steps[p][1]))
 
@@ -253,7 +249,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(
     resume_from: str | None, output_dir: Path, settings: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
-    """The checkpoint to go on from; None where none is asked for.
+    """The checkpoint to resume from; None if `resume_from` is None.
 
     Raises:
         UserError: there is no good one, or it was made with other settings.
@@ -269,7 +265,7 @@ def find_checkpoint(
 
 
 def find_latest(output_dir: Path, warn: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose files are as they were written. Raises UserError where there is none."""
+    """The newest checkpoint without damage. Raises UserError if there is none."""
     for path in list_checkpoints(output_dir):
         if not (damage := find_damage(path)):
             return path
@@ -281,7 +277,7 @@ def find_latest(output_dir: Path, warn: Callable[[str], None]) -> Path:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None: its files are as they were written."""
+    """What is wrong with a checkpoint; None if every file is what was written."""
     if not path.is_dir():
         return "no such folder"
     try:
@@ -301,8 +297,11 @@ def find_damage(path: Path) -> str | None:
         return f"{CHECKSUMS} is damaged"
 
 
-def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> None:
-    """Raise UserError where output would mix with what another run has left."""
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise UserError if the folder cannot be written, or holds another run that is neither resumed nor replaced."""
+    path, overwrite, resume_from = Path(config.output_dir), config.overwrite_output_dir, config.resume_from_checkpoint
+    if Path(config.model).resolve() == path.resolve():
+        raise UserError(f"--output_dir {path}: the model is there, choose another folder")
     is_resumed_here = resume_from == LATEST or (
         resume_from is not None and Path(resume_from).resolve().parent == path.resolve()
     )
@@ -325,7 +324,7 @@ def check_output_dir(path: Path, overwrite: bool, resume_from: str | None) -> No
 
 
 def read_position(path: Path | None) -> Position:
-    """Where a checkpoint's run stood; the beginning where there is no checkpoint."""
+    """The position that a checkpoint was saved at; without a checkpoint, the beginning."""
     return Position() if path is None else Position(**read_state(path)["position"])
 
 
@@ -340,38 +339,40 @@ def read_tensors(path: Path) -> Tensors:
                 yield name, tensors.get_tensor(name)
 
 
-def finished_run(
-    resume_from: str | None, run_json: Path, flags: dict[str, Any], data: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What a run with these flags has already come to, where `latest` is the end of it.
+def finished_run(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any] | None:
+    """run.json's content if `--resume_from_checkpoint latest` finds a run with these flags at its end.
 
     Raises:
         UserError: it was trained on other `data`.
     """
-    is_saved = any((run_json.parent / name).is_file() for name in ("adapter_config.json", "config.json"))
-    if resume_from != LATEST or not run_json.is_file() or not is_saved:
+    output_dir = Path(config.output_dir)
+    run_json = output_dir / RUN_JSON
+    is_saved = any((output_dir / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if config.resume_from_checkpoint != LATEST or not run_json.is_file() or not is_saved:
         return None
     result = json.loads(run_json.read_text())
-    names = flags.keys() - FREE_FLAGS | {"num_train_epochs", "max_steps"}
+    flags = asdict(config)
+    names = flags.keys() - flags_free_on_resume(TrainConfig) | {"num_train_epochs", "max_steps"}
     is_same = all(result["config"].get(name) == flags[name] for name in names)
     if result["status"] != "done" or not is_same:
         return None
     if (trained_on := result.get("data", data)) != data:
         difference = _data_difference(trained_on, data)
         raise UserError(
-            f"--resume_from_checkpoint latest: {run_json.parent} is finished, and {difference}. "
+            f"--resume_from_checkpoint latest: {output_dir} is finished, and {difference}. "
             "Use the same data, or choose another --output_dir to start a new run"
         )
     return result
 
 
-def run_settings(flags: dict[str, Any], **derived: Any) -> dict[str, Any]:
-    """The flags that have to stay, and what others come to."""
-    return {name: value for name, value in flags.items() if name not in FREE_FLAGS} | derived
+def run_settings(config: TrainConfig, **derived: Any) -> dict[str, Any]:
+    """The flags that must stay on resume, and `derived`: what the others amount to, which must stay too."""
+    free = flags_free_on_resume(TrainConfig)
+    return {name: value for name, value in asdict(config).items() if name not in free} | derived
 
 
 def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError with every difference."""
+    """Raise UserError if settings differ; it names every difference."""
     now = json.loads(json.dumps(now))
     differences = []
     for name in sorted(saved.keys() | now.keys()):
@@ -403,7 +404,7 @@ def _data_difference(before: dict[str, Any] | str, after: dict[str, Any]) -> str
 
 
 def _shape_differences(before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:
-    """Counted, with the first named: there may be hundreds."""
+    """One line with their number and the first of them: there may be hundreds."""
     names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     first = names[0]
     return [f"{len(names)} trained parameters differ, {first} was {before.get(first)}, now {after.get(first)}"]

@@ -1,8 +1,7 @@
 """`train.py --doctor`: is this machine ready to train this model? Each finding with its remedy.
 
-Facts are gathered first (`look`), then judged (`findings`), so that the judgement can be tested for machines that are
-not at hand. The exit code is 0 unless something is marked `problem`, with which training would fail: then it is 2. A
-warning costs speed or only concerns something optional. No GPU is neither.
+Facts are gathered first (`look`), then judged (`findings`), so that tests can judge machines that are not at hand. A
+`problem` would make training fail, and the exit code is 2. A `warning` costs speed or concerns something optional.
 """
 
 import os
@@ -73,11 +72,23 @@ class Finding:
     remedy: str | None = None
 
 
+def ok(what: str) -> Finding:
+    return Finding("ok", what)
+
+
+def warning(what: str, remedy: str) -> Finding:
+    return Finding("warning", what, remedy)
+
+
+def problem(what: str, remedy: str) -> Finding:
+    return Finding("problem", what, remedy)
+
+
 def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
     """Print the findings; returns them for the last line, with `status`: ok, warning or problem.
 
     Raises:
-        UserError: the model has no config to be read.
+        UserError: the model's config cannot be read.
     """
     found = findings(look(load_config(model), output_dir))
     for finding in found:
@@ -121,7 +132,7 @@ def look_at_gpu(index: int) -> GpuFacts:
 
 
 def command_output(*command: str) -> str:
-    """What a command prints; nothing where it is not there or fails."""
+    """What a command prints; nothing if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -141,7 +152,7 @@ def required_packages() -> dict[str, tuple[str, str | None]]:
 
 
 def head_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """Of each part with attention."""
+    """The size of an attention head, for each part that has attention."""
     parts = {"language model": config.get_text_config(), "vision tower": getattr(config, "vision_config", None)}
     sizes = {}
     for name, part in parts.items():
@@ -162,62 +173,51 @@ def findings(facts: Facts) -> list[Finding]:
 
 
 def judge_python(facts: Facts) -> list[Finding]:
-    found = [Finding("ok", f"Python {platform.python_version()} at {facts.python}")]
+    found = [ok(f"Python {platform.python_version()} at {facts.python}")]
     if facts.accelerate is None:
-        found.append(
-            Finding("warning", "no accelerate on the PATH", "activate the environment, or python -m accelerate")
-        )
+        found.append(warning("no accelerate on the PATH", "activate the environment, or python -m accelerate"))
     elif Path(facts.accelerate).parent != Path(facts.python).parent:
         what = f"accelerate is another Python's: {facts.accelerate}"
         remedy = "activate this one's environment, or start with: python -m accelerate.commands.launch"
-        found.append(Finding("problem", what, remedy))
+        found.append(problem(what, remedy))
     return found
 
 
 def judge_packages(facts: Facts) -> list[Finding]:
-    """A version other than the pinned one may work; that it does has not been tested."""
+    """Other versions than the pinned ones may work, but are not tested."""
     wrong = {name: pair for name, pair in facts.packages.items() if (pair[1] or "").partition("+")[0] != pair[0]}
     if not wrong:
-        return [Finding("ok", f"all {len(facts.packages)} packages as in requirements.txt")]
+        return [ok(f"all {len(facts.packages)} packages as in requirements.txt")]
     listed = ", ".join(f"{name} {has or 'missing'} (tested: {pinned})" for name, (pinned, has) in wrong.items())
-    return [Finding("warning", f"other versions than tested: {listed}", "pip install -r requirements.txt")]
+    return [warning(f"other versions than tested: {listed}", "pip install -r requirements.txt")]
 
 
 def judge_cuda(facts: Facts) -> list[Finding]:
     if facts.gpus:
-        return [
-            Finding(
-                "ok", f"{len(facts.gpus)} GPU{'s' * (len(facts.gpus) > 1)}, torch built with CUDA {facts.torch_cuda}"
-            )
-        ]
+        plural = "s" * (len(facts.gpus) > 1)
+        return [ok(f"{len(facts.gpus)} GPU{plural}, torch built with CUDA {facts.torch_cuda}")]
     if not facts.driver_gpus:
-        return [Finding("ok", "no GPU: training runs on the CPU, in fp32; memory_probe.py predicts for any card")]
+        return [ok("no GPU: training runs on the CPU, in fp32; memory_probe.py predicts for any card")]
     names = ", ".join(facts.driver_gpus)
     if facts.torch_cuda is None:
-        return [
-            Finding(
-                "problem", f"{names} is there, but torch is a CPU build", "install torch's CUDA build, see pytorch.org"
-            )
-        ]
+        return [problem(f"{names} is there, but torch is a CPU build", "install torch's CUDA build, see pytorch.org")]
     what = f"{names} is there, but torch (CUDA {facts.torch_cuda}) cannot use it"
-    return [Finding("problem", what, "update the driver, or look at CUDA_VISIBLE_DEVICES")]
+    return [problem(what, "update the driver, or look at CUDA_VISIBLE_DEVICES")]
 
 
 def judge_gpu(gpu: GpuFacts, facts: Facts) -> list[Finding]:
     architecture = "sm_{}{}".format(*gpu.capability)
     found = [
-        Finding("ok", f"{gpu.name}, {architecture}, {size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"),
-        Finding("ok", "bf16: yes") if gpu.capability >= (8, 0) else Finding("ok", "no bf16 units: auto chooses fp16"),
+        ok(f"{gpu.name}, {architecture}, {size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"),
+        ok("bf16: yes" if gpu.capability >= (8, 0) else "no bf16 units: auto chooses fp16"),
     ]
     majors = {name.partition("_")[2][:-1] for name in facts.torch_architectures}
     if facts.torch_architectures and str(gpu.capability[0]) not in majors:
         what = f"torch has no kernels for {architecture}, only for {', '.join(facts.torch_architectures)}"
-        found.append(Finding("problem", what, "install a torch build for this card"))
+        found.append(problem(what, "install a torch build for this card"))
     if gpu.free_bytes < 0.9 * gpu.total_bytes:
         used = size(gpu.total_bytes - gpu.free_bytes)
-        found.append(
-            Finding("warning", f"{used} of {gpu.name} are in use already", "nvidia-smi tells by what; end it")
-        )
+        found.append(warning(f"{used} of {gpu.name} are in use already", "nvidia-smi tells by what; end it"))
     found += [judge_attention(name, head_size, gpu, facts) for name, head_size in facts.head_sizes.items()]
     return found
 
@@ -226,73 +226,58 @@ def judge_attention(part: str, head_size: int, gpu: GpuFacts, facts: Facts) -> F
     """Which attention kernels can train heads of this size on this card."""
     what = f"{part}, heads of {head_size}: "
     if gpu.capability < (8, 0):
-        return Finding("ok", what + "sdpa without flash kernels, which need Ampere or newer")
+        return ok(what + "sdpa without flash kernels, which need Ampere or newer")
     if head_size > FLASH_HEAD_SIZE:
-        return Finding("ok", what + "too large for flash kernels; sdpa takes others")
+        return ok(what + "too large for flash kernels; sdpa takes others")
     is_consumer = gpu.capability in CONSUMER
     kernel = "sdpa trains with its flash kernel, or where a batch is padded with its memory-efficient one"
     if is_consumer and head_size in REFUSED_HEAD_SIZES:
         kernel = "sdpa trains with its memory-efficient kernel"
     if facts.flash_attn is None:
-        return Finding("ok", f"{what}{kernel}; flash-attn is not installed, and not needed")
+        return ok(f"{what}{kernel}; flash-attn is not installed, and not needed")
     is_old = tuple(map(int, re.findall(r"\d+", facts.flash_attn)[:3])) < (2, 5, 5)
     if is_consumer and is_old and head_size >= REFUSED_HEAD_SIZES.start:
         remedy = "pip install --no-build-isolation -r requirements-gpu.txt, or --attn_implementation sdpa"
-        return Finding("warning", f"{what}flash-attn {facts.flash_attn} cannot train them here; {kernel}", remedy)
-    return Finding("ok", f"{what}{kernel}; flash-attn {facts.flash_attn} can train them")
+        return warning(f"{what}flash-attn {facts.flash_attn} cannot train them here; {kernel}", remedy)
+    return ok(f"{what}{kernel}; flash-attn {facts.flash_attn} can train them")
 
 
 def judge_toolkit(facts: Facts) -> list[Finding]:
-    """Needed where something is compiled: flash-attn, DeepSpeed's own optimizers. The launch configs need neither."""
+    """A toolkit is needed only to compile flash-attn or DeepSpeed's own optimizers; the launch configs use neither."""
     found = []
     if facts.compiler is None:
         what = "no C++ compiler: DeepSpeed (zero2.yaml, zero3.yaml) compiles an operator at its first start on a CPU"
-        mark = "warning" if facts.gpus else "problem"
-        found.append(Finding(mark, what, "install one (Debian, Ubuntu: apt install g++), or use single.yaml"))
+        judge = warning if facts.gpus else problem
+        found.append(judge(what, "install one (Debian, Ubuntu: apt install g++), or use single.yaml"))
     else:
-        found.append(Finding("ok", f"C++ compiler: {facts.compiler}"))
+        found.append(ok(f"C++ compiler: {facts.compiler}"))
     if facts.torch_cuda is None:
         return found
     needed = f"only to compile flash-attn, and then of CUDA {facts.torch_cuda}"
     if facts.cuda_home and facts.toolkit is None:
-        found.append(
-            Finding("warning", f"CUDA_HOME={facts.cuda_home} has no bin/nvcc", "point it at a toolkit or unset it")
-        )
+        found.append(warning(f"CUDA_HOME={facts.cuda_home} has no bin/nvcc", "point it at a toolkit or unset it"))
     elif facts.toolkit is None:
-        found.append(Finding("ok", f"no CUDA toolkit: needed {needed}"))
+        found.append(ok(f"no CUDA toolkit: needed {needed}"))
     elif facts.toolkit.split(".")[0] != facts.torch_cuda.split(".")[0]:
         what = f"CUDA toolkit {facts.toolkit}, but torch has {facts.torch_cuda}: what is compiled will not load"
-        found.append(Finding("warning", what, f"set CUDA_HOME to a toolkit {facts.torch_cuda}; needed {needed}"))
+        found.append(warning(what, f"set CUDA_HOME to a toolkit {facts.torch_cuda}; needed {needed}"))
     else:
-        found.append(Finding("ok", f"CUDA toolkit {facts.toolkit} fits torch's {facts.torch_cuda}"))
+        found.append(ok(f"CUDA toolkit {facts.toolkit} fits torch's {facts.torch_cuda}"))
     return found
 
 
 def judge_room(facts: Facts) -> list[Finding]:
+    shared = f"shared memory ({SHARED_MEMORY}), through which data workers hand over their batches"
+    host_remedy = "close programs; zero3.yaml keeps the weights there"
+    disk_remedy = "make room, or choose another --output_dir"
+    room = [
+        ("host memory", facts.free_host_bytes, MIN_FREE_HOST_BYTES, host_remedy),
+        ("disk for --output_dir", facts.free_disk_bytes, MIN_FREE_DISK_BYTES, disk_remedy),
+        (shared, facts.free_shared_bytes, MIN_FREE_SHARED_BYTES, SHARED_MEMORY_REMEDY),
+    ]
     found = []
-    for what, free_bytes, least_bytes, remedy in (
-        (
-            "host memory",
-            facts.free_host_bytes,
-            MIN_FREE_HOST_BYTES,
-            "close programs; zero3.yaml keeps the weights there",
-        ),
-        (
-            "disk for --output_dir",
-            facts.free_disk_bytes,
-            MIN_FREE_DISK_BYTES,
-            "make room, or choose another --output_dir",
-        ),
-        (
-            f"shared memory ({SHARED_MEMORY}), through which data workers hand over their batches",
-            facts.free_shared_bytes,
-            MIN_FREE_SHARED_BYTES,
-            SHARED_MEMORY_REMEDY,
-        ),
-    ):
-        if free_bytes is None:
-            continue
-        is_short = free_bytes < least_bytes
-        text = f"{size(free_bytes)} free {what}"
-        found.append(Finding("warning", text, remedy) if is_short else Finding("ok", text))
+    for what, free_bytes, least_bytes, remedy in room:
+        if free_bytes is not None:
+            text = f"{size(free_bytes)} free {what}"
+            found.append(warning(text, remedy) if free_bytes < least_bytes else ok(text))
     return found

@@ -1,4 +1,4 @@
-"""What ends or disturbs a run: signals, samples that cannot be loaded, losses that are NaN or infinite."""
+"""What ends or disturbs a run: signals, a lost launcher or worker, samples that cannot be loaded, NaN losses."""
 
 import math
 import os
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from training.run_log import RunLog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A word of the launcher's command line: the scripts that pip installs, or the modules behind `python -m`.
+# A launcher's command line has one of these words: the scripts that pip installs, or the modules behind `python -m`.
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
 
 
 class Watch:
-    """A context in which all processes stop together, between two micro-batches, when one of them has to.
+    """A context in which all processes stop together, between two micro-batches, if one of them must stop.
 
-    A signal is only noted while `batches` runs; at any other time it raises Interrupted at once. Several processes
-    tell each other on the host, through gloo: no GPU has to wait.
+    While `batches` runs a signal is only noted; at any other time it raises Interrupted at once. Processes exchange
+    their signals on the host, through gloo, so that no GPU waits.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -67,15 +67,16 @@ class Watch:
         """The loader's batches.
 
         Raises:
-            Interrupted: a process got a signal. BadSample: one of some process cannot be had. LostWorker: a process of
-                some loader has died.
+            Interrupted: a process got a signal.
+            BadSample: a sample of some process cannot be loaded.
+            LostWorker: a data worker of some process has died.
         """
         self.is_noting = True
         iterator = iter(loader)
         while True:
             batch, error = None, None
             try:
-                batch = self._fetch(iterator)  # every process has as many
+                batch = self._fetch(iterator)  # every process has the same number of batches
             except UserError as user_error:
                 error = user_error
             if self.launcher not in (None, os.getppid()):
@@ -91,7 +92,7 @@ class Watch:
                 break
             try:
                 yield batch
-            except GeneratorExit:  # the run has all its steps
+            except GeneratorExit:  # the loop that reads the batches has ended
                 self.is_noting = False
                 raise
         self.is_noting = False
@@ -99,17 +100,17 @@ class Watch:
     def _fetch(self, iterator: Iterator[Batch]) -> Batch | None:
         """The next batch; None at the end. Raises LostWorker.
 
-        torch's handler of SIGCHLD, put in place with the first workers, raises wherever the main thread is: in the
-        middle of an optimizer step too, and then nothing could be saved. So it is in place here alone.
+        torch installs a SIGCHLD handler with the first workers. It raises wherever the main thread is, even in the
+        middle of an optimizer step, after which nothing could be saved. So it is installed only in here.
         """
         signal.signal(signal.SIGCHLD, self.child_handler)
         try:
-            self._look_for_dead_workers()  # one may have died since the last batch
+            self._raise_for_dead_worker()  # one may have died since the last batch
             try:
                 return next(iterator, None)
-            except (OSError, EOFError):  # a batch that its worker did not live to hand over
-                time.sleep(2)  # its death may not be known yet; the handler raises as soon as it is
-                self._look_for_dead_workers()
+            except (OSError, EOFError):  # its worker died while it handed the batch over
+                time.sleep(2)  # the system may report the death a little later; the handler raises then
+                self._raise_for_dead_worker()
                 raise
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -118,12 +119,12 @@ class Watch:
         finally:
             self.child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def _look_for_dead_workers(self) -> None:
+    def _raise_for_dead_worker(self) -> None:
         if callable(self.child_handler):
             self.child_handler(signal.SIGCHLD, None)
 
     def reduce(self, values: list[int], op: ReduceOp.RedOpType) -> list[int]:
-        """All processes' values put together, one by one."""
+        """The values reduced over all processes, element by element."""
         if self.group is None:
             return values
         tensor = torch.tensor(values)
@@ -132,12 +133,10 @@ class Watch:
 
 
 class BadSamples:
-    """Subtracts the label tokens of bad samples from an update's, warns of each sample once, and ends a run with too
-    many.
+    """Subtracts bad samples' label tokens from the update's, reports each sample once, ends a run with too many.
 
     Args:
-        log: keeps `bad_samples`, by index since ids may be shared, which a resumed run goes on with, and
-            `num_left_out`.
+        log: keeps `bad_samples` for a resumed run, by index because ids may repeat, and `num_left_out`.
         dataset: its `problems` were left out when it was read.
     """
 
@@ -149,10 +148,11 @@ class BadSamples:
         self.num_items_in_batch = self.num_expected = 0
 
     def count(self, batch: Batch, num_items_in_batch: int) -> int:
-        """The update's label tokens on all processes, without those of its bad samples; at least 1.
+        """The update's label tokens on all processes without those of its bad samples; at least 1.
 
         Raises:
-            BadSample: more than `max_bad_fraction` of the data set is bad, or a file went bad between two looks at it.
+            BadSample: more than `max_bad_fraction` of the data set is bad.
+            UserError: a file could be read a moment ago and cannot now.
         """
         if batch.bad is None:
             return num_items_in_batch
@@ -179,12 +179,12 @@ class BadSamples:
 
 
 def explain_death(message: str) -> str:
-    """torch's message about a dead worker in words that help."""
+    """What torch's message about a dead worker means, and what helps."""
     pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
     who = f"a data worker (process {pids[1]})" if pids else "a data worker"
     if "Bus error" in message:
         return f"{who} found no more shared memory: {SHARED_MEMORY_REMEDY}."
-    if "signal: Killed" in message or message.endswith("exited unexpectedly"):  # the latter: found out too late
+    if "signal: Killed" in message or message.endswith("exited unexpectedly"):  # torch has missed the signal
         why = "most likely because the host ran out of memory ('dmesg' tells)"
         return f"{who} was killed, {why}: choose fewer --dataloader_num_workers."
     how = re.search(r"(?:is killed by|exited) .*", message)
@@ -192,11 +192,12 @@ def explain_death(message: str) -> str:
 
 
 def find_launcher() -> int | None:
-    """The launcher's process id, where the parent is one: told to end, it may leave the run behind with the GPU.
+    """The parent's process id if the parent is a launcher, else None.
 
-    A shell is none: a run in the background goes on when it ends.
+    A launcher that is terminated may leave the run behind, which then keeps the GPU: so the run ends too. A run that a
+    shell has put into the background goes on when the shell ends.
     """
-    with suppress(psutil.Error):  # a parent outside the container cannot be looked at
+    with suppress(psutil.Error):  # a parent outside the container cannot be seen
         parent = psutil.Process().parent()
         if parent is not None and not LAUNCHERS.isdisjoint(Path(word).name for word in parent.cmdline()):
             return parent.pid
@@ -206,7 +207,7 @@ def find_launcher() -> int | None:
 def check_bad_fraction(
     num_bad: int, num_records: int, max_bad_fraction: float, error_class: type[UserError] = UserError
 ) -> None:
-    """Raise where more is bad than may be."""
+    """Raise `error_class` if more than `max_bad_fraction` of the records are bad."""
     if num_bad > max_bad_fraction * num_records:
         raise error_class(
             f"{num_bad} of {num_records} samples cannot be used, more than --max_bad_fraction {max_bad_fraction}: "
@@ -215,11 +216,11 @@ def check_bad_fraction(
 
 
 class NonFiniteUpdates:
-    """Counts updates that were skipped because of NaN or Inf, names their samples, and ends the run after too many.
+    """Counts updates skipped because of NaN or Inf, names their samples, and ends the run after too many in a row.
 
-    The gradients' norm tells, since NaN anywhere makes it NaN. It is read once an update; losses are read only then.
-    A loss scaler makes too large a scale smaller by such skips: while the losses are finite and the scale is not below
-    1 they are its own business.
+    NaN in any gradient makes their norm NaN, so only the norm is read after each update; losses are read if it is not
+    finite. An fp16 loss scaler skips updates on purpose while it lowers its scale: such a skip does not count as long
+    as all losses are finite and the scale is at least 1.
     """
 
     def __init__(self, accelerator: Accelerator, max_in_a_row: int) -> None:
@@ -232,7 +233,7 @@ class NonFiniteUpdates:
         self.micro_batches.append((loss, sample_ids))
 
     def update(self, step: int, grad_norm: float, loss_scale: float | None) -> bool:
-        """Whether the update that ends here was skipped. Raises UserError after `max_in_a_row` such updates."""
+        """Whether the update that has just ended was skipped. Raises UserError after `max_in_a_row` such updates."""
         micro_batches, self.micro_batches = self.micro_batches, []
         if math.isfinite(grad_norm):
             self.in_a_row = 0
@@ -255,12 +256,12 @@ class NonFiniteUpdates:
         return True
 
     def _any_process(self, value: bool) -> bool:
-        """Called where all processes skip, since all of them have the same norm."""
+        """Whether any process has it. All processes call together: all have the same norm, so all skip."""
         if self.accelerator.distributed_type == DistributedType.NO:
             return value
         return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum") > 0)
 
 
 def warn(message: str) -> None:
-    """On stderr, on a line of its own where a progress bar is."""
+    """Print on stderr, on a line of its own even while a progress bar is drawn."""
     tqdm.write(f"warning: {message}", file=sys.stderr)

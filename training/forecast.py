@@ -1,14 +1,14 @@
-"""Ask memory.probe what a run will need, in a process beside it: a trace patches what the run itself uses.
+"""Predict a run's memory in a process beside it: a trace patches modules that the run itself uses.
 
     forecast = Forecast(config.step_flags, accelerator, longest_row=Row(num_tokens=700, num_images=1))
-    forecast.poll()                # None until it is there, then what memory_probe.py reports
+    forecast.poll()                # None until it is done, then what memory_probe.py reports
     forecast.stop()
 
     diagnosis = Forecast(config.step_flags, accelerator, explain=True).wait(timeout_seconds=300)
     diagnosis["changes"], diagnosis["nearest"]    # each change of a flag traced; the first with which it fits
 
-Whatever happens there never harms the run: it has the lowest priority, sees no GPU, is the first to go when the host
-runs out of memory, and a failure is told in `problem`.
+That process cannot harm the run: it has the lowest priority, sees no GPU, and is the first that Linux kills when host
+RAM runs out. If it fails, `problem` says why.
 """
 
 import json
@@ -33,16 +33,16 @@ from utils import GIB, UserError
 
 ROOT = Path(__file__).parent.parent
 PROBE = ["-m", "memory.probe"]
-LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # what they begin with
+LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # prefixes
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 class Forecast:
-    """A prediction on its way.
+    """A prediction that another process is computing.
 
     Args:
-        step_flags: the flags of a step, as StepConfig.step_flags has them.
-        accelerator: the run's. The launch config's strategy is taken from it, device and budget from the machine.
+        step_flags: StepConfig.step_flags.
+        accelerator: the run's. It gives the strategy; device and budget are this machine's.
         longest_row: the largest row of the run's data; None: `max_seq_len` tokens with an image, the worst case.
         explain: also trace what could be changed.
     """
@@ -75,26 +75,26 @@ class Forecast:
                 env=quiet_environment(),
                 start_new_session=True,  # Ctrl-C is the run's
             )
-        with suppress(psutil.Error, OSError):  # it has ended already, or this is no Linux
+        with suppress(psutil.Error, OSError):  # it has ended already, or this is not Linux
             process.nice(19)
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         return process
 
     def poll(self) -> dict[str, Any] | None:
-        """The prediction, if it is there; never waits. None while it is on its way, or with `problem` set."""
+        """The prediction, or None while it is computed, or None with `problem` set. Never waits."""
         if self.result is None and self.problem is None and self._process.poll() is not None:
             self._read()
         return self.result
 
     def wait(self, timeout_seconds: float) -> dict[str, Any] | None:
-        """The prediction, waited for; None if it fails or takes longer: `problem` tells."""
+        """Wait for the prediction. None if it fails or takes longer: `problem` says why."""
         with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             self._process.wait(timeout_seconds)
         self.stop(f"it took longer than {timeout_seconds:.0f} seconds")
         return self.result
 
     def stop(self, why: str = "the run ended before it was computed") -> None:
-        """Take the prediction if it is there, else end it: `why` becomes the problem."""
+        """Read the prediction if it is done, else end the process: `why` becomes the problem."""
         self.poll()
         if self.result is None and self.problem is None:
             self.problem = why
@@ -117,7 +117,7 @@ class Forecast:
 
 
 def launch_flags(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """The launch config's strategy as memory_probe.py's flags. DeepSpeed's JSON is the run's own."""
+    """The launch config's strategy as memory_probe.py's flags, with the run's own DeepSpeed JSON."""
     world_size, kind = accelerator.num_processes, accelerator.distributed_type
     if kind == DistributedType.NO:
         return {"strategy": "single"}
@@ -142,9 +142,8 @@ def device_flags() -> dict[str, Any]:
 
 
 def quiet_environment() -> dict[str, str]:
-    """This process's environment without a GPU and without what the launcher has set for it."""
+    """This process's environment without GPUs and without the launcher's variables."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
-    path = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )  # the run may be typed elsewhere
+    # The run may have been started in another folder.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""The README of a saved adapter or model, in the hub's format: what it comes from, how it was made, how good it is."""
+"""The README of a saved adapter or model, in the hub's format: its base, how it was trained, its scores."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ USE = {
 ```python
 import torch
 from peft import PeftModel
-from utils import load_model, load_processor
+from models.loading import load_model, load_processor
 
 model = PeftModel.from_pretrained(load_model("{model}", torch.bfloat16, "sdpa"), "{folder}")
 processor = load_processor("{folder}")
@@ -22,7 +22,7 @@ processor = load_processor("{folder}")
     False: """\
 ```python
 import torch
-from utils import load_model, load_processor
+from models.loading import load_model, load_processor
 
 model = load_model("{folder}", torch.bfloat16, "sdpa")
 processor = load_processor("{folder}")
@@ -59,7 +59,7 @@ def build_model_card(run: dict) -> ModelCard:
 
 
 def metadata(run: dict, name: str) -> ModelCardData:
-    """What the hub searches by. It takes hub ids alone: a folder's name stands in the text only."""
+    """What the hub searches by. It accepts hub ids only; a local folder's name appears in the text alone."""
     config = run["config"]
     return ModelCardData(
         model_name=name,
@@ -88,13 +88,13 @@ def eval_results(run: dict) -> list[EvalResult] | None:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name, if it is one of the hub's and not a folder's or a file's."""
+    """The name if it is a hub id, not a folder or file."""
     is_hub_id = name is not None and HUB_ID.fullmatch(name) and not Path(name).exists()
     return name if is_hub_id else None
 
 
 def describe_cut(run: dict) -> str:
-    """A sentence about the samples that lost their end, where there are any."""
+    """A sentence about samples that were cut, if there are any."""
     if not (num_cut := run.get("cut_replies", 0)):
         return ""
     length = run["config"]["max_seq_len"]
@@ -102,7 +102,7 @@ def describe_cut(run: dict) -> str:
 
 
 def describe_scores(scores: dict[str, float]) -> str:
-    """A run that was resumed with another --eval_samples may lack a score, or have them of different samples."""
+    """After a resume with another --eval_samples a score may be missing, or the two may be of different samples."""
     words = {"exact_match_before": "before", "exact_match": "after"}
     parts = [f"{scores[key]:.1%} {word}" for key, word in words.items() if key in scores]
     if not parts:

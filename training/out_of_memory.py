@@ -1,4 +1,4 @@
-"""When memory runs out: what was asked for, what was predicted, what fills the memory, what would fit."""
+"""Explain an out of memory: what was requested, what was predicted, what fills the memory, what would fit."""
 
 import re
 import sys
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from data.worst_case import Row
 from memory.report import as_flags, breakdown_lines, title
+from training.config import TrainConfig
 from training.forecast import Forecast
 from utils import UserError, brief_error, size
 
@@ -19,23 +20,23 @@ SNAPSHOT = "oom_snapshot.pickle"  # for https://docs.pytorch.org/memory_viz; nev
 FORECAST_SECONDS = 300
 
 
-class OutOfMemory:
-    """A context that turns running out of memory into an explanation and a UserError.
+class ExplainOutOfMemory:
+    """A context that turns an out-of-memory error into an explanation and a UserError.
 
-    train.py says by `at` what the run is at.
+    train.py calls `at` whenever something else begins.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Any, longest: Row) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, longest: Row) -> None:
         self.accelerator = accelerator
         self.config = config
         self.longest = longest
         self.at("while preparing")
 
-    def __enter__(self) -> "OutOfMemory":
+    def __enter__(self) -> "ExplainOutOfMemory":
         return self
 
     def at(self, when: str, row: Row | None = None) -> None:
-        """What comes now, and the largest row that it can have; None: the training data's."""
+        """What begins now, for the message, and the largest row it can have; None: the training data's."""
         self.when, self.row = when, row or self.longest
 
     def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -63,18 +64,18 @@ class OutOfMemory:
         try:
             forecast = Forecast(self.config.step_flags, self.accelerator, self.row, explain=True)
             return forecast.wait(FORECAST_SECONDS), forecast.problem
-        except (UserError, OSError) as error:  # there may be no memory for a process either
+        except (UserError, OSError) as error:  # there may be no memory for another process either
             return None, brief_error(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's allocator raises OutOfMemoryError, the CPU's a RuntimeError, Python a MemoryError."""
+    """The GPU's allocator raises OutOfMemoryError, the CPU's a RuntimeError, Python a MemoryError."""
     is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def asked_for(error: BaseException) -> str:
-    """What the allocator was asked for, in its words."""
+    """What the allocator was asked for, in the words of its message."""
     text = " ".join(str(error).split())
     if match := re.search(r"you tried to allocate (\d+) bytes", text):
         return f"tried to allocate {size(int(match[1]))} of host memory"
@@ -85,7 +86,7 @@ def asked_for(error: BaseException) -> str:
 
 
 def diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
-    """What was predicted and what fills it, and each change that saves something."""
+    """The prediction, what it consists of, and each change of flags that saves memory."""
     needed, budget = size(diagnosis["device_bytes"]), size(diagnosis["budget_bytes"])
     lines = [title(diagnosis), f"Predicted: {needed} of {budget}.", *breakdown_lines(diagnosis), "What to change:"]
     for change in diagnosis["changes"]:
@@ -110,7 +111,7 @@ def remedy(diagnosis: dict[str, Any] | None, problem: str | None) -> str:
 
 
 def write_snapshot(folder: Path) -> None:
-    """Blocks and the allocations noted last, for PyTorch's viewer."""
+    """The allocator's blocks and latest allocations, for PyTorch's viewer."""
     if torch.cuda.is_available():
         folder.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))

@@ -1,7 +1,7 @@
-"""What an earlier run has left in the output folder: removed once the new run has trained, untouched until then.
+"""The earlier run in the output folder: kept until the new run has trained, then removed.
 
-While the old adapter is there so are its card and its run.json, and nothing of the new run but curves. So whenever a
-run is killed, the folder holds an adapter that says what it is, or none.
+As long as the old adapter exists, so do its card and its run.json, and the new run has written nothing but curves. So
+after a kill at any moment the folder holds an adapter with its own description, or no adapter.
 """
 
 import os
@@ -14,15 +14,15 @@ from training.out_of_memory import SNAPSHOT
 
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 CARD = "README.md"
-# Without the first two nothing loads the weights that are left, so they go first. run.json, which marks the folder as
-# a run's, goes last.
+# The first two go first: without them nothing loads the weights that are left. run.json goes last: it marks the folder
+# as a run's.
 MODEL_FILES = ("adapter_config.json", "config.json", "adapter_model.*", "model.safetensors", "model-*.safetensors")
 MODEL_FILES += ("model.safetensors.index.json", "generation_config.json", SNAPSHOT)
 PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class PreviousRun:
-    """The state of the output folder before the new run writes to it. For the main process."""
+    """What the output folder held before the new run wrote to it. For the main process."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
@@ -30,9 +30,9 @@ class PreviousRun:
         self.curves = self._curves()
 
     def remove(self) -> None:
-        """All that a run writes; files of other names are somebody else's."""
+        """Remove all files that a run writes. Files of other names belong to somebody else."""
         remove_checkpoints(self.output_dir, num_kept=0)
-        is_run = (self.output_dir / RUN_JSON).is_file()  # else the README is not a run's card
+        is_run = (self.output_dir / RUN_JSON).is_file()  # without it the README is not a run's card
         names = [*MODEL_FILES, *PROCESSOR_FILES, *((CARD, RUN_JSON) if is_run else ())]
         for path in [path for name in names for path in self.output_dir.glob(name)]:
             os.unlink(path)
@@ -40,7 +40,7 @@ class PreviousRun:
             os.unlink(path)
 
     def restore(self) -> None:
-        """Take back what the new run has written so far, which are its curves alone."""
+        """Remove what the new run has written so far: its curves."""
         if not self.is_there:
             shutil.rmtree(self.output_dir, ignore_errors=True)
             return

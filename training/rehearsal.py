@@ -1,17 +1,18 @@
-"""The worst step that the data can bring, before the first one: an out of memory comes now, not at step 88."""
+"""The largest step that the data can bring, before the first one: out of memory is found now, not at step 88."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch import nn
 
 from data.worst_case import Row, with_few_micro_batches, with_rows_of, worst_case_batch, worst_case_questions
 from models.generation import answer_worst_case
-from training.training_state import TrainingState, load_rng_state, rng_state
+from step import StepConfig
+from training.random_state import load_rng_state, rng_state
+from training.training_state import TrainingState
 
 
 HISTORY_ENTRIES = 20_000  # allocations noted for the snapshot of an out-of-memory error: a few MiB of host memory
@@ -21,38 +22,45 @@ def rehearse(
     accelerator: Accelerator,
     model: nn.Module,
     state: TrainingState,
-    config: Any,
+    config: StepConfig,
     longest: Row,
     longest_question: Row | None,
     announce: Callable[[str, Row], None],
 ) -> None:
-    """Run what takes most of training and of evaluation, with the optimizer's state in place. All is then as if it had
-    not run.
+    """Run what needs most memory in training and in evaluation, with the optimizer's state in place.
+
+    Afterwards everything is as if nothing had run.
 
     Args:
         model: prepared, in training mode.
-        config: train.py's.
         longest: the largest row of the training data.
         longest_question: of the held-out data; None: there is none.
         announce: is told what comes next, and its row.
+
+    Raises:
+        RuntimeError: parameters or the optimizer's state are not what they were.
     """
     random_numbers, values = rng_state(), state.values()
     state.make_optimizer_state()
+    before = state.checksums()
     with allocation_history():
         announce("before step 1, in the largest step that the data can bring", longest)
-        run_step(accelerator, model, config, worst_batch(accelerator, model, config, longest, worst_case_batch))
-        for parameter in state.parameters.values():
-            parameter.grad = None
+        batch = worst_batch(accelerator, model, config, longest, worst_case_batch)
+        run_step(accelerator, model, state, config, batch)
         if longest_question is not None:
             announce("before step 1, in the largest batch of held-out questions", longest_question)
             questions = worst_batch(accelerator, model, config, longest_question, worst_case_questions)
             answer_worst_case(accelerator, model, questions)
     state.load_values(values)
     load_rng_state(random_numbers)
+    if state.checksums() != before:
+        raise RuntimeError(
+            "the rehearsal has changed what is to be trained, which is a bug; --no_rehearse leaves it out"
+        )
 
 
 def worst_batch(
-    accelerator: Accelerator, model: nn.Module, config: Any, row: Row, make_batch: Callable
+    accelerator: Accelerator, model: nn.Module, config: StepConfig, row: Row, make_batch: Callable
 ) -> dict[str, torch.Tensor]:
     """`make_batch` is one of data.worst_case; its batch of such rows, on the device."""
     model_config = accelerator.unwrap_model(model).config
@@ -60,28 +68,33 @@ def worst_batch(
     return send_to_device(batch, accelerator.device)
 
 
-def run_step(accelerator: Accelerator, model: nn.Module, config: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward. With accumulation two micro-batches run: in the second one gradients are there already.
+def run_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    state: TrainingState,
+    config: StepConfig,
+    batch: dict[str, torch.Tensor],
+) -> None:
+    """Forward and backward of an update that changes nothing.
 
-    The optimizer's own step is left out. Its few temporaries come when the activations are gone.
+    With accumulation two micro-batches run: the second one finds gradients in place. A loss of 0 makes every gradient
+    0. That matters under DeepSpeed alone, whose engine keeps gradients in buffers of its own and empties them only in
+    its step: with gradients, moments and a learning rate of 0, the step leaves everything but its counter as it was.
+    Elsewhere no step is taken. Its few temporaries come when the activations are freed.
     """
+    state.stop_learning()
     num_micro_batches = with_few_micro_batches(config).gradient_accumulation_steps
     for i in range(num_micro_batches):
+        accelerator.sync_gradients = i + 1 == num_micro_batches  # DeepSpeed's engine steps after this micro-batch
         loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-        backward(accelerator, loss, is_last=i + 1 == num_micro_batches)
-
-
-def backward(accelerator: Accelerator, loss: torch.Tensor, is_last: bool) -> None:
-    """DeepSpeed throws an update away, its gradients too, when a loss is NaN; nothing else of it is public."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        loss = loss * float("nan") if is_last else loss
-        accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=is_last)
-    else:
-        accelerator.backward(loss)
+        accelerator.backward(0 * loss)
+    state.forget_steps()
+    for parameter in state.parameters.values():
+        parameter.grad = None
 
 
 @contextmanager
-def allocation_history() -> Any:
+def allocation_history() -> Iterator[None]:
     """On a GPU: note who allocates what, for a snapshot if memory runs out."""
     if not torch.cuda.is_available():
         yield

@@ -1,8 +1,7 @@
-"""What a run tells while it goes and at its end: progress bar, TensorBoard, run.json."""
+"""What a run reports while it trains and at its end: progress bar, TensorBoard, run.json, model card."""
 
 import hashlib
 import json
-import resource
 import time
 from copy import copy
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -22,32 +20,32 @@ from data.dataset import ConversationDataset
 from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
-from models.config import ModelConfig
 from models.lora import count_parameters
 from training.checkpoints import RUN_JSON, remove_temporaries
+from training.config import TrainConfig
+from training.machine import memory_bytes, peak_bytes, reset_peak, run_environment
 from training.model_card import build_model_card
 from training.previous_run import CARD, TENSORBOARD, PreviousRun
 from training.run_memory import RunMemory
-from utils import GIB, environment, markdown_table
+from utils import GIB, markdown_table
 
 
-PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "datasets")
 LOG_VALUES = ("totals", "last_loss", "eval", "peak", "window_label_tokens", "num_skipped_updates", "bad_samples")
 NUM_PICTURES = 4
 
 
 class RunLog:
-    """Collects what the training loop reports; sums stay on the device until `logging_steps` have passed.
+    """Collects what the training loop reports. Sums stay on the device until `logging_steps` updates have passed.
 
-    A context: when something ends the run before it has trained, what the run has written is taken back. What an
-    overwritten run has left is removed as soon as one update is done.
-    A run that is resumed behind `start_step` updates goes on where its log was.
+    A context: if the run ends before its first update, everything it has written is removed. An earlier run in the
+    same folder is removed after the first update.
+    A run resumed after `start_step` updates continues its log.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        config: ModelConfig,
+        config: TrainConfig,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         num_steps: int,
@@ -62,8 +60,8 @@ class RunLog:
         self.global_step = self.start_step = start_step
         self.num_skipped_updates = 0
         self.num_cut_replies = 0  # samples whose end --max_seq_len cuts off
-        self.num_left_out = 0  # samples, when the data set was read
-        self.bad_samples: list[int] = []  # indices in the data set that were found bad since then
+        self.num_left_out = 0  # samples left out when the data set was read
+        self.bad_samples: list[int] = []  # indices of samples found bad since then
         self.memory: RunMemory | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
@@ -79,7 +77,7 @@ class RunLog:
         self.previous = PreviousRun(self.output_dir)
         if accelerator.is_main_process:
             remove_temporaries(self.output_dir)
-        # What a killed run has drawn behind its last checkpoint is drawn again.
+        # A killed run has logged updates after its last checkpoint; they are logged again.
         purge = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
@@ -95,7 +93,7 @@ class RunLog:
 
     def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
         if self.progress is not None:
-            self.progress.close()  # else an error's line would go on where the bar ends
+            self.progress.close()  # or an error's line would begin where the bar ends
         if self.memory is not None:
             self.memory.stop()
         if exception_type is not None and not self.has_trained and self.accelerator.is_main_process:
@@ -108,13 +106,13 @@ class RunLog:
 
     @property
     def num_bad_samples(self) -> int:
-        """Left out when the data set was read, and since then."""
+        """Samples left out when the data set was read, or found bad since then."""
         return self.num_left_out + len(self.bad_samples)
 
     def start(self) -> None:
-        """The clock of throughput runs from here."""
+        """Start the clock that throughput is measured by."""
         reset_peak()
-        if self.start_step == self.num_steps:  # the training was done before
+        if self.start_step == self.num_steps:  # the resumed run had all its updates
             self._take_over()
         bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
         self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
@@ -143,9 +141,9 @@ class RunLog:
         loss_scale: float | None = None,
         is_skipped: bool = False,
     ) -> None:
-        """The end of an update whose loss was the mean over `num_items_in_batch` label tokens of all processes.
+        """After an update whose loss was the mean over `num_items_in_batch` label tokens of all processes.
 
-        `loss_scale`: that of fp16. The loss of a skipped update may be NaN and counts nowhere.
+        `loss_scale`: fp16's. A skipped update's loss may be NaN and is not counted.
         """
         self.global_step = global_step
         if not (is_skipped or self.has_trained):
@@ -166,7 +164,7 @@ class RunLog:
             self.peak["train"] = peak_bytes()
 
     def _take_over(self) -> None:
-        """From here on the output folder is this run's."""
+        """From now on the output folder is this run's."""
         self.has_trained = True
         if self.config.overwrite_output_dir and self.accelerator.is_main_process:
             self.previous.remove()
@@ -203,12 +201,12 @@ class RunLog:
         self.window_start = time.perf_counter()
 
     def state(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """Where the log stands between two updates. Cheap: on a GPU nothing is waited for."""
+        """The log after an update, for a checkpoint. Cheap: does not wait for a GPU."""
         values = {name: copy(getattr(self, name)) for name in LOG_VALUES}
         return values | {"elapsed": time.perf_counter() - self.window_start}, self.window.clone()
 
     def state_dict(self, state: tuple[dict[str, Any], torch.Tensor]) -> dict[str, Any]:
-        """What `state` returned, all processes together, for JSON."""
+        """What `state` returned, summed over the processes, for JSON."""
         values, window = state
         return values | {"window": self.accelerator.reduce(window, "sum").tolist()}
 
@@ -216,7 +214,7 @@ class RunLog:
         for name in LOG_VALUES:
             setattr(self, name, state_dict[name])
         self.elapsed = state_dict["elapsed"]
-        if self.accelerator.is_main_process:  # it is summed over the processes again
+        if self.accelerator.is_main_process:  # one process holds the sum: sums are over all processes
             self.window += torch.tensor(state_dict["window"], dtype=self.window.dtype, device=self.window.device)
 
     def evaluation(self, global_step: int, predictions: list[Prediction], dataset: ConversationDataset | None) -> None:
@@ -227,9 +225,9 @@ class RunLog:
         name = "exact_match" if global_step else "exact_match_before"
         num_cut = sum(prediction.is_cut for prediction in predictions)
         questions = digest_questions(predictions)
-        if global_step and self.eval.get("questions", questions) != questions:  # resumed with others
+        if global_step and self.eval.get("questions", questions) != questions:  # resumed with other questions
             if self.eval["n"] == len(predictions):
-                del self.eval["exact_match_before"]  # of other questions, and nothing would tell
+                del self.eval["exact_match_before"]  # with the same number of questions nobody would notice
             else:
                 self.eval["n_before"] = self.eval["n"]
         self.eval |= {name: score, "n": len(predictions), "num_cut": num_cut, "questions": questions}
@@ -274,57 +272,24 @@ class RunLog:
             "eval": self.eval,
             "data": data,
             "config": asdict(self.config),
-            "environment": environment(*PACKAGES) | launch(self.accelerator),
+            "environment": run_environment(self.accelerator),
         }
         if self.accelerator.is_main_process:
             result["memory"] = self.memory.finish(self.peak["train"])
             hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
-            # Names of their own: as train/loss they would be drawn into its curve.
+            # Other names than the curves': TensorBoard would add these values to them.
             metrics = {"hparams/train_loss": result["train_loss"]}
             if "exact_match" in self.eval:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
-            build_model_card(result).save(self.output_dir / CARD)  # in place of PEFT's empty form
+            build_model_card(result).save(self.output_dir / CARD)  # replaces PEFT's empty one
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None
 
 
 def digest_questions(predictions: list[Prediction]) -> str:
-    """The same for the same questions and references alone."""
+    """A hash of questions and references."""
     asked = [(prediction.question, prediction.answer) for prediction in predictions]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
-def memory_bytes() -> dict[str, int]:
-    """On a GPU what PyTorch holds there; always the process's resident memory."""
-    rss = {"rss_bytes": psutil.Process().memory_info().rss}
-    if not torch.cuda.is_available():
-        return rss
-    gpu = {
-        "allocated_bytes": torch.cuda.memory_allocated(),
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.memory_reserved(),
-    }
-    return gpu | rss
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes() -> int:
-    """The most memory since the last reset on a GPU; on a CPU the most resident memory the process ever had."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def launch(accelerator: Accelerator) -> dict[str, str | int]:
-    return {
-        "distributed_type": accelerator.distributed_type.value,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }

@@ -1,9 +1,10 @@
-"""A run's memory as it goes on: predicted beside measured, in TensorBoard, in run.json and in one line at the end.
+"""A run's memory, predicted beside measured: in TensorBoard, in run.json and in one line at the end.
 
-What is compared is what tensors take at the peak of training, in bytes. A GPU's allocator counts it, over all steps. A
-CPU's does not: there PyTorch's profiler watches one micro-batch, the last of the second update, in which optimizer
-state and accumulated gradients are in place. What is predicted is a batch of the data's longest row and most images,
-every text position labelled: the largest that can come, which the micro-batch that a CPU measures need not be.
+Both figures are the bytes of all tensors at the peak of training. A GPU's allocator counts them, over all steps. A
+CPU's does not: there PyTorch's profiler watches one micro-batch, the last of the second update, which finds optimizer
+state and accumulated gradients in place. The prediction is for the largest batch that the data can bring: rows as long
+as the longest, with as many images as any, every text position labelled. The micro-batch that a CPU measures may be
+smaller.
 """
 
 from collections.abc import Iterable
@@ -23,13 +24,13 @@ from training.forecast import Forecast
 from utils import GIB, UserError
 
 
-# TensorBoard's tags and memory_probe.py's keys. `host_bytes` are of all processes on one computer, workers included.
+# TensorBoard's tags and memory_probe.py's keys. `host_bytes` counts all processes on one computer, with data workers.
 FIGURES = {"peak_allocated_bytes": "peak_allocated_bytes", "host_bytes": "host_bytes"}
 GPU_FIGURES = {"reserved_bytes": "peak_reserved_bytes", "device_bytes": "device_bytes"}
 
 
 class RunMemory:
-    """Measures, and shows the forecast beside it as soon as it is there. For the main process."""
+    """Measures memory, and logs the forecast beside it as soon as it is done. For the main process."""
 
     def __init__(
         self,
@@ -48,11 +49,11 @@ class RunMemory:
         self.forecast: Forecast | None = None
         self.problem = None if forecast else "--forecast false"
         try:
-            if forecast:  # its lines are drawn beside those of training: evaluation stays out
+            if forecast:  # of training alone, which is what is measured: no evaluation
                 self.forecast = Forecast(step_flags | {"eval_samples": 0}, accelerator, longest_row)
-        except (UserError, OSError) as error:  # no room in /tmp, no more processes: the run goes on without
+        except (UserError, OSError) as error:  # /tmp is full, or too many processes: the run goes on without it
             self.problem = str(error)
-        # Under DeepSpeed the engine has masters, partitions and buffers of its own.
+        # DeepSpeed's engine keeps masters, partitions and buffers where these hooks do not see them.
         is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.measured = {} if is_deepspeed else watch_state(model, optimizer.optimizer)
         self.num_micro_batches = 0
@@ -75,14 +76,14 @@ class RunMemory:
         self.num_micro_batches += 1
         if self.profiler is not None:
             self.profiler.stop()
-            # What a loader's worker has made is shared, and not in use by bytes_in_use's count.
+            # A data worker's tensors are in shared memory, which bytes_in_use does not count.
             from_worker_bytes = num_bytes(tensor for tensor in batch.values() if tensor.is_shared())
             step_bytes = rise(memory_events(self.profiler))
             self.measured["peak_allocated_bytes"] = self.in_use_bytes + from_worker_bytes + step_bytes
             self.profiler = None
 
     def log(self, global_step: int) -> None:
-        """Draw what is measured, and the forecast's lines from step 0 on once they are there."""
+        """Log what is measured, and the forecast once it is done: a line from step 0 on."""
         is_new = self._take_forecast()
         lines = {f"memory/{name}": nbytes for name, nbytes in self.measured.items()}
         predicted = {f"memory/predicted_{name}": nbytes for name, nbytes in self.predicted.items()}
@@ -92,7 +93,7 @@ class RunMemory:
             self.writer.add_scalar(tag, nbytes, global_step)
 
     def _take_forecast(self) -> bool:
-        """Whether it has just come."""
+        """Read the forecast if it is done. Returns whether it is new."""
         if self.predicted or self.forecast is None or (result := self.forecast.poll()) is None:
             return False
         self.predicted = {f"{name}_bytes": nbytes for name, nbytes in result["breakdown"].items() if nbytes}
@@ -101,7 +102,7 @@ class RunMemory:
         return True
 
     def finish(self, gpu_peak_bytes: int) -> dict[str, Any]:
-        """The comparison for run.json; its line is printed. `gpu_peak_bytes` is a GPU's peak in training."""
+        """Print the comparison; returns it for run.json. `gpu_peak_bytes` is the peak of training on a GPU."""
         self.stop()
         self._take_forecast()
         if torch.cuda.is_available():
@@ -129,7 +130,7 @@ class RunMemory:
         }
 
     def stop(self) -> None:
-        """No more is measured or waited for."""
+        """End the profiler and the forecast."""
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler = None
@@ -139,7 +140,7 @@ class RunMemory:
 
 
 def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """What parameters, gradients and optimizer state take. The dict is filled when the first update has come."""
+    """Bytes of parameters, gradients and optimizer state. The dict is filled in the first update."""
     measured: dict[str, int] = {}
 
     def before_step(*_: object) -> None:
@@ -159,14 +160,14 @@ def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def layout() -> dict[str, dict[str, list]]:
-    """TensorBoard's tab of custom scalars: each measured line and its predicted one in a chart."""
+    """For TensorBoard's tab of custom scalars: a chart for each figure, with the measured and the predicted line."""
     names = ["peak_allocated_bytes", *(["reserved_bytes"] if torch.cuda.is_available() else [])]
     names += [f"{category}_bytes" for category in RESIDENT]
     return {"memory": {name: ["Multiline", [f"memory/{name}", f"memory/predicted_{name}"]] for name in names}}
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, shared ones once."""
+    """Bytes of the tensors' storages; a storage that several tensors share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

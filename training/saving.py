@@ -1,4 +1,4 @@
-"""Save what was trained, under every strategy: a PEFT adapter, or the whole model after full fine-tuning."""
+"""Save what was trained, under every strategy: a PEFT adapter, or after full fine-tuning the model."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from models.gather import gather_trained
 
 
 def save_trained(accelerator: Accelerator, model: nn.Module, processor: ProcessorMixin, output_dir: Path) -> None:
-    """Write an adapter or a model, and the processor, to `output_dir`. Every process has to call it."""
+    """Write the adapter or model, and the processor, to `output_dir`. All processes call together."""
     state_dict = gather_trained(accelerator, model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=state_dict)

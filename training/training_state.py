@@ -1,29 +1,50 @@
-"""What training changes, in and out unchanged: parameters, optimizer, learning rate, loss scale, random numbers.
+"""What training changes, saved and restored exactly: parameters, optimizer, learning rate, loss scale.
 
-The form is the same under every strategy: one fp32 tensor for each parameter and each of its moments, whole, by the
-parameter's name. So a checkpoint can go on under another strategy or with another number of processes.
+The form is the same under every strategy: one fp32 tensor for each parameter and for each of its moments, unsharded,
+named after the parameter. So a checkpoint can be resumed under another strategy or with another number of processes.
 """
 
-import random
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from models.gather import gathered, is_partitioned
+from models.gather import gathered
 
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
-PARAMETER, STEP = "parameter", "step"  # the first part of a tensor's name; the others are the optimizer's words
+PARAMETER, STEP = "parameter", "step"  # the first part of a tensor's name; the others are the optimizer's own keys
+
+# DeepSpeed's undocumented attributes that are used here; `deepspeed_attribute` reads them.
+MASTERS = {  # of the optimizer, by stage: a flat fp32 tensor for each parameter group (stage 3: sub-group)
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+PARAMETER_GROUPS = "bit16_groups"  # of the optimizer, stages 1 and 2: the parameters behind each flat tensor
+LOSS_SCALER = "loss_scaler"  # of the optimizer
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of a dynamic one
+WHOLE_SHAPE, PARTITION = "ds_shape", "ds_tensor"  # of a parameter, stage 3
+
+
+def deepspeed_attribute(owner: object, name: str) -> Any:
+    """An attribute that DeepSpeed does not document. Raises RuntimeError if this version does not have it."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise RuntimeError(
+            f"DeepSpeed {version('deepspeed')}: {type(owner).__name__} has no attribute {name!r}, which "
+            "training/training_state.py needs; install the version that requirements.txt names"
+        ) from None
 
 
 class TrainingState:
     """Reads and writes the state of a prepared model, its optimizer and its scheduler. All processes call together.
 
-    Where a process is named `flat`, it is DeepSpeed's: the fp32 partition that this process's optimizer works on.
+    A tensor called `flat` is DeepSpeed's fp32 partition: the flat buffer that this process's optimizer updates.
     """
 
     def __init__(
@@ -35,19 +56,24 @@ class TrainingState:
     ) -> None:
         self.accelerator = accelerator
         self.scheduler = scheduler
-        self.optimizer = optimizer.optimizer  # torch's, or DeepSpeed's around torch's
-        self.is_zero = hasattr(self.optimizer, "loss_scaler")
+        plugin = accelerator.state.deepspeed_plugin
+        self.zero_stage = plugin.zero_stage if plugin else 0
+        wrapped = optimizer.optimizer
+        self.zero_optimizer = wrapped if self.zero_stage else None  # DeepSpeed's, around torch's
+        self.optimizer: torch.optim.Optimizer = wrapped.optimizer if self.zero_stage else wrapped
         unwrapped = accelerator.unwrap_model(model)
         self.parameters = {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 
     def shapes(self) -> dict[str, list[int]]:
-        """The whole parameters' shapes by name."""
-        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
+        """The unsharded parameters' shapes by name."""
+        if self.zero_stage == 3:
+            return {name: list(deepspeed_attribute(p, WHOLE_SHAPE)) for name, p in self.parameters.items()}
+        return {name: list(p.shape) for name, p in self.parameters.items()}
 
     def tensors(self) -> Tensors:
         """(`parameter/NAME`, fp32), (`exp_avg/NAME`, fp32) ... (`step/NAME`, a number), on the CPU, one at a time."""
         for name, parameter in self.parameters.items():
-            for key, tensor in self._zero_tensors(parameter) if self.is_zero else self._torch_tensors(parameter):
+            for key, tensor in self._zero_tensors(parameter) if self.zero_stage else self._torch_tensors(parameter):
                 yield f"{key}/{name}", tensor.detach().to("cpu", copy=True).contiguous()
 
     def load_tensors(self, tensors: Tensors) -> None:
@@ -56,20 +82,42 @@ class TrainingState:
         for full_name, tensor in tensors:
             key, _, name = full_name.partition("/")
             by_name[name][key] = tensor
-        if self.is_zero:
+        if self.zero_stage:
             self._load_zero(by_name)
         else:
             self._load_torch(by_name)
 
     def make_optimizer_state(self) -> None:
-        """What AdamW makes at its first step, where it is not there yet: moments of 0 and no step done."""
-        adamw = self.optimizer.optimizer if self.is_zero else self.optimizer
-        if not isinstance(adamw, torch.optim.AdamW):
+        """Create what AdamW would create in its first step: moments of 0, and no step counted. Keeps what exists."""
+        if not isinstance(self.optimizer, torch.optim.AdamW):
             return
-        for parameter in self._flat_partitions() if self.is_zero else self.parameters.values():
-            if not adamw.state.get(parameter):
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                adamw.state[parameter] = {STEP: torch.tensor(0.0), **moments}
+        for tensor in self._updated_tensors():
+            if not self.optimizer.state.get(tensor):
+                moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[tensor] = {STEP: torch.tensor(0.0), **moments}
+
+    def stop_learning(self) -> None:
+        """Until `load_values` a step with gradients of 0 changes no parameter, whatever the weight decay."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def forget_steps(self) -> None:
+        """The optimizer counts from 0 again."""
+        for state in self.optimizer.state.values():
+            if STEP in state:
+                state[STEP].zero_()
+
+    def checksums(self) -> list[str]:
+        """The sum of every tensor that training changes, of this process's part of it, to tell whether it changed.
+
+        As text, in which nan equals nan.
+        """
+        held = self.parameters.values()
+        if self.zero_stage == 3:
+            held = [deepspeed_attribute(parameter, PARTITION) for parameter in held]
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        tensors = [*held, *self._updated_tensors(), *(value for value in state if isinstance(value, torch.Tensor))]
+        return [str(_sum(tensor.detach())) for tensor in tensors]
 
     def values(self) -> dict[str, Any]:
         """The scheduler's and the loss scaler's state, for JSON. The same on every process."""
@@ -80,24 +128,38 @@ class TrainingState:
         groups = self.scheduler.optimizer.param_groups
         for group, learning_rate in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
-        if values["loss_scaler"] and self._loss_scaler_state():  # not where the precision is another one now
-            if self.is_zero:
-                vars(self.optimizer.loss_scaler).update(values["loss_scaler"])
+        if (
+            values["loss_scaler"] and self._loss_scaler_state()
+        ):  # both are fp16: a resumed run may have another precision
+            if self.zero_stage:
+                for name in LOSS_SCALER_STATE:
+                    setattr(self._zero_loss_scaler(), name, values["loss_scaler"][name])
             else:
                 self.accelerator.scaler.load_state_dict(values["loss_scaler"])
 
     def loss_scale(self) -> float | None:
         """The factor of fp16 losses; None in other precisions."""
-        if self.is_zero:
-            return float(self.optimizer.loss_scale) if self.optimizer.loss_scaler.dynamic else None
+        if self.zero_stage:
+            scaler = self._zero_loss_scaler()
+            return None if scaler is None else float(deepspeed_attribute(scaler, "cur_scale"))
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else None
 
+    def _zero_loss_scaler(self) -> object | None:
+        """DeepSpeed's, if it is a dynamic one: other precisions have a constant scale of 1."""
+        scaler = deepspeed_attribute(self.zero_optimizer, LOSS_SCALER)
+        return scaler if deepspeed_attribute(scaler, "dynamic") else None
+
     def _loss_scaler_state(self) -> dict[str, Any]:
-        if not self.is_zero:
+        if not self.zero_stage:
             return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        if not self.optimizer.loss_scaler.dynamic:
-            return {}
-        return {k: v for k, v in vars(self.optimizer.loss_scaler).items() if isinstance(v, (bool, int, float))}
+        scaler = self._zero_loss_scaler()
+        return {} if scaler is None else {name: deepspeed_attribute(scaler, name) for name in LOSS_SCALER_STATE}
+
+    def _updated_tensors(self) -> list[torch.Tensor]:
+        """The tensors that torch's optimizer updates in this process."""
+        if not self.zero_stage:
+            return list(self.parameters.values())
+        return list(deepspeed_attribute(self.zero_optimizer, MASTERS[self.zero_stage]))
 
     def _torch_tensors(self, parameter: nn.Parameter) -> Tensors:
         yield PARAMETER, parameter
@@ -112,17 +174,12 @@ class TrainingState:
                 state_dict["state"][i] = tensors
         self.optimizer.load_state_dict(state_dict)
 
-    def _flat_partitions(self) -> list[torch.Tensor]:
-        if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):  # stage 3
-            return list(self.optimizer.fp32_partitioned_groups_flat)
-        return list(self.optimizer.single_partition_of_fp32_groups)
-
     def _zero_tensors(self, parameter: nn.Parameter) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         yield PARAMETER, safe_get_full_fp32_param(parameter)
-        flat = self._flat_partitions()[0]
-        for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
+        flat = self._updated_tensors()[0]
+        for key, value in self.optimizer.state.get(flat, {}).items():
             if value.shape == flat.shape:
                 yield key, safe_get_full_optimizer_state(parameter, key)
             else:
@@ -130,78 +187,52 @@ class TrainingState:
 
     def _load_zero(self, by_name: dict[str, dict[str, torch.Tensor]]) -> None:
         some = next(iter(by_name.values()))
-        keys = [key for key in some if key not in (PARAMETER, STEP)]
-        for flat in self._flat_partitions() if STEP in some else []:  # torch would make them at the first step
-            state = {key: torch.zeros_like(flat) for key in keys}
-            self.optimizer.optimizer.state[flat] = {STEP: some[STEP].clone(), **state}
-        if is_partitioned(self.parameters.values()):
-            self._load_zero3(by_name, keys)
+        self.make_optimizer_state()
+        if STEP in some:
+            for state in self.optimizer.state.values():
+                state[STEP].copy_(some[STEP])
+        moments = [key for key in some if key not in (PARAMETER, STEP)]
+        if self.zero_stage == 3:
+            self._load_zero3(by_name, moments)
         else:
-            self._load_zero2(by_name, keys)
+            self._load_zero2(by_name, moments)
 
-    def _load_zero3(self, by_name: dict[str, dict[str, torch.Tensor]], keys: list[str]) -> None:
+    def _load_zero3(self, by_name: dict[str, dict[str, torch.Tensor]], moments: list[str]) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         for name, parameter in self.parameters.items():
             tensors = by_name[name]
             safe_set_local_fp32_param(parameter, self._own_part(tensors[PARAMETER], parameter))
-            for key in keys:
+            for key in moments:
                 safe_set_local_optimizer_state(parameter, self._own_part(tensors[key], parameter), key)
             with gathered([parameter], modifier_rank=0):  # what the module computes with, in its own precision
                 parameter.data.copy_(tensors[PARAMETER])
 
     def _own_part(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """This process's share of a whole tensor, with zeros behind its end as DeepSpeed pads it."""
-        size = parameter.ds_tensor.numel()
+        """This process's partition of an unsharded tensor; DeepSpeed pads the last one with zeros."""
+        size = deepspeed_attribute(parameter, PARTITION).numel()
         own = tensor.flatten()[size * self.accelerator.process_index :][:size]
         return torch.cat([own, own.new_zeros(size - own.numel())])
 
-    def _load_zero2(self, by_name: dict[str, dict[str, torch.Tensor]], keys: list[str]) -> None:
+    def _load_zero2(self, by_name: dict[str, dict[str, torch.Tensor]], moments: list[str]) -> None:
         from deepspeed.utils import (
             lazy_init_hp_params_optimizer_state,
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
         )
 
-        if keys:
-            for group, flat in zip(self.optimizer.bit16_groups, self._flat_partitions(), strict=True):
-                lazy_init_hp_params_optimizer_state(group, flat, self.optimizer.optimizer.state)
+        if moments:  # DeepSpeed would link parameters and moments in its first step
+            groups = deepspeed_attribute(self.zero_optimizer, PARAMETER_GROUPS)
+            for group, flat in zip(groups, self._updated_tensors(), strict=True):
+                lazy_init_hp_params_optimizer_state(group, flat, self.optimizer.state)
         for name, parameter in self.parameters.items():
             tensors = by_name[name]
             parameter.data.copy_(tensors[PARAMETER])
             safe_set_full_fp32_param(parameter, tensors[PARAMETER].to(parameter.device))
-            for key in keys:
+            for key in moments:
                 safe_set_full_optimizer_state(parameter, tensors[key].to(parameter.device), key)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of this process's random number generators. Costs no synchronisation on a GPU."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def load_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def rng_state_to_json(state: dict[str, Any]) -> dict[str, Any]:
-    version, internal, gauss = state["python"]
-    name, keys, *rest = state["numpy"]
-    json_state = {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest]}
-    return json_state | {key: bytes(state[key].tolist()).hex() for key in ("torch", "cuda") if key in state}
-
-
-def rng_state_from_json(state: dict[str, Any]) -> dict[str, Any]:
-    version, internal, gauss = state["python"]
-    name, keys, *rest = state["numpy"]
-    result = {"python": (version, tuple(internal), gauss), "numpy": (name, np.array(keys, dtype=np.uint32), *rest)}
-    for key in ("torch", "cuda"):
-        if key in state:
-            result[key] = torch.tensor(list(bytes.fromhex(state[key])), dtype=torch.uint8)
-    return result
+def _sum(tensor: torch.Tensor) -> float:
+    """In fp64, in which the smallest change counts, by parts: a whole copy in fp64 might not fit."""
+    return sum(part.sum(dtype=torch.float64).item() for part in tensor.flatten().split(2**22))
