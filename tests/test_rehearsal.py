@@ -7,11 +7,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked_runs import Fault, run
-from memory.updates import probe_accelerator
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from data.worst_case import Row
+from memory.probed_step import local_accelerator
 from step import StepConfig, build_model, build_optimizer
 from training import rehearsal
 from training.out_of_memory import asked_for, is_out_of_memory, remedy
@@ -45,7 +45,7 @@ def test_leaves_no_trace(config: str, num_processes: int, tmp_path: Path) -> Non
 def prepared() -> Iterator[tuple[Accelerator, torch.nn.Module, TrainingState, StepConfig]]:
     """What a rehearsal is given, in one process."""
     config = StepConfig(model="tiny", lora_r=4, max_seq_len=60, gradient_accumulation_steps=4)
-    with probe_accelerator(config) as accelerator:
+    with local_accelerator(config) as accelerator:
         model = build_model(config, is_deepspeed=False).train()
         optimizer = build_optimizer(model, config.optim, learning_rate=1e-3, weight_decay=0.1)
         scheduler = get_scheduler("constant", optimizer)

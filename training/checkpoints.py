@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -35,9 +35,6 @@ from training.random_state import load_rng_state, rng_state, rng_state_from_json
 from training.training_state import Tensors, TrainingState
 from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, flags_free_on_resume
 
-
-if TYPE_CHECKING:
-    from train import TrainConfig
 
 STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
 SHARD_BYTES = 2**28  # the most that a file of tensors holds, and that saving holds in memory

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,11 +21,9 @@ from tqdm.auto import tqdm
 from data.batch import Batch, UnusableSample
 from data.dataset import ConversationDataset
 from data.sharing import SHARED_MEMORY_REMEDY
+from training.run_log import RunLog
 from utils import BadSample, Interrupted, LostWorker, UserError, name_some
 
-
-if TYPE_CHECKING:
-    from training.run_log import RunLog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher's command line has one of these words: the scripts that pip installs, or the modules behind `python -m`.
@@ -140,7 +137,7 @@ class BadSamples:
         dataset: its `problems` were left out when it was read.
     """
 
-    def __init__(self, watch: Watch, log: "RunLog", dataset: ConversationDataset, max_bad_fraction: float) -> None:
+    def __init__(self, watch: Watch, log: RunLog, dataset: ConversationDataset, max_bad_fraction: float) -> None:
         self.watch = watch
         self.log = log
         self.log.num_left_out = len(dataset.problems)
