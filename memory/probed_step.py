@@ -73,8 +73,8 @@ class ProbedStep:
                 self.optimizer,
                 self.scheduler,
                 self.batch,
-                self.batch["labels"].numel(),
-                self.config.max_grad_norm,
+                num_items_in_batch=self.batch["labels"].numel(),
+                max_grad_norm=self.config.max_grad_norm,
             )
 
     def run_updates(self, num_updates: int = 2) -> None:
