@@ -114,7 +114,7 @@ def open_dataset(
     skips_bad: bool = False,
     follow_links: bool = False,
 ) -> ConversationDataset:
-    """The conversations in `path` with the images in `image_folder` (default: beside `path`), which are seen to exist.
+    """The conversations in `path` with the images in `image_folder` (default: beside `path`). Each image must exist.
 
     Args:
         skips_bad: leave bad records out instead of raising for the first.

@@ -44,7 +44,7 @@ def with_few_micro_batches(config: Config) -> Config:
 
 def with_rows_of(config: Config, num_tokens: int) -> Config:
     """A copy with rows of `num_tokens`."""
-    config = copy(config)  # dataclasses.replace would check all flags again, and read folders for that
+    config = copy(config)  # dataclasses.replace would check all flags again, and a probe's launch config
     config.max_seq_len = num_tokens
     return config
 

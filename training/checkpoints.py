@@ -262,7 +262,9 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def _data_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _data_difference(before: dict[str, Any] | str, after: dict[str, Any]) -> str:
+    if isinstance(before, str):
+        return "an earlier version of train.py made it, which did not note the records"
     if (num_before := before["num_records"]) != (num_after := after["num_records"]):
         return f"the data set had {num_before} records, now {num_after}"
     return f"the data set has {num_after} records as before, but their texts, image names or order differ"
