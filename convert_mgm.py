@@ -10,7 +10,7 @@ reads it there.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
@@ -38,7 +38,7 @@ from conversion.weight_files import find_weight_files, read_json
 from mgm.configuration_mgm import MGMConfig
 from models.adapter import load_trained_processor
 from models.loading import load_config
-from utils import UserError, run_script
+from utils import UserError, flag, run_script
 
 
 # The flags that each direction takes beside --output.
@@ -47,14 +47,14 @@ COMPANIONS = {"from_original": TOWERS, "to_original": ("adapter",), "assemble": 
 
 @dataclass(kw_only=True)
 class ConvertConfig:
-    from_original: str | None = field(default=None, metadata={"help": "folder of the original checkpoint"})
-    to_original: str | None = field(default=None, metadata={"help": "folder of a converted or fully trained model"})
-    assemble: bool = field(default=False, metadata={"help": "a model for stage 1 from --llm and the two towers"})
-    output: str | None = field(default=None, metadata={"help": "new folder to write"})
-    adapter: str | None = field(default=None, metadata={"help": "adapter's folder, to be merged by --to_original"})
-    llm: str | None = field(default=None, metadata={"help": "language model's folder, for --assemble"})
-    vision_tower: str | None = field(default=None, metadata={"help": "CLIP's folder, if not inside or beside"})
-    vision_tower_aux: str | None = field(default=None, metadata={"help": "ConvNeXt's folder, if not inside or beside"})
+    from_original: str | None = flag(None, "convert this folder, a checkpoint of the original")
+    to_original: str | None = flag(None, "convert this folder back, a converted or fully trained model")
+    assemble: bool = flag(False, "make a model for stage 1 from --llm and the two towers")
+    output: str | None = flag(None, "new folder to write")
+    adapter: str | None = flag(None, "for --to_original: folder of an adapter to merge")
+    llm: str | None = flag(None, "for --assemble: folder of the language model")
+    vision_tower: str | None = flag(None, "CLIP's folder; default: the one in or beside the checkpoint")
+    vision_tower_aux: str | None = flag(None, "ConvNeXt's folder; default: the one in or beside the checkpoint")
 
     def __post_init__(self) -> None:
         directions = [name for name in COMPANIONS if getattr(self, name)]
@@ -69,10 +69,10 @@ class ConvertConfig:
         missing = [f"--{name} DIR" for name in COMPANIONS["assemble"] if values[name] is None]
         if self.assemble and missing:
             raise UserError(f"--assemble needs more: give {', '.join(missing)}")
-        for flag in ("from_original", "to_original", "llm"):
-            folder = getattr(self, flag)
+        for name in ("from_original", "to_original", "llm"):
+            folder = getattr(self, name)
             if folder is not None and not (Path(folder) / "config.json").is_file():
-                raise UserError(f"--{flag} {folder}: there is no config.json in it")
+                raise UserError(f"--{name} {folder}: there is no config.json in it")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists: choose a new folder")
 
@@ -111,12 +111,12 @@ def read_parts(
     config: ConvertConfig, source: Path, backbone: PreTrainedConfig, original: dict | None = None
 ) -> tuple[list[Shard], MGMConfig]:
     """The shards of `source` and of the towers that it lacks, and the config of the model that they make."""
-    names = original or {}
-    towers = {flag: find_tower(flag, getattr(config, flag), source, names.get(f"mm_{flag}", "")) for flag in TOWERS}
+    paths = original or {}
+    towers = {name: find_tower(name, getattr(config, name), source, paths.get(f"mm_{name}", "")) for name in TOWERS}
     shards = read_shards(find_weight_files(source), rename_original)
-    for flag, folder in towers.items():
-        if not any(name.startswith(f"model.{flag}.") for name in all_tensors(shards)):
-            shards += tower_shards(flag, folder)
+    for tower, folder in towers.items():
+        if not any(name.startswith(f"model.{tower}.") for name in all_tensors(shards)):
+            shards += tower_shards(tower, folder)
     drop_tied_head(shards, backbone.tie_word_embeddings)
     return shards, joint_config(backbone, *towers.values(), all_tensors(shards), original)
 

@@ -12,7 +12,7 @@ last line on stdout is a JSON object. `tensorboard --logdir outputs/eval` lays r
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
@@ -33,7 +33,7 @@ from models.adapter import base_of, check_base, load_adapter, load_trained_proce
 from models.config import MIXED_PRECISIONS, ModelConfig
 from models.loading import load_model
 from step import build_accelerator
-from utils import UserError, check_choice, check_minimum, run_script
+from utils import UserError, check_choice, check_minimum, flag, run_script
 
 
 TASKS = ("demo", "textvqa", "mmbench", "caption")
@@ -42,26 +42,20 @@ NOT_SETTINGS = ("batch_size", "follow_links", "dataloader_num_workers", "output"
 
 @dataclass(kw_only=True)
 class EvalConfig(ModelConfig):
-    model: str | None = field(
-        default=None, metadata={"help": "folder or hub id; default: the adapter's base, else data/tiny_mgm"}
-    )
-    adapter: str | None = field(default=None, metadata={"help": "folder of a PEFT adapter for the model"})
-    task: str = field(default="demo", metadata={"help": " | ".join(TASKS)})
-    dataset: str | None = field(default=None, metadata={"help": "the benchmark's own file; the demo's for the demo"})
-    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
-    batch_size: int = field(default=32, metadata={"help": "questions a process answers at once; changes no answer"})
-    max_new_tokens: int = field(default=128, metadata={"help": "the longest answer, in tokens"})
-    limit: int = field(default=0, metadata={"help": "answer the first questions only; 0: all"})
-    ocr_file: str | None = field(
-        default=None, metadata={"help": "textvqa: words for the prompt, Rosetta's .json or LLaVA's prompts .jsonl"}
-    )
-    circular: bool = field(default=False, metadata={"help": "mmbench: right in every rotation of the options"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that open images ahead"})
-    output: str | None = field(default=None, metadata={"help": "FILE.json; default outputs/eval/TASK.json"})
-    compare: list[str] | None = field(
-        default=None, metadata={"help": "FULL.json LORA.json: two runs' scores on the same questions"}
-    )
+    model: str | None = flag(None, "folder or hub id; default: the adapter's base, else data/tiny_mgm")
+    adapter: str | None = flag(None, "folder of a PEFT adapter for the model")
+    task: str = flag("demo", " | ".join(TASKS))
+    dataset: str | None = flag(None, "the benchmark's own file; default: for the task demo the demo's")
+    image_folder: str | None = flag(None, "folder that image names start from; default: the data set's own")
+    follow_links: bool = flag(False, "allow links out of the image folder")
+    batch_size: int = flag(32, "questions that each process answers at once; changes no answer")
+    max_new_tokens: int = flag(128, "the longest answer, in tokens")
+    limit: int = flag(0, "answer only so many questions, the first; 0: all")
+    ocr_file: str | None = flag(None, "for textvqa: words for the prompt, Rosetta's .json or LLaVA's prompts .jsonl")
+    circular: bool = flag(False, "for mmbench: an answer counts if it is right in every rotation of the options")
+    dataloader_num_workers: int = flag(2, "processes that open images ahead")
+    output: str | None = flag(None, "file to write, NAME.json; default: outputs/eval/TASK.json")
+    compare: list[str] | None = flag(None, "only compare two runs on the same questions: FULL.json LORA.json")
 
     def __post_init__(self) -> None:
         super().__post_init__()

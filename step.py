@@ -28,7 +28,7 @@ from models.lora import (
     select_modules,
     trained_parameters,
 )
-from utils import UserError, check_choice, check_minimum, free_on_resume, name_some
+from utils import UserError, check_choice, check_minimum, flag, free_on_resume, name_some
 
 
 VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
@@ -40,36 +40,34 @@ OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # trans
 class StepConfig(ModelConfig):
     """What a training step is made of: the flags that train.py and memory_probe.py share."""
 
-    lora_r: int = field(default=16, metadata={"help": "rank; 0: no adapter, full fine-tuning"})
-    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by alpha / r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "of the adapter's inputs"})
-    lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
+    lora_r: int = flag(16, "the adapter's rank; 0: no adapter, full fine-tuning")
+    lora_alpha: int = flag(32, "the adapter is scaled by alpha / r")
+    lora_dropout: float = flag(0.1, "dropout of the adapter's inputs, a share below 1")
+    lora_bias: str = flag("none", "the biases to train: none | all | lora_only")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
-        metadata={"help": "linear layers of the language model, by name, or all-linear"},
+        metadata={"help": "linear layers of the language model that get LoRA, by name, or all-linear"},
     )
-    use_dora: bool = field(default=False, metadata={"help": "train the rows' lengths apart (arXiv:2402.09353)"})
-    use_rslora: bool = field(default=False, metadata={"help": "scaled by alpha / sqrt(r) instead (arXiv:2312.03732)"})
-    quantize: str = field(
-        default="none", metadata={"help": "none | nf4: the frozen language model in 4 bits, by bitsandbytes"}
+    use_dora: bool = flag(False, "DoRA: train the weights' magnitudes separately (arXiv:2402.09353)")
+    use_rslora: bool = flag(False, "scale the adapter by alpha / sqrt(r) instead (arXiv:2312.03732)")
+    quantize: str = flag("none", "none | nf4: the frozen language model in 4 bits, by bitsandbytes")
+    trainable_modules: list[str] | None = flag(
+        None,
+        "modules to train in full; default: projector, mining, with --lora_r 0 the language model",
     )
-    trainable_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "trained in full; default projector and mining, with --lora_r 0 the language model too"},
-    )
-    loss: str = free_on_resume("chunked", "chunked: never the logits of all tokens at once | full: the reference")
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a row, image positions counted"})
-    packing: bool = field(default=False, metadata={"help": "rows of several samples, which do not see each other"})
-    per_device_train_batch_size: int = free_on_resume(1, "rows of a micro-batch")
-    per_device_eval_batch_size: int = free_on_resume(1, "held-out questions answered at once")
-    eval_samples: int = free_on_resume(256, "held-out samples to answer, before and after; 0: none")
-    gradient_accumulation_steps: int = free_on_resume(1, "micro-batches of an update")
+    loss: str = free_on_resume("chunked", "chunked: logits of some tokens at a time | full: of all tokens at once")
+    max_seq_len: int = flag(2048, "the longest row, in tokens, image positions included")
+    packing: bool = flag(False, "put several samples into a row; they do not attend to each other")
+    per_device_train_batch_size: int = free_on_resume(1, "rows of a micro-batch on each device")
+    per_device_eval_batch_size: int = free_on_resume(1, "held-out questions that each device answers at once")
+    eval_samples: int = free_on_resume(256, "held-out samples to answer before and after training; 0: none")
+    gradient_accumulation_steps: int = free_on_resume(1, "micro-batches of an update, which is one optimizer step")
     gradient_checkpointing: bool = free_on_resume(True, "recompute activations in the backward pass")
-    checkpoint_every_n_layers: int = free_on_resume(1, "2: every other layer alone")
-    mlp_tiles: int = free_on_resume(4, "a checkpointed layer's frozen MLP runs in pieces; 1: whole")
-    optim: str = field(default="adamw_torch", metadata={"help": " | ".join(OPTIMIZERS)})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
-    seed: int = field(default=42, metadata={"help": "of the adapter's start, the order of samples, and dropout"})
+    checkpoint_every_n_layers: int = free_on_resume(1, "1: checkpoint every layer; 2: every other layer")
+    mlp_tiles: int = free_on_resume(4, "tiles in which a checkpointed layer's frozen MLP runs; 1: all tokens at once")
+    optim: str = flag("adamw_torch", " | ".join(OPTIMIZERS))
+    max_grad_norm: float = flag(1.0, "clip the gradients to this norm; 0: no clipping")
+    seed: int = flag(42, "for the adapter's first weights, the order of samples, and dropout")
     dataloader_num_workers: int = free_on_resume(2, "processes that open images ahead of the step")
 
     def __post_init__(self) -> None:
@@ -111,7 +109,7 @@ class StepConfig(ModelConfig):
     @property
     def step_flags(self) -> dict[str, Any]:
         """The flags of this class alone, which memory_probe.py takes as they are."""
-        return {flag.name: getattr(self, flag.name) for flag in fields(StepConfig)}
+        return {each.name: getattr(self, each.name) for each in fields(StepConfig)}
 
 
 def build_accelerator(

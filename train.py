@@ -50,7 +50,7 @@ from training.training_state import TrainingState
 from utils import UserError, run_script
 
 
-MAX_NAMED_RECORDS = 100  # that are left out; data.check names them all
+MAX_NAMED_RECORDS = 100  # of those left out; data.check names them all
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -181,7 +181,7 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
 
 
 def build_processor(config: TrainConfig) -> ProcessorMixin:
-    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves it so."""
+    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves the processor with it."""
     processor = load_processor(config.model)
     if config.image_aspect_ratio is None:
         config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json

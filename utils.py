@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import warnings
-from argparse import Action, ArgumentParser
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import field, fields
@@ -29,8 +29,9 @@ ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 # Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIB, GIB = 2**20, 2**30
-NUM_NAMED = 8  # samples that a message names
+NUM_NAMED = 8  # samples or modules that a message names
 RESUME = "resume"  # in a flag's metadata
+METAVARS = {int: "N", float: "X", str: "NAME"}  # what stands for a flag's value in the help
 
 
 class UserError(Exception):
@@ -122,8 +123,13 @@ def check_minimum(config: object, **minimums: float) -> None:
             raise UserError(f"--{name} {value}: it must be at least {minimum}")
 
 
+def flag(default: Any, help: str) -> Any:
+    """A field of a dataclass of flags."""
+    return field(default=default, metadata={"help": help})
+
+
 def free_on_resume(default: Any, help: str) -> Any:
-    """A dataclass's flag that may have another value when a run is resumed. All flags not made by this must stay."""
+    """A flag that may have another value when a run is resumed. All flags not made by this must stay."""
     return field(default=default, metadata={"help": help, RESUME: "free"})
 
 
@@ -132,11 +138,24 @@ def flags_free_on_resume(config_class: type) -> set[str]:
 
 
 class FlagParser(HfArgumentParser):
-    """HfArgumentParser gives a flag's whole metadata to argparse, which does not know what RESUME is."""
+    """HfArgumentParser with a shorter help: each flag by one name, and a default only where there is one."""
 
     def add_argument(self, *names: str, **options: Any) -> Action:
-        options.pop(RESUME, None)
-        return super().add_argument(*names, **options)
+        options.pop(RESUME, None)  # HfArgumentParser passes a flag's whole metadata on
+        name, *others = names
+        if name == "-h":
+            return super().add_argument(*names, **options)
+        for other in others:  # --lora-r for --lora_r
+            super().add_argument(other, **options | {"help": SUPPRESS, "required": False})
+        default = options.get("default")
+        if options.get("action") == "store_false":
+            options["help"] = f"the same as {name.replace('no_', '', 1)} false"
+        elif default is not None and default is not False:
+            shown = " ".join(default) if isinstance(default, list) else default
+            options["help"] = f"{options.get('help', '')} (default: {shown})"
+        if "type" in options:
+            options["metavar"] = METAVARS.get(options["type"], "BOOL")
+        return super().add_argument(name, **options)
 
 
 def parse_config(config_class: type[Config], argv: list[str]) -> Config:
@@ -167,7 +186,9 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
 
 def flag_parser(config_class: type) -> HfArgumentParser:
     """A parser of the class's flags. It raises UserError where argparse would end the process."""
-    parser = FlagParser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    description = sys.modules["__main__"].__doc__
+    layout = {"usage": SUPPRESS, "description": description, "formatter_class": RawDescriptionHelpFormatter}
+    parser = FlagParser(config_class, allow_abbrev=False, **layout)
     parser.error = _raise_user_error
     return parser
 

@@ -16,6 +16,7 @@ from tokenizers import Encoding
 from data.batch import Batch
 from data.cache import naming_the_cache
 from data.dataset import FILLER
+from data.sharing import share
 from mgm.chat_templates import Span
 from mgm.label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
 from mgm.processing_mgm import MGMProcessor
@@ -134,6 +135,8 @@ class UpdateBatchSampler:
         self.num_label_tokens = num_label_tokens
         self.micro_batch_size = micro_batch_size
         self.update_size = micro_batch_size * gradient_accumulation_steps * num_processes
+        # In an epoch's order, where each update begins. Only the last may have fewer samples than the others.
+        self.starts = range(0, len(num_label_tokens), self.update_size)
         self.num_processes = num_processes
         self.seed = seed
         self.num_tokens = num_tokens
@@ -153,11 +156,6 @@ class UpdateBatchSampler:
         columns = [self.num_label_tokens] if self.num_tokens is None else [self.num_label_tokens, self.num_tokens]
         return hashlib.sha256(b"".join(np.asarray(column, np.int64).tobytes() for column in columns)).hexdigest()[:16]
 
-    def update_sizes(self) -> list[int]:
-        """How many samples each update of an epoch has; only the last may have fewer than the others."""
-        num_full, num_left = divmod(len(self.num_label_tokens), self.update_size)
-        return [self.update_size] * num_full + ([num_left] if num_left else [])
-
     def order(self) -> np.ndarray:
         """The indices of the epoch's samples, shuffled by seed and epoch, update after update."""
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -168,15 +166,14 @@ class UpdateBatchSampler:
 
     def updates(self) -> list[np.ndarray]:
         """The indices of the epoch's samples, an array for each update."""
-        return np.split(self.order(), np.cumsum(self.update_sizes(), dtype=int)[:-1])
+        return np.split(self.order(), self.starts[1:])
 
     def label_tokens_per_update(self) -> list[int]:
         """The number of label tokens of each update, all processes together. Its loss is the mean over them."""
-        starts = np.arange(0, len(self.num_label_tokens), self.update_size)
-        return np.add.reduceat(self.num_label_tokens[self.order()], starts).astype(int).tolist()
+        return np.add.reduceat(self.num_label_tokens[self.order()], self.starts).astype(int).tolist()
 
     def num_updates(self) -> int:
-        return len(self.update_sizes())
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for update in self.updates()[self.first_update :]:
@@ -187,7 +184,8 @@ class UpdateBatchSampler:
                 yield MicroBatch(part or [FILLER], others)
 
     def __len__(self) -> int:
-        return sum(self._num_micro_batches(size) for size in self.update_sizes()[self.first_update :])
+        sizes = np.diff(self.starts, append=len(self.num_label_tokens)).tolist()
+        return sum(map(self._num_micro_batches, sizes[self.first_update :]))
 
     def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Sort mega-batches by length, cut them into updates and shuffle the updates. A short last update stays last.
@@ -265,13 +263,13 @@ def find_positions(
 
 
 class BatchCollator:
-    """Samples to a Batch. `collator` makes forward's arguments of them."""
+    """Samples to a Batch, in shared memory if this is a worker. `collator` makes forward's arguments of them."""
 
     def __init__(self, collator: Callable[[list[Sample]], dict[str, torch.Tensor]]) -> None:
         self.collator = collator
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        return Batch(self.collator(samples), [sample["id"] for sample in flatten(samples) if "id" in sample])
+        return Batch(share(self.collator(samples)), [sample["id"] for sample in flatten(samples) if "id" in sample])
 
 
 def flatten(samples: list[Sample]) -> Iterator[dict[str, Any]]:

@@ -29,21 +29,21 @@ from data.images import MOVED
 from data.turn_ends import missing_turn_end
 from mgm.processing_mgm import ROLES
 from models.loading import load_processor
-from utils import UserError, check_minimum, run_script
+from utils import UserError, check_minimum, flag, run_script
 
 
 SAMPLES_AT_ONCE = 64  # for one process: some seconds of work
-NUM_SHOWN = 20
+NUM_IN_JSON = 20  # bad records that the last line names; the report names them all
 
 
 @dataclass(kw_only=True)
 class CheckConfig:
-    dataset: str = field(metadata={"help": "as train.py's"})
-    image_folder: str | None = field(default=None, metadata={"help": "default: the folder of the data set"})
-    follow_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
-    model: str | None = field(default=None, metadata={"help": "a folder or hub id: count tokens with its processor"})
-    max_seq_len: int = field(default=2048, metadata={"help": "tokens a sample, for --model"})
-    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that open images"})
+    dataset: str = field(metadata={"help": ".json, .jsonl, .parquet, folder or hub id"})
+    image_folder: str | None = flag(None, "folder that image names start from; default: the data set's own")
+    follow_links: bool = flag(False, "allow links out of the image folder")
+    model: str | None = flag(None, "folder or hub id of a model: count tokens with its processor")
+    max_seq_len: int = flag(2048, "for --model: the longest sample, in tokens, image positions included")
+    num_proc: int = flag(os.cpu_count() or 1, "processes that open images")
 
     def __post_init__(self) -> None:
         check_minimum(self, max_seq_len=1, num_proc=1)
@@ -61,7 +61,7 @@ def main(config: CheckConfig) -> dict[str, Any]:
         "status": "bad" if problems else "good",
         "records": num_records,
         "bad": len(problems),
-        "problems": problems[:NUM_SHOWN],
+        "problems": problems[:NUM_IN_JSON],
         "notes": {note: count for note, count in notes.items() if count},
     }
 
@@ -124,9 +124,7 @@ def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
 
 def report(num_records: int, problems: list[str], notes: dict[str, int]) -> str:
     lines = [f"{num_records} records, {len(problems)} cannot be used"]
-    lines += [f"  {problem}" for problem in problems[:NUM_SHOWN]]
-    if len(problems) > NUM_SHOWN:
-        lines.append(f"  and {len(problems) - NUM_SHOWN} more")
+    lines += [f"  {problem}" for problem in problems]
     lines += [f"Note: {count} {note}" for note, count in notes.items() if count]
     return "\n".join(lines)
 

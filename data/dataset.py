@@ -25,9 +25,8 @@ from data.sources import Source, find_source
 from utils import UserError, brief_error
 
 
-RECORDS_VERSION = (
-    1  # of the cached records: raise it when sources, records or to_messages change what is read or refused
-)
+# Of the cached records. Raise it when sources, records or to_messages change what is read or refused.
+RECORDS_VERSION = 1
 FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),
@@ -115,7 +114,7 @@ def open_dataset(
     skips_bad: bool = False,
     follow_links: bool = False,
 ) -> ConversationDataset:
-    """The conversations in `path` with the images in `image_folder` (default: beside `path`), which are seen to exist.
+    """The conversations in `path` with the images in `image_folder` (default: beside `path`). Each image must exist.
 
     Args:
         skips_bad: leave bad records out instead of raising for the first.
@@ -161,19 +160,11 @@ def digest_records(records: datasets.Dataset) -> dict[str, Any]:
     return {"num_records": len(records), "sha256": content.hexdigest()[:16]}
 
 
-def load_conversations(path: str | Path) -> datasets.Dataset:
-    """The conversations of a file, a folder or a hub id as `FEATURES`, or `EMBEDDED_FEATURES` if it holds images.
-
-    They are checked and converted once, as a stream. Later runs map the cached Arrow file.
-
-    Raises:
-        UserError: there is no such data set, or a record is not in the format. It names the record.
-    """
-    return load_records(find_source(path))
-
-
 def load_records(source: Source, skips_bad: bool = False) -> datasets.Dataset:
-    """The source's records, checked, mapped from the cache. Raises UserError for the first bad record.
+    """The source's records as `FEATURES`, or `EMBEDDED_FEATURES` if it holds images.
+
+    They are checked and converted once, as a stream. Later runs map the cached Arrow file. Raises UserError for the
+    first bad record.
 
     `skips_bad`: bad records are kept as empty ones, and a column `problem` says what is wrong with them.
     """

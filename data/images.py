@@ -61,7 +61,7 @@ class ImageLookup:
 
     num_moved = 0  # images found where MGM's own loader looks, not where their record says
 
-    def __init__(self, image_folder: Path, follow_links: bool = False) -> None:
+    def __init__(self, image_folder: Path, follow_links: bool) -> None:
         self.folder, self.follow_links = image_folder, follow_links
         self.real_folder = os.path.realpath(image_folder)
         self._is_inside = functools.cache(self._resolves_inside)  # of folders: few, and asked for often

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler, column_values
 from data.dataset import ConversationDataset
 from data.packing import PackedCollator, PackedDataset, pack
-from data.sharing import PREFETCH_FACTOR, SharingCollator, workers_that_fit
+from data.sharing import PREFETCH_FACTOR, workers_that_fit
 from data.skipping import CheckedCollator, CheckedUpdates
 from data.worst_case import Row, longest_row, with_rows_of, worst_case_batch
 from step import StepConfig
@@ -45,7 +45,7 @@ def build_loader(
         num_tokens,
         group_by_length,
     )
-    collator = BatchCollator(SharingCollator(collator_class(processor, config.max_seq_len)))
+    collator = BatchCollator(collator_class(processor, config.max_seq_len))
     if skips_bad:
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
     longest = longest_row(records, num_tokens, processor.num_image_tokens)

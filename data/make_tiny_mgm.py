@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.processing_mgm import MGMProcessor, build_processor
 from models.generation import generate_answers, prompt_inputs
-from utils import UserError, check_minimum, run_script
+from utils import UserError, check_minimum, flag, run_script
 
 
 PLACES = ("first", "second", "third")
@@ -51,12 +51,12 @@ def place_questions(digits: list[int], rng: random.Random) -> Iterator[tuple[str
 
 @dataclass(kw_only=True)
 class TinyConfig:
-    output: str = field(default="data/tiny_mgm", metadata={"help": "new folder for the tiny model"})
-    vision_steps: int = field(default=2500, metadata={"help": "optimizer steps of the vision side alone"})
-    language_steps: int = field(default=2100, metadata={"help": "optimizer steps of the whole model"})
-    batch_size: int = field(default=32, metadata={"help": "images a step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "the highest, after warm-up"})
-    seed: int = 0
+    output: str = flag("data/tiny_mgm", "new folder for the tiny model")
+    vision_steps: int = flag(2500, "optimizer steps of the vision side alone")
+    language_steps: int = flag(2100, "optimizer steps of the whole model")
+    batch_size: int = flag(32, "images a step")
+    learning_rate: float = flag(2e-3, "the highest learning rate, at the end of the warm-up")
+    seed: int = flag(0, "for the first weights and the order of the images")
 
     def __post_init__(self) -> None:
         check_minimum(self, vision_steps=1, language_steps=1, batch_size=1)

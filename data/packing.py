@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batching import TrainCollator, find_positions
 from data.dataset import FILLER
-from mgm.processing_mgm import IGNORE_INDEX
+from layers.chunked_loss import IGNORE_INDEX
 
 
 class Packing:

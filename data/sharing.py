@@ -2,15 +2,15 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import get_worker_info
 
-from utils import UserError, size
+from utils import UserError, brief_error, size
 
 
 SHARED_MEMORY = Path("/dev/shm")  # Linux has a file system for it; Docker gives a container 64 MiB
@@ -40,23 +40,16 @@ def workers_that_fit(num_workers: int, batch_bytes: int, num_processes: int) -> 
     return fitting
 
 
-class SharingCollator:
-    """The tensors that `collator` makes of samples. In a worker they are put into shared memory.
+def share(tensors: Tensors) -> Tensors:
+    """Put a batch's tensors into shared memory if this is a loader's worker.
 
     torch's queue would do that too, but later and in a thread whose errors nobody sees: with the memory full, the
     training process would wait for the batch forever.
     """
-
-    def __init__(self, collator: Callable[[Any], Tensors]) -> None:
-        self.collator = collator
-
-    def __call__(self, samples: Any) -> Tensors:
-        tensors = self.collator(samples)
-        if get_worker_info() is not None:
-            try:
-                for tensor in tensors.values():
-                    tensor.share_memory_()
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"shared memory is full ({reason}): {SHARED_MEMORY_REMEDY}") from None
-        return tensors
+    if get_worker_info() is not None:
+        try:
+            for tensor in tensors.values():
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise UserError(f"shared memory is full ({brief_error(error)}): {SHARED_MEMORY_REMEDY}") from None
+    return tensors

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig
 
+from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import MGMConfig
 from mgm.label_mask import FIRST_LABEL
-from mgm.processing_mgm import IGNORE_INDEX
 from step import StepConfig
 
 
@@ -44,7 +44,7 @@ def with_few_micro_batches(config: Config) -> Config:
 
 def with_rows_of(config: Config, num_tokens: int) -> Config:
     """A copy with rows of `num_tokens`."""
-    config = copy(config)  # dataclasses.replace would check all flags again, and read folders for that
+    config = copy(config)  # dataclasses.replace would check all flags again, and a probe's launch config
     config.max_seq_len = num_tokens
     return config
 
@@ -54,9 +54,8 @@ def worst_case_batch(
 ) -> dict[str, torch.Tensor]:
     """Forward's arguments as the collators make them: full rows, images first, every text position labelled.
 
-    Attention needs a mask as soon as one row is padded, so of several rows the last is one token short. A packed row
-    holds as many images as fit, whatever samples they belong to, and two samples, so that it needs a mask too. A model
-    without a vision side gets what transformers' language models take.
+    A packed row holds as many images as fit, whatever samples they belong to, and two samples, so that it needs a mask
+    too. A model without a vision side gets what transformers' language models take.
 
     Raises:
         ValueError: the images take more positions than a row has.
@@ -82,9 +81,7 @@ def worst_case_batch(
     if config.packing:
         batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
     else:
-        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
-        if rows > 1:
-            batch["attention_mask"][-1, -1] = 0
+        batch["attention_mask"] = mask_of(rows, length)
     if images_per_sample:
         batch |= black_images(model_config, rows * images_per_sample)
     return batch
@@ -115,8 +112,13 @@ def text_batch(rows: int, length: int, images_per_sample: int) -> dict[str, torc
     """The worst case for a language model alone. Raises ValueError for images."""
     if images_per_sample:
         raise ValueError("the model has no vision side, so it takes 0")
-    batch = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
-    batch |= {"labels": batch["input_ids"].clone(), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+    input_ids = torch.zeros(rows, length, dtype=torch.long)
+    return {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask_of(rows, length)}
+
+
+def mask_of(rows: int, length: int) -> torch.Tensor:
+    """Full rows. Of several the last is one token short: attention needs a mask as soon as one row is padded."""
+    mask = torch.ones(rows, length, dtype=torch.long)
     if rows > 1:
-        batch["attention_mask"][-1, -1] = 0
-    return batch
+        mask[-1, -1] = 0
+    return mask

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from data.sharing import SharingCollator
+from data.sharing import share
 from evaluation.tasks.task import Question
 from models.generation import Answer, generate_answers, prompt_inputs
 
@@ -28,10 +28,6 @@ class QuestionBatches(torch.utils.data.Dataset):
         questions = [self.questions[i] for i in self.batches[index]]
         images = [question.images() for question in questions]
         return prompt_inputs(self.processor, [question.conversation for question in questions], images)
-
-
-def as_it_is(batch: BatchFeature) -> BatchFeature:
-    return batch
 
 
 def answer_batches(
@@ -54,7 +50,7 @@ def answer_batches(
     shared = [order[start : start + step] for start in range(0, len(order), step)]
     own = [batch[accelerator.process_index :: accelerator.num_processes] or batch[:1] for batch in shared]
     batches = QuestionBatches(processor, questions, own)
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=SharingCollator(as_it_is))
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=share)
     unwrapped = accelerator.unwrap_model(model)
     progress = tqdm(total=len(order), desc="Answering", unit="question", disable=not accelerator.is_main_process)
     with progress:

@@ -32,9 +32,9 @@ def layer_mlps(model: nn.Module, checkpointed: bool) -> Iterator[nn.Module]:
     """The MLPs of the layers that are checkpointed, or of those that are not."""
     for layer in model.modules():
         mlp = getattr(layer, "mlp", None)
-        if isinstance(layer, GradientCheckpointingLayer) and mlp is not None:
-            if layer.gradient_checkpointing == checkpointed:
-                yield mlp
+        is_layer = isinstance(layer, GradientCheckpointingLayer) and mlp is not None
+        if is_layer and layer.gradient_checkpointing == checkpointed:
+            yield mlp
 
 
 def _forward(mlp: nn.Module, num_tiles: int, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from utils import GIB, UserError, check_choice, check_minimum
 
 @dataclass(kw_only=True)
 class ProbeConfig(StepConfig):
-    model: str = field(default="mgm-2b", metadata={"help": "folder, hub id or preset name"})
+    model: str = field(default="mgm-2b", metadata={"help": "folder or hub id; for memory_probe.py also a preset"})
     images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
     mode: str | None = field(
         default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}

@@ -97,10 +97,10 @@ def clip_large_336() -> CLIPVisionConfig:
     )
 
 
-def convnext_large(image_size: int = 768) -> ConvNextConfig:
-    """The trunk of OpenCLIP's convnext_large_d_320, 196,227,264 parameters. `image_size`: any multiple of 32."""
+def convnext_large() -> ConvNextConfig:
+    """The trunk of OpenCLIP's convnext_large_d_320, 196,227,264 parameters."""
     return ConvNextConfig(
-        hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3], image_size=image_size, layer_norm_eps=1e-6
+        hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3], image_size=768, layer_norm_eps=1e-6
     )
 
 

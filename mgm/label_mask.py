@@ -64,8 +64,8 @@ def find_label_tokens(
     kept = range(FIRST_LABEL, num_kept)
 
     def first_token(character: int) -> int:
-        """The first kept token that starts at `character` or after it. Looking up a token's characters is slow, so
-        that the search is binary."""
+        """The first kept token that starts at `character` or after it. Looking up a token's characters is slow, so the
+        search is binary."""
         return bisect_left(kept, character, key=lambda index: encoding.token_to_chars(index)[0])
 
     in_replies = [kept[first_token(begin) : first_token(end)] for begin, end in replies]

@@ -2,31 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from layers.chunked_loss import LanguageModelHead
 from mgm.configuration_mgm import MGMConfig
 from mgm.label_mask import find_label_positions
 from mgm.patch_info_mining import MGMPatchInfoMining
-
-
-@dataclass
-class MGMCausalLMOutputWithPast(ModelOutput):
-    """`loss` when labels were given; `logits` [B, T, vocab] except in training with labels."""
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class MGMProjector(nn.Module):
@@ -260,8 +248,10 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> MGMCausalLMOutputWithPast:
-        """The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
+    ) -> CausalLMOutputWithPast:
+        """`loss` if there are labels; `logits` [B, T, vocab] except in training with labels.
+
+        The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
 
         `image_positions` and `label_positions` are the flat positions (row * T + column) of the image tokens and of
         the tokens with a label. Without them they are looked up in `input_ids` and `labels`, which makes the CPU wait
@@ -290,7 +280,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
                 )
-        return MGMCausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             # Training needs no logits, and accelerate's mixed-precision wrapper would copy them to fp32.
             logits=None if self.training and labels is not None else logits,

@@ -64,10 +64,6 @@ class MGMProcessor(ProcessorMixin):
         """Positions of the sequence that one image needs."""
         return (self.image_grid**2 + self.image_global) * (self.image_size // self.patch_size) ** 2
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_aux"]
-
     def __call__(
         self,
         images: Sequence | None = None,
@@ -143,8 +139,8 @@ class MGMProcessor(ProcessorMixin):
         return low_views(high, self.image_size, self.image_grid, self.image_global)[0], high[0]
 
     def _normalized(self, image: Image.Image) -> torch.Tensor:
-        """The image processor's pixels [1, 3, S, S], bit for bit, in a third less time: it goes from bytes to fp32 by
-        six more arrays of the result's size, in fp64."""
+        """The image processor's pixels [1, 3, S, S], bit for bit, in a third less time: it would make six more arrays
+        of the result's size, in fp64."""
         processor = self.image_processor
         pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))

@@ -1,10 +1,10 @@
 """The flags of every script that loads a model, and the precision that a machine computes in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from utils import UserError, check_choice, free_on_resume
+from utils import UserError, check_choice, flag, free_on_resume
 
 
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
@@ -15,9 +15,9 @@ MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bf
 class ModelConfig:
     """The flags of every script that loads a model."""
 
-    model: str = field(default="data/tiny_mgm", metadata={"help": "folder, hub id or preset name"})
+    model: str = flag("data/tiny_mgm", "folder or hub id; for memory_probe.py also a preset")
     attn_implementation: str = free_on_resume("sdpa", " | ".join(ATTN_IMPLEMENTATIONS))
-    mixed_precision: str = free_on_resume("auto", "auto (what the hardware does natively) | no | fp16 | bf16")
+    mixed_precision: str = free_on_resume("auto", "no | fp16 | bf16 | auto: bf16 or else fp16 on a GPU, no on a CPU")
 
     def __post_init__(self) -> None:
         check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)

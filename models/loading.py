@@ -6,6 +6,7 @@ import pickle
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -90,7 +91,7 @@ def load_processor(name: str) -> ProcessorMixin:
     return _from_pretrained(AutoProcessor, name)
 
 
-def _from_pretrained(auto_class: type, name: str, **kwargs):
+def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
     try:

@@ -1,6 +1,6 @@
 """Runs of train.py in processes of their own, forked from one that has imported all: killed and starved for real.
 
-A run may be given faults: `Fault("training.checkpoints.write_durably", 2, "kill")` kills it as it enters that
+A run may be given faults: `Fault("training.checkpoint_files.write_durably", 2, "kill")` kills it as it enters that
 function for the second time.
 """
 

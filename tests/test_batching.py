@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from conftest import load_conversations
 from forked_runs import run
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import data.batching
 from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
-from data.dataset import FILLER, load_conversations, open_dataset
+from data.dataset import FILLER, open_dataset
 from data.demo import ensure_demo
 from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
 from models.loading import load_processor

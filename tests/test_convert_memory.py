@@ -20,9 +20,8 @@ from mgm.modeling_mgm import MGMForConditionalGeneration
 
 
 SHARD_BYTES = 2 * 10**9  # less than a third of the model, so that one file and all of them differ
-LIBRARIES_BYTES = (
-    1.2e9  # what a process takes that has imported torch, transformers and PEFT, and built the model's modules
-)
+# What a process takes that has imported torch, transformers and PEFT, and built the model's modules.
+LIBRARIES_BYTES = 1.2e9
 ROOT = Path(__file__).parent.parent
 
 

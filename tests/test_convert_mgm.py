@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import all_tensors, assert_same, edit_tensors
 from safetensors.torch import load_file, save_file
 
 from conversion.names import rename_open_clip, rename_original
@@ -31,16 +32,6 @@ def original(reference_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def config(original: Path, towers: dict[str, str], tmp_path: Path) -> ConvertConfig:
     return ConvertConfig(from_original=str(original), output=str(tmp_path / "out/model"), **towers)
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    """Replace the tensors of every weight file by `edit(tensors)`."""
-    for path in sorted(folder.glob("*.safetensors")):
-        save_file(edit(load_file(path)), path, metadata={"format": "pt"})
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_tensors_are_renamed_never_changed(reference_folder, reference_model_folder):
@@ -219,13 +210,6 @@ def test_every_layout(config, original, reference_model_folder, layout, lacking)
     index = json.loads((back / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == held.keys()
     assert {path.name for path in back.glob("*.safetensors")} == set(index["weight_map"].values())
-
-
-def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, types and bits."""
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("layout", ["shards", "single"])

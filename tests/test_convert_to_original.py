@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LORA_TARGETS, all_tensors, assert_same, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -17,17 +18,6 @@ from utils import UserError
 
 
 AUX = "model.vision_tower_aux."
-LORA_TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj|o_proj)"
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -161,11 +151,6 @@ def test_the_tokenizer_without_the_originals_files(original, converted):
     assert (back / "generation_config.json").is_file()
     merges = json.loads((back / "tokenizer.json").read_text())["model"].get("merges", [])
     assert all(isinstance(merge, str) for merge in merges)
-
-
-def edit_tensors(folder: Path, change) -> None:
-    for path in folder.glob("model-*.safetensors"):
-        save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

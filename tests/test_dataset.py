@@ -11,12 +11,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import load_conversations
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data.dataset
 import data.sources
-from data.dataset import FEATURES, digest_records, load_conversations, open_dataset, open_image
+from data.dataset import FEATURES, digest_records, open_dataset, open_image
 from utils import UserError
 
 

@@ -13,6 +13,7 @@ from data.check import CheckConfig
 from eval import EvalConfig
 from memory.config import ProbeConfig
 from train import TrainConfig
+from utils import flag_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,16 @@ def test_flags_exist(path):
 
 # Docker's, lmms-eval's, benchmarks/step.py's, accelerate's, every script's
 FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size", "num_processes", "recipe"}
+
+
+@pytest.mark.parametrize("config", SCRIPTS.values(), ids=SCRIPTS)
+def test_help_explains_every_flag(config):
+    """By one name, with a text of its own, and without a default of None beside it."""
+    text = flag_parser(config).format_help()
+    for name in (f.name for f in fields(config)):
+        assert re.search(rf"^  --{name}\b.*(\s{{3,}}\S|\n {{10,}}\S)", text, re.M), name
+        assert "_" not in name or f"--{name.replace('_', '-')}" not in text
+    assert "(default: None)" not in text and "usage" not in text
 
 
 @pytest.mark.parametrize("name", ["docs/lora.md", "docs/host_memory.md"])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import data.loader
 import data.sharing
 from data.loader import largest_batch_bytes
-from data.sharing import SharingCollator, workers_that_fit
+from data.sharing import share, workers_that_fit
 from data.worst_case import Row
 from mgm.configuration_mgm import tiny
 from training.faults import explain_death
@@ -57,9 +57,7 @@ def full(tensor: torch.Tensor) -> None:
 def test_shared_memory_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program may take what was free at the start: an error in the training process, which does not wait."""
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    loader = DataLoader(
-        [torch.zeros(2)] * 4, collate_fn=SharingCollator(lambda samples: {"x": samples[0]}), num_workers=1
-    )
+    loader = DataLoader([torch.zeros(2)] * 4, collate_fn=lambda samples: share({"x": samples[0]}), num_workers=1)
     with pytest.raises(UserError, match="shared memory is full.*No space left.*--shm-size"):
         next(iter(loader))
 

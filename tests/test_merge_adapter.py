@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LORA_TARGETS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
@@ -15,7 +16,6 @@ from mgm.modeling_mgm import MGMForConditionalGeneration
 from utils import UserError
 
 
-LORA_TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj|o_proj)"
 ALL_LINEAR = r".*\blanguage_model\..*_proj"
 
 

@@ -70,10 +70,10 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
 
 KILLS = [
     Fault("step.training_step", 16, "kill"),  # in the middle of update 8: checkpoint 6 is there
-    Fault("training.checkpoints.write_durably", 1, "kill"),  # saving 9: no file yet
-    Fault("training.checkpoints.write_durably", 2, "kill"),  # one file
-    Fault("training.checkpoints.sync_folder", 1, "kill"),  # all files, not renamed
-    Fault("training.checkpoints.sync_folder", 2, "kill"),  # renamed: 9 is there
+    Fault("training.checkpoint_files.write_durably", 1, "kill"),  # saving 9: no file yet
+    Fault("training.checkpoint_files.write_durably", 2, "kill"),  # one file
+    Fault("training.checkpoint_files.sync_folder", 1, "kill"),  # all files, not renamed
+    Fault("training.checkpoint_files.sync_folder", 2, "kill"),  # renamed: 9 is there
     Fault("training.checkpoints.remove_checkpoints", 1, "kill"),  # saving 12: an old one too many
     Fault("shutil.rmtree", 5, "kill"),  # saving the last: the oldest not yet deleted
     Fault("train.save_trained", 1, "kill"),  # all updates done, the adapter not written
@@ -340,7 +340,7 @@ def test_signal(signum: int, data_flags: str, references: dict[str, Path], tmp_p
 def test_signal_within_a_save(data_flags: str, tmp_path: Path) -> None:
     """The checkpoint is finished first."""
     flags = f"{FLAGS}{data_flags} --output_dir {tmp_path / 'out'}"
-    ended = run(flags, tmp_path, faults=(Fault("training.checkpoints.write_durably", 2, "terminate"),))
+    ended = run(flags, tmp_path, faults=(Fault("training.checkpoint_files.write_durably", 2, "terminate"),))
     assert ended.code == 143 and "Kept step 3" in ended.out, ended.err[-2000:]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "checkpoint-3" in names and not any(name.startswith(".tmp-") for name in names)

@@ -34,7 +34,7 @@ def checkpoints(output_dir: Path) -> list[str]:
 def test_disk_full_injected(tmp_path: Path) -> None:
     """The third checkpoint finds no room: one line, the ones before intact, and the run can go on from there."""
     flags = f"{FLAGS} --output_dir {tmp_path / 'out'}"
-    fault = Fault("training.checkpoints.write_durably", 8, "disk full")  # three files each: the third's state.json
+    fault = Fault("training.checkpoint_files.write_durably", 8, "disk full")  # three files each: the third state.json
     ended = run(flags, tmp_path, faults=(fault,))
     assert ended.code == 2 and "checkpoint of step 3 cannot be written" in ended.error
     assert "No space left on device" in ended.error and "the one of step 2 is intact" in ended.error

@@ -1,45 +1,39 @@
 """Checkpoints: a run that was killed can be resumed, and then ends bitwise where an undisturbed run ends.
 
-    <output_dir>/checkpoint-<step>/
-        state.json             position in the data, settings, scheduler, loss scale, random state, log
-        trained-00001.safetensors ...   trained parameters in fp32 and the optimizer's moments
-        checksums.json         size and SHA-256 of the other files
-
-A checkpoint holds what training changes, not the frozen weights. It is written to a folder whose name begins with
-`.tmp-`, synced to the disk, and renamed. So a kill at any moment leaves the earlier checkpoints as they were, and at
-most a `.tmp-` folder, which the next run removes. Checksums are compared before anything is read. Nothing is pickled:
-accelerate's and DeepSpeed's own checkpoints are, and hold the frozen weights too.
+A checkpoint holds what training changes, not the frozen weights. Its checksums are compared before anything is read.
+Nothing is pickled: accelerate's and DeepSpeed's own checkpoints are, and hold the frozen weights too.
 """
 
-import hashlib
 import json
 import math
-import os
-import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import safe_open
 
+from training.checkpoint_files import (
+    find_damage,
+    list_checkpoints,
+    read_state,
+    read_tensors,
+    remove_checkpoints,
+    write_checkpoint,
+)
 from training.config import TrainConfig
 from training.out_of_memory import SNAPSHOT
+from training.previous_run import RUN_JSON
 from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
-from training.training_state import Tensors, TrainingState
+from training.run_log import RunLog
+from training.training_state import TrainingState
 from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, flags_free_on_resume
 
 
-STATE, CHECKSUMS, TMP = "state.json", "checksums.json", ".tmp-"
-SHARD_BYTES = 2**28  # the most that a file of tensors holds, and that saving holds in memory
 LATEST = "latest"
-RUN_JSON = "run.json"  # the result of a finished run
 
 
 @dataclass(frozen=True)
@@ -49,18 +43,6 @@ class Position:
     global_step: int = 0
     epoch: int = 0
     update: int = 0
-
-
-class Log(Protocol):
-    """What a checkpoint needs of the run's log."""
-
-    def state(self) -> Any: ...
-
-    def state_dict(self, state: Any) -> dict[str, Any]:
-        """What `state` has returned, as JSON. All processes call together."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -78,7 +60,7 @@ class Checkpoints:
         accelerator: Accelerator,
         config: TrainConfig,
         state: TrainingState,
-        log: Log,
+        log: RunLog,
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
@@ -89,7 +71,7 @@ class Checkpoints:
         self.settings = settings
         self.num_steps = settings["updates"]
         self.saved_step = 0
-        self.noted: tuple[Position, dict, Any] | None = None
+        self.noted: tuple[Position, dict[str, Any], tuple[dict[str, Any], torch.Tensor]] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -163,86 +145,6 @@ class Checkpoints:
         self.saved_step = position.global_step
 
 
-def write_checkpoint(output_dir: Path, step: int, state: dict[str, Any], tensors: Tensors) -> None:
-    """Write to a temporary folder, sync it to the disk, rename it. After an OSError nothing of it is left."""
-    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{TMP}checkpoint-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        checksums = {}
-        for number, shard in enumerate(in_shards(tensors), start=1):
-            name = f"trained-{number:05d}.safetensors"
-            checksums[name] = write_durably(temporary / name, safetensors.torch.save(shard))
-        checksums[STATE] = write_durably(temporary / STATE, to_json(state))
-        write_durably(temporary / CHECKSUMS, to_json(checksums))
-        sync_folder(temporary)
-        if final.exists():  # this run was resumed from an earlier checkpoint
-            remove_folder(final)
-        os.rename(temporary, final)
-        sync_folder(output_dir)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def to_json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode()
-
-
-def in_shards(tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in groups of at most SHARD_BYTES; a larger tensor is a group of its own."""
-    shard, nbytes = {}, 0
-    for name, tensor in tensors:
-        if shard and nbytes + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, nbytes = {}, 0
-        shard[name] = tensor
-        nbytes += tensor.nbytes
-    yield shard
-
-
-def write_durably(path: Path, content: bytes) -> list[int | str]:
-    """Write and fsync. Returns size in bytes and SHA-256."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return [len(content), hashlib.sha256(content).hexdigest()]
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_folder(path: Path) -> None:
-    """Rename it first, so that a kill leaves no half checkpoint."""
-    doomed = path.with_name(f"{TMP}removed-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def remove_checkpoints(output_dir: Path, num_kept: int) -> None:
-    """Remove all but the newest `num_kept`."""
-    for path in list_checkpoints(output_dir)[num_kept:]:
-        remove_folder(path)
-
-
-def remove_temporaries(output_dir: Path) -> None:
-    for path in output_dir.glob(f"{TMP}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """All checkpoints, the newest first."""
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
-    return sorted((path for path, match in steps.items() if match), key=lambda p: -int(steps[p][1]))
-
-
 def find_checkpoint(
     resume_from: str | None, output_dir: Path, settings: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
@@ -271,27 +173,6 @@ def find_latest(output_dir: Path, warn: Callable[[str], None]) -> Path:
         f"--resume_from_checkpoint latest: no good checkpoint in {output_dir}; start again without it "
         "(and with --overwrite_output_dir)"
     )
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is what was written."""
-    if not path.is_dir():
-        return "no such folder"
-    try:
-        checksums = json.loads((path / CHECKSUMS).read_bytes())
-        for name, (size, digest) in checksums.items():
-            if name != STATE and not re.fullmatch(r"trained-\d+\.safetensors", name):
-                return f"{name} in {CHECKSUMS} is no file of a checkpoint"
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found} bytes, not {size}"
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return f"{name} is not what was written (checksum)"
-        return None if STATE in checksums else f"{CHECKSUMS} does not have {STATE}"
-    except OSError as error:
-        return f"{Path(error.filename or path).name} cannot be read ({brief_error(error)})"
-    except (ValueError, AttributeError, TypeError):
-        return f"{CHECKSUMS} is damaged"
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -323,17 +204,6 @@ def check_output_dir(config: TrainConfig) -> None:
 def read_position(path: Path | None) -> Position:
     """The position that a checkpoint was saved at; without a checkpoint, the beginning."""
     return Position() if path is None else Position(**read_state(path)["position"])
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / STATE).read_bytes())
-
-
-def read_tensors(path: Path) -> Tensors:
-    for file in sorted(path.glob("trained-*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
 
 
 def finished_run(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any] | None:

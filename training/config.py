@@ -1,11 +1,11 @@
 """The flags of train.py."""
 
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from step import StepConfig
-from utils import UserError, check_choice, check_minimum, free_on_resume
+from utils import UserError, check_choice, check_minimum, flag, free_on_resume
 
 
 DEMO_RECIPE = Path(__file__).parent.parent / "recipes/demo.yaml"
@@ -21,42 +21,42 @@ POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin 
 class TrainConfig(StepConfig):
     # Data
     dataset: str | None = free_on_resume(
-        None, ".json, .jsonl, .parquet, folder or hub id; without it the demo, with recipes/demo.yaml"
+        None, ".json, .jsonl, .parquet, folder or hub id; default: the demo, with recipes/demo.yaml"
     )
-    image_folder: str | None = free_on_resume(None, "default: the folder of the data set")
+    image_folder: str | None = free_on_resume(None, "folder that image names start from; default: the data set's own")
     follow_links: bool = free_on_resume(False, "allow links out of the image folder")
-    eval_dataset: str | None = free_on_resume(None, "held-out data; the demo's for the demo")
+    eval_dataset: str | None = free_on_resume(None, "held-out data, in the same forms; default: none, or the demo's")
     max_new_tokens: int | None = free_on_resume(
-        None, "of a held-out answer; default: as many as the longest held-out reply has"
+        None, "the longest held-out answer, in tokens; default: as long as the longest held-out reply"
     )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad | square; default: as the model's processor"}
-    )
-    group_by_length: bool = field(default=False, metadata={"help": "updates of similar lengths: less padding"})
+    image_aspect_ratio: str | None = flag(None, "pad | square (crops the middle); default: the model's own")
+    group_by_length: bool = flag(False, "put samples of similar length into an update: less padding")
     allow_missing_end_of_turn: bool = free_on_resume(
         False, "train even if no token that stops generation ends the replies"
     )
-    on_bad_sample: str = free_on_resume("error", "error | skip: leave it out and say so")
-    max_bad_fraction: float = free_on_resume(0.01, "of the data set: with more to skip the run ends")
+    on_bad_sample: str = free_on_resume("error", "error: the run ends | skip: the sample is left out with a warning")
+    max_bad_fraction: float = free_on_resume(0.01, "the run ends if it must skip more than this share of the data set")
     # The course of training
-    learning_rate: float = field(default=2e-4, metadata={"help": "the highest, after the warm-up"})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the updates"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": " | ".join(SCHEDULERS)})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
+    learning_rate: float = flag(2e-4, "the highest learning rate, at the end of the warm-up")
+    warmup_ratio: float = flag(0.03, "the warm-up's share of all updates")
+    lr_scheduler_type: str = flag("cosine", " | ".join(SCHEDULERS))
+    weight_decay: float = flag(0.0, "the optimizer's weight decay")
     num_train_epochs: int = free_on_resume(1, "passes over the data set")
-    max_steps: int = free_on_resume(-1, "updates; overrides num_train_epochs where positive")
+    max_steps: int = free_on_resume(-1, "number of updates; -1 or 0: as --num_train_epochs says")
     # Output
-    doctor: bool = free_on_resume(False, "only look whether this machine is ready for --model")
+    doctor: bool = free_on_resume(False, "only check whether this machine is ready to train --model")
     output_dir: str = free_on_resume("outputs/demo", "folder for adapter, checkpoints and logs")
     overwrite_output_dir: bool = free_on_resume(False, "replace the run that is in --output_dir")
     logging_steps: int = free_on_resume(10, "updates from one point in TensorBoard to the next")
     save_steps: int = free_on_resume(100, "updates from one checkpoint to the next; 0: none")
-    save_total_limit: int = free_on_resume(2, "the newest checkpoints are kept; 0: all")
-    resume_from_checkpoint: str | None = free_on_resume(None, "a checkpoint's folder, or latest")
-    forecast: bool = free_on_resume(True, "predict the run's memory in a process beside it, to compare with")
-    rehearse: bool = free_on_resume(True, "run the largest step once, unseen, before the first")
+    save_total_limit: int = free_on_resume(2, "how many checkpoints to keep, the newest; 0: all")
+    resume_from_checkpoint: str | None = free_on_resume(
+        None, "a checkpoint's folder | latest: the newest in --output_dir"
+    )
+    forecast: bool = free_on_resume(True, "predict the run's memory in a second process, to compare with")
+    rehearse: bool = free_on_resume(True, "run the largest step before the first: is there enough memory?")
     max_nonfinite_updates: int = free_on_resume(
-        5, "the run ends when so many in a row were skipped because of NaN or Inf; 0: never"
+        5, "the run ends after so many updates in a row with NaN or Inf, all skipped; 0: never"
     )
 
     def __post_init__(self) -> None:

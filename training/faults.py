@@ -253,7 +253,7 @@ class NonFiniteUpdates:
         return True
 
     def _any_process(self, value: bool) -> bool:
-        """Whether any process has it. All processes call together: all have the same norm, so all skip."""
+        """Whether it is true on any process. All processes call together: all have the same norm, so all skip."""
         if self.accelerator.distributed_type == DistributedType.NO:
             return value
         return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum") > 0)

@@ -8,12 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-from training.checkpoints import RUN_JSON, remove_checkpoints
+from training.checkpoint_files import remove_checkpoints
 from training.out_of_memory import SNAPSHOT
 
 
 TENSORBOARD = "tensorboard"  # the folder of the event files inside the output folder
 CARD = "README.md"
+RUN_JSON = "run.json"  # the result of a finished run
 # The first two go first: without them nothing loads the weights that are left. run.json goes last: it marks the folder
 # as a run's.
 MODEL_FILES = ("adapter_config.json", "config.json", "adapter_model.*", "model.safetensors", "model-*.safetensors")

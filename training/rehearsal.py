@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
+from transformers import PreTrainedConfig
 
 from data.worst_case import Row, with_few_micro_batches, with_rows_of, worst_case_batch, worst_case_questions
 from models.generation import answer_worst_case
@@ -60,7 +61,11 @@ def rehearse(
 
 
 def worst_batch(
-    accelerator: Accelerator, model: nn.Module, config: StepConfig, row: Row, make_batch: Callable
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: StepConfig,
+    row: Row,
+    make_batch: Callable[[PreTrainedConfig, StepConfig, int], dict[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
     """`make_batch` is one of data.worst_case; its batch of such rows, on the device."""
     model_config = accelerator.unwrap_model(model).config

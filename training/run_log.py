@@ -21,11 +21,11 @@ from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
 from models.lora import count_parameters
-from training.checkpoints import RUN_JSON, remove_temporaries
+from training.checkpoint_files import remove_temporaries
 from training.config import TrainConfig
 from training.machine import memory_bytes, peak_bytes, reset_peak, run_environment
 from training.model_card import build_model_card
-from training.previous_run import CARD, TENSORBOARD, PreviousRun
+from training.previous_run import CARD, RUN_JSON, TENSORBOARD, PreviousRun
 from training.run_memory import RunMemory
 from utils import GIB, markdown_table
 
@@ -50,7 +50,7 @@ class RunLog:
         optimizer: torch.optim.Optimizer,
         num_steps: int,
         longest_row: Row,
-        start_step: int = 0,
+        start_step: int,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -148,7 +148,6 @@ class RunLog:
         self.global_step = global_step
         if not (is_skipped or self.has_trained):
             self._take_over()
-        self.loss_scale = loss_scale
         if is_skipped:
             self.num_skipped_updates += 1
             self.update_loss.zero_()
@@ -156,7 +155,7 @@ class RunLog:
             self.window[0] += self.update_loss * num_items_in_batch
             self.window_label_tokens += num_items_in_batch
         if global_step % self.config.logging_steps == 0 or global_step == self.num_steps:
-            self._close_window(global_step, num_items_in_batch, learning_rate, grad_norm)
+            self._close_window(global_step, learning_rate, grad_norm, loss_scale)
         self.update_loss.zero_()
         self.progress.update()
         if global_step == self.num_steps:
@@ -169,7 +168,10 @@ class RunLog:
         if self.config.overwrite_output_dir and self.accelerator.is_main_process:
             self.previous.remove()
 
-    def _close_window(self, global_step: int, num_items_in_batch: int, learning_rate: float, grad_norm: float) -> None:
+    def _close_window(
+        self, global_step: int, learning_rate: float, grad_norm: float, loss_scale: float | None
+    ) -> None:
+        """Log the updates since the last point, and start to collect anew."""
         sums = torch.cat([self.window, self.update_loss[None]])
         loss_sum, tokens, samples, self.last_loss = self.accelerator.reduce(sums, "sum").tolist()
         seconds = time.perf_counter() - self.window_start
@@ -185,7 +187,7 @@ class RunLog:
                 "train/tokens_per_second": tokens_per_second,
                 "train/skipped_updates": self.num_skipped_updates,
                 "data/bad_samples": self.num_bad_samples,
-                **({} if self.loss_scale is None else {"train/loss_scale": self.loss_scale}),
+                **({} if loss_scale is None else {"train/loss_scale": loss_scale}),
                 **{f"memory/{name}": value for name, value in memory.items()},
             },
             step=global_step,

@@ -128,14 +128,12 @@ class TrainingState:
         groups = self.scheduler.optimizer.param_groups
         for group, learning_rate in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
-        if (
-            values["loss_scaler"] and self._loss_scaler_state()
-        ):  # both are fp16: a resumed run may have another precision
-            if self.zero_stage:
-                for name in LOSS_SCALER_STATE:
-                    setattr(self._zero_loss_scaler(), name, values["loss_scaler"][name])
-            else:
-                self.accelerator.scaler.load_state_dict(values["loss_scaler"])
+        is_fp16 = values["loss_scaler"] and self._loss_scaler_state()  # before and now: the precision may have changed
+        if is_fp16 and self.zero_stage:
+            for name in LOSS_SCALER_STATE:
+                setattr(self._zero_loss_scaler(), name, values["loss_scaler"][name])
+        elif is_fp16:
+            self.accelerator.scaler.load_state_dict(values["loss_scaler"])
 
     def loss_scale(self) -> float | None:
         """The factor of fp16 losses; None in other precisions."""
