@@ -21,8 +21,8 @@ from memory.known import ItemAnswers
 from memory.record import PHASES, Allocation, Record, TraceError
 
 
-# Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments and its output.
-Workspace = Callable[[tuple, dict, Any], int]
+# Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments.
+Workspace = Callable[[tuple], int]
 
 
 class ModuleTracker:
@@ -121,7 +121,7 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
-        if workspace is not None and (nbytes := workspace(args, kwargs, output)):
+        if workspace is not None and (nbytes := workspace(args)):
             self._end(self._begin(nbytes, (nbytes,), "torch.uint8", str(func)))
         return output
 
@@ -143,6 +143,15 @@ class Recorder(TorchDispatchMode):
 
     def find(self, tensor: torch.Tensor) -> Allocation | None:
         return self._live.get(tensor.untyped_storage()._cdata)
+
+    def set_category(self, category: str, values: Iterable[object]) -> None:
+        """Of those values that are tensors in memory."""
+        for value in values:
+            if isinstance(value, torch.Tensor) and (allocation := self.find(value)):
+                allocation.category = category
+
+    def mark_state(self, optimizer: torch.optim.Optimizer) -> None:
+        self.set_category("optimizer", (value for state in optimizer.state.values() for value in state.values()))
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase

@@ -89,7 +89,7 @@ def test_breakdown_adds_up_and_holds_what_is_known() -> None:
     num_tensors = 4 * 3 * 2 + 4 + 3 * 4
     assert breakdown["optimizer"] == 2 * breakdown["trained"] + 4 * num_tensors
     assert sum(breakdown.values()) == trace.peak_bytes == max(trace.phase_peaks().values())
-    assert sum(tensor["nbytes"] for tensor in trace.largest_tensors(10**6)) == trace.peak_bytes
+    assert sum(tensor.nbytes for tensor in trace.largest_at_peak(10**6)) == trace.peak_bytes
 
 
 def test_gradients_and_state_are_found() -> None:
@@ -256,9 +256,9 @@ def test_workspaces_of_attention() -> None:
     workspaces = WORKSPACES["cuda"]
     flash = workspaces["_scaled_dot_product_flash_attention_backward"]
     efficient = workspaces["_scaled_dot_product_efficient_attention_backward"]
-    assert flash((query, query, key), {}, None) == 8 * 2048 * 257 * 4 + 2 * 8 * 2048 * 256 * 2
-    assert flash((query, query, query), {}, None) == 8 * 2048 * 257 * 4
-    assert efficient((query, query, query), {}, None) == 8 * 2048 * (3 * 256 + 1) * 4
+    assert flash((query, query, key)) == 8 * 2048 * 257 * 4 + 2 * 8 * 2048 * 256 * 2
+    assert flash((query, query, query)) == 8 * 2048 * 257 * 4
+    assert efficient((query, query, query)) == 8 * 2048 * (3 * 256 + 1) * 4
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_workspace_of_a_4_bit_layer() -> None:
     on CUDA with the mean of all scales and without."""
     x = torch.empty(1, 8, 16384, dtype=torch.bfloat16)
     for device_type, num_scales in (("cpu", 1), ("cuda", 2)):
-        nbytes = WORKSPACES[device_type]["gemm_4bit"]((x, None, (2048, 16384), None, 64, "nf4"), {}, None)
+        nbytes = WORKSPACES[device_type]["gemm_4bit"]((x, None, (2048, 16384), None, 64, "nf4"))
         assert nbytes == 2 * 2048 * 16384 + num_scales * 4 * 2048 * 16384 // 64
 
 
