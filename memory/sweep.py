@@ -15,7 +15,7 @@ from memory.charts import sweep_chart
 from memory.config import ProbeConfig
 from memory.probe import probe
 from memory.report import sweep_table
-from utils import UserError, flag_parser
+from utils import UserError, flag_parser, write_json
 
 
 FOLDER = "results/sweep"
@@ -30,7 +30,11 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     for values in tqdm(combinations(grid), desc="Probing", unit="row"):
         row_config = replace(config, sweep=None, output=None, **values)
         path = folder / "rows" / (row_name(values) + ".json")
-        rows.append(read_row(path, row_config) or write_row(path, probe(row_config)))
+        row = read_row(path, row_config)
+        if row is None:
+            row = probe(row_config)
+            write_json(path, row)
+        rows.append(row)
     table = sweep_table(rows, list(grid))
     print(table, flush=True)
     (folder / "table.md").write_text(table + "\n")
@@ -91,11 +95,3 @@ def read_row(path: Path, config: ProbeConfig) -> dict | None:
         return None
     row = json.loads(path.read_text())
     return row if row["config"] == asdict(config) else None
-
-
-def write_row(path: Path, row: dict) -> dict:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, indent=1) + "\n")
-    partial.rename(path)
-    return row
