@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.tasks.files import images_in, listed, read_json, required_file
-from evaluation.tasks.task import Question, Score
+from evaluation.tasks.task import Question, Score, scores_of
 from evaluation.tasks.textvqa_score import NUM_ANSWERS, textvqa_score
 from utils import UserError
 
@@ -27,10 +27,8 @@ class TextVQA:
     metric: str = "accuracy"
 
     def score(self, answers: list[str]) -> list[Score]:
-        return [
-            Score(question.id, question.type, textvqa_score(answer, question.references))
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        references = [question.references for question in self.questions]
+        return scores_of(self.questions, map(textvqa_score, answers, references))
 
 
 def load(
