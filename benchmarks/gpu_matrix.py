@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_matrix --mode predict    # needs no GPU; predicts all rows, each 10 to 80 seconds
 
 A row that runs out of memory is a result too. Measuring also writes what PyTorch's allocator did in one run, to
-history.json.gz, for tests/test_memory_allocator.py.
+history.json.gz, for tests/test_allocator.py.
 """
 
 import gzip

@@ -168,4 +168,4 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A GPU's memory is measured before this process has a share of it."""
-    items.sort(key=lambda item: item.path.name not in ("test_gpu_memory.py", "test_memory_calibrate.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_gpu_memory.py", "test_calibrate.py"))
