@@ -34,7 +34,7 @@ def memory_events(profiler: profile) -> list[int]:
 
 
 def rise(events: list[int]) -> int:
-    """The most that is in use above the beginning."""
+    """The most bytes in use after any of the events, counted from those in use before them."""
     total = peak = 0
     for nbytes in events:
         total += nbytes

@@ -87,7 +87,7 @@ def describe(record: Record) -> dict[str, Any]:
 
 
 def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
-    """What the allocator reserves of the device, and what nvidia-smi would show: that has to fit."""
+    """What the allocator reserves of the device, and what nvidia-smi would show: that must fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": record.peak_bytes, "device_bytes": record.peak_bytes}
     is_expandable = "expandable_segments:True" in allocator_settings()

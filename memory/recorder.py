@@ -77,9 +77,11 @@ class ModuleTracker:
 
 
 class Recorder(TorchDispatchMode):
-    """See the module's docstring. `workspaces` adds what kernels allocate internally, by operator.
+    """A context that records what operators allocate and free.
 
-    `block_bytes`: the device's allocator rounds each request up to a multiple of it.
+    Args:
+        workspaces: what kernels allocate besides, by operator.
+        block_bytes: the device's allocator rounds each request up to a multiple of it.
     """
 
     def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None, block_bytes: int = 1) -> None:
@@ -122,7 +124,7 @@ class Recorder(TorchDispatchMode):
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
         if workspace is not None and (nbytes := workspace(args)):
-            self._end(self._begin(nbytes, (nbytes,), "torch.uint8", str(func)))
+            self._end(self.reserve(nbytes, str(func)))
         return output
 
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
@@ -138,7 +140,7 @@ class Recorder(TorchDispatchMode):
         return self._live[key]
 
     def reserve(self, nbytes: int, op: str) -> Allocation:
-        """Bytes that no tensor holds and that are never freed."""
+        """Bytes that no tensor holds. They stay until the end, or until `_end`."""
         return self._begin(nbytes, (nbytes,), "uint8", op)
 
     def find(self, tensor: torch.Tensor) -> Allocation | None:

@@ -21,8 +21,8 @@ CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a run is laid out. `offload` "param" keeps weights and optimizer state in host memory, "optimizer" only the
-    state. `deepspeed_config` is what DeepSpeed's JSON holds."""
+    """`offload` "param" keeps weights and optimizer state in host memory, "optimizer" only the state.
+    `deepspeed_config` is what DeepSpeed's JSON holds."""
 
     name: str = "single"
     offload: str = "none"

@@ -18,7 +18,6 @@ says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's
 6.4 % more in ten measured steps: gloo's threads free what they have sent when they get to it.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -49,12 +48,13 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
-    deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
+    deepspeed_config = strategy.deepspeed_config | {"zero_force_ds_cpu_optimizer": False}
     with launched(deepspeed_config, strategy.world_size):
         return in_fresh_process(trace_this_process, config, strategy.world_size)
 
 
 def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
+    """What trace_deepspeed returns. For a fresh process."""
     config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[config.device]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)

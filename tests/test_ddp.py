@@ -1,4 +1,4 @@
-"""DDP's buckets against sums worked out by hand, and against torch's own."""
+"""DDP's buckets by hand, and against torch's own."""
 
 import torch
 from tiny_records import parameter_bytes, traced

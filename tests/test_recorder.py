@@ -1,4 +1,4 @@
-"""What a recorder notes of single tensors and operators, against PyTorch's profiler and sums worked out by hand."""
+"""What a recorder notes of single tensors and operators, against PyTorch's profiler and by hand."""
 
 import pytest
 import torch
