@@ -1,5 +1,6 @@
 """What the tests share: the original MGM's own numbers, its tiny checkpoint converted, a tiny random model."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
+from data.demo import ensure_demo
 from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
@@ -94,6 +97,26 @@ def tiny_model() -> MGMForConditionalGeneration:
     """The preset `tiny` with random weights, in eval mode."""
     torch.manual_seed(0)
     return MGMForConditionalGeneration(tiny()).eval()
+
+
+@pytest.fixture(scope="session")
+def mixed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of very different lengths about the demo's images, every third without an image."""
+    records = json.loads((ensure_demo() / "validation.json").read_text())[:24]
+    for i, record in enumerate(records):
+        turn = record["conversations"][0]
+        turn["value"] += " Please say it. " * (i % 5)
+        if i % 3 == 0:
+            del record["image"]
+            turn["value"] = turn["value"].removeprefix("<image>\n")
+    path = tmp_path_factory.mktemp("data") / "mixed.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 def aux_feature_map(model: MGMForConditionalGeneration, pixel_values_aux: torch.Tensor) -> torch.Tensor:
