@@ -54,7 +54,7 @@ ROWS = [
     {"lora_r": 0, "optim": "sgd"},
 ]
 HISTORY_ROW = {"max_seq_len": 1024}
-FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
+PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text())
     for row in result["rows"]:
         predicted = probe(row_config(config, row["flags"]))
-        row["predicted"] = {name: predicted[name] for name in FIGURES}
+        row["predicted"] = {name: predicted[name] for name in PREDICTED}
         print(row, flush=True)
     write_json(path, result)
     write_tables()

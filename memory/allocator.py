@@ -29,14 +29,6 @@ LARGE_ROUNDING_BYTES = 2 * 2**20
 EXPANDABLE_RANGE_BYTES = 2**24 * LARGE_SEGMENT_BYTES
 
 
-@dataclass
-class Replay:
-    """What `torch.cuda.max_memory_allocated` and `max_memory_reserved` would return."""
-
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-
-
 @dataclass(slots=True, eq=False)
 class Block:
     """A stretch of a segment. `mapped` is False for address space without memory behind it."""
@@ -99,7 +91,7 @@ def _room(block: Block) -> int:
 
 
 class CachingAllocator:
-    """A device's allocator."""
+    """A device's allocator. Its peaks are what `torch.cuda.max_memory_allocated` and `max_memory_reserved` return."""
 
     def __init__(self, expandable_segments: bool = False) -> None:
         self.expandable = expandable_segments
@@ -228,9 +220,9 @@ def replay_events(
     events: Iterable[tuple[int, Hashable] | tuple[int, Hashable, int]],
     expandable_segments: bool = False,
     release_before: Collection[int] = (),
-) -> Replay:
+) -> CachingAllocator:
     """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones free
-    that allocation.
+    that allocation. Returns the allocator after the last event.
 
     Events of 0 bytes are passed over. Before the events `release_before` the cache is given back, as empty_cache does.
     """
@@ -243,7 +235,7 @@ def replay_events(
             allocator.free(blocks.pop(key))
         elif nbytes > 0:
             blocks[key] = allocator.malloc(nbytes, *stream)
-    return Replay(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+    return allocator
 
 
 def _round_up(nbytes: int, multiple: int) -> int:

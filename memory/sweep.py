@@ -19,7 +19,7 @@ from utils import UserError, flag_parser, write_json
 
 
 FOLDER = "results/sweep"
-FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
+METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
 
 
 def run_sweep(config: ProbeConfig) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
 
 
 def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Figure) -> None:
-    """A row is a run with its flags and figures in the HPARAMS tab; the chart is among the images."""
+    """A row is a run with its flags and metrics in the HPARAMS tab; the chart is among the images."""
     shutil.rmtree(folder, ignore_errors=True)  # an earlier sweep's
     with SummaryWriter(str(folder)) as writer:
         writer.add_figure("memory/sweep", chart)
@@ -53,8 +53,8 @@ def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Fi
             flags = {
                 name: value for name, value in row["config"].items() if isinstance(value, (bool, int, float, str))
             }
-            figures = {f"memory/{name}": row[name] for name in FIGURES}
-            writer.add_hparams(flags, figures, run_name=row_name({key: row["config"][key] for key in keys}))
+            metrics = {f"memory/{name}": row[name] for name in METRICS}
+            writer.add_hparams(flags, metrics, run_name=row_name({key: row["config"][key] for key in keys}))
 
 
 def parse_grid(words: list[str]) -> dict[str, list[Any]]:
