@@ -163,8 +163,8 @@ def _category(allocation: Allocation, joint: str | None) -> str:
     """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
     if allocation.phase in ("load", "step"):
         return "temporaries"
-    is_layer_alone = joint is None and ".layers." in f".{allocation.module}."  # of a bare language model
-    if LANGUAGE_MODULE in allocation.module.split(".") or is_layer_alone:
+    in_bare_language_model = joint is None and ".layers." in f".{allocation.module}."
+    if LANGUAGE_MODULE in allocation.module.split(".") or in_bare_language_model:
         return "activations" if allocation.saved_for_backward else "temporaries"
     in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
     return "vision" if in_joint else "loss"

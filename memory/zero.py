@@ -97,8 +97,8 @@ def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
     _watch_phases(recorder, engine)
     if is_stage_3:
         coordinator = private(zero, "parameter_offload").get_param_coordinator()
-        _allocates_weights(recorder, coordinator, "fetch_sub_module")
-        _allocates_weights(recorder, zero, "_post_step")
+        _mark_weights(recorder, coordinator, "fetch_sub_module")
+        _mark_weights(recorder, zero, "_post_step")
 
 
 def splits_weights(engine: nn.Module) -> bool:
@@ -147,8 +147,8 @@ def _watch_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
     engine.step = in_phase("step", engine.step)
 
 
-def _allocates_weights(recorder: PlacedRecorder, owner: object, name: str) -> None:
-    """What the function of this name allocates are weights."""
+def _mark_weights(recorder: PlacedRecorder, owner: object, name: str) -> None:
+    """All that the owner's function of this name allocates is weights."""
     function = private(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
