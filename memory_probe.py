@@ -9,7 +9,6 @@
 The last line on stdout is a JSON object. Exit code 3: it does not fit.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from memory.charts import step_chart
 from memory.config import ProbeConfig
 from memory.explain import explain, suggest
 from memory.placed import PlacedRecord
-from memory.probe import probe_and_trace
+from memory.probe import probe_with_record
 from memory.report import report
 from memory.sweep import run_sweep
-from utils import run_script
+from utils import run_script, write_json
 
 
 def main(config: ProbeConfig) -> dict:
@@ -33,23 +32,22 @@ def main(config: ProbeConfig) -> dict:
         return result
     if config.sweep:
         return run_sweep(config)
-    result, trace = probe_and_trace(config)
+    result, record = probe_with_record(config)
     print(report(result), flush=True)
     if config.explain:
         suggestions = suggest(config, result["device_bytes"])
         result |= suggestions
-        print("", *explain(config, trace.device, suggestions), sep="\n", flush=True)
+        print("", *explain(config, record.device, suggestions), sep="\n", flush=True)
     if config.output is not None:
-        write_output(Path(config.output), result, trace)
+        write_output(Path(config.output), result, record)
     return result
 
 
-def write_output(folder: Path, result: dict, trace: PlacedRecord | None) -> None:
+def write_output(folder: Path, result: dict, record: PlacedRecord | None) -> None:
     """The result and, of a prediction, a picture of the step as it goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
-    if trace is not None:
-        step_chart(trace.device).savefig(folder / "step.png", dpi=120)
+    write_json(folder / "probe.json", result)
+    if record is not None:
+        step_chart(record.device).savefig(folder / "step.png", dpi=120)
     print(f"Saved to {folder}", flush=True)
 
 

@@ -78,6 +78,15 @@ def escape_cell(value: object) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
 
 
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write beside the file and rename: an interruption leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
+    partial.replace(path)
+
+
 def environment(*packages: str) -> dict[str, str]:
     """What figures were measured on: Python, the GPU or else the processor, and each installed package's version."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"

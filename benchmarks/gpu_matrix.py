@@ -1,10 +1,10 @@
-"""How near memory predictions come on a GPU, for MGM-2B: results/gpu/matrix.json, a table of the README.
+"""How near memory predictions come on a GPU, for MGM-2B: results/gpu/matrix.json, docs/memory.md.
 
     python -m benchmarks.gpu_matrix --mode measure    # needs a GPU of 80 GB; adds the rows that are missing
     python -m benchmarks.gpu_matrix --mode predict    # needs no GPU; predicts all rows, each 10 to 80 seconds
 
 A row that runs out of memory is a result too. Measuring also writes what PyTorch's allocator did in one run, to
-history.json.gz, for tests/test_memory_allocator.py.
+history.json.gz, for tests/test_allocator.py.
 """
 
 import gzip
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Rows, RowsConfig, gpu_machine, write_json
+from benchmarks.rows import Rows, RowsConfig, gpu_machine
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.launch import in_fresh_process
 from memory.measure import measure
 from memory.measure_gpu import measure_this_process
 from memory.probe import probe
-from utils import check_choice, run_script
+from utils import check_choice, run_script, write_json
 
 
 ZERO2, ZERO3 = ({"config_file": f"accelerate_configs/{name}.yaml"} for name in ("zero2", "zero3"))
@@ -54,7 +54,7 @@ ROWS = [
     {"lora_r": 0, "optim": "sgd"},
 ]
 HISTORY_ROW = {"max_seq_len": 1024}
-FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
+PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ def measure_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     history_path = path.parent / "history.json.gz"
     if not history_path.exists():
         with gzip.open(history_path, "wt") as file:
-            json.dump(record_history(row_config(config, HISTORY_ROW)), file)
+            json.dump(in_fresh_process(record_history, row_config(config, HISTORY_ROW)), file)
     for flags in rows.missing(ROWS):
         rows.add({"flags": flags, "measured": measure_row(config, flags)})
     return rows.result
@@ -91,7 +91,7 @@ def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text())
     for row in result["rows"]:
         predicted = probe(row_config(config, row["flags"]))
-        row["predicted"] = {name: predicted[name] for name in FIGURES}
+        row["predicted"] = {name: predicted[name] for name in PREDICTED}
         print(row, flush=True)
     write_json(path, result)
     write_tables()
@@ -113,16 +113,13 @@ def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:
-    """Every allocation and free of a run, in order, with its address and bytes; in a fresh process."""
-    return in_fresh_process(_record_history, config)
-
-
-def _record_history(config: ProbeConfig) -> dict[str, Any]:
+    """Every allocation and free of a run, in order, with its address and bytes. For a process of its own."""
     torch.cuda.memory._record_memory_history(max_entries=2**21, context=None)
     measured = measure_this_process(config)
-    events = torch.cuda.memory._snapshot()["device_traces"][0]
-    trace = [(event["action"], event["addr"], event["size"]) for event in events]
-    return {"machine": gpu_machine(), "config": asdict(config), "measured": measured, "events": trace}
+    events = [
+        (event["action"], event["addr"], event["size"]) for event in torch.cuda.memory._snapshot()["device_traces"][0]
+    ]
+    return {"machine": gpu_machine(), "config": asdict(config), "measured": measured, "events": events}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Run the tests that need a GPU, and record the commit that they tested:
 
-    python -m benchmarks.gpu_tests                                              # needs a GPU; results/gpu/tests.json
+    python -m benchmarks.gpu_tests                                              # needs a GPU
     python -m benchmarks.gpu_tests --output results/gpu/tests_two_gpus.json     # needs two
 
-Writes results/gpu/tests.json, from which docs/gpu_guide.md's table comes; what runs on two GPUs goes beside it, with
-`--output results/gpu/tests_two_gpus.json`. On any machine a test warns when the code has changed since
-(tests/test_gpu_record.py). The last line on stdout is the same as JSON.
+Writes results/gpu/tests.json or the other file, and the table of docs/gpu_guide.md. On any machine a test warns when
+the code has changed since (tests/test_gpu_record.py). The last line on stdout is the same as JSON.
 """
 
 import subprocess
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import gpu_machine, write_json
-from benchmarks.tables import GPU_TESTS, ROOT, write_tables
-from utils import UserError, run_script
+from benchmarks.rows import ROOT, gpu_machine
+from benchmarks.tables import GPU_TESTS, write_tables
+from utils import UserError, run_script, write_json
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
     python -m benchmarks.headline               # no GPU; adds the rows that are missing
     python -m benchmarks.headline --overwrite   # all rows, 16 minutes of one core: when the prediction has changed
 
-Writes results/headline.json and the README's table.
+Writes results/headline.json, and the tables of README.md and docs/memory.md.
 """
 
 import itertools
@@ -15,8 +15,8 @@ import torch
 from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 
-from benchmarks.rows import Rows, RowsConfig
-from benchmarks.tables import HEADLINE, HEADLINE_CARDS, ROOT, write_tables
+from benchmarks.rows import ROOT, Rows, RowsConfig
+from benchmarks.tables import HEADLINE, HEADLINE_CARDS, STRATEGIES, write_tables
 from memory.config import ProbeConfig
 from memory.predict import device_memory, summarize, trace_step
 from models.loading import load_model
@@ -24,11 +24,6 @@ from utils import run_script
 
 
 RANKS, LENGTHS = (8, 16, 32, 0), (1024, 2048)
-STRATEGIES = {  # on one process
-    "single": {},
-    "zero2": {"config_file": "accelerate_configs/zero2.yaml"},
-    "zero3 + offload": {"config_file": "accelerate_configs/zero3.yaml"},
-}
 
 
 @dataclass(kw_only=True)
@@ -55,10 +50,10 @@ def predict_row(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     """One trace serves all cards: cuBLAS needs as large a workspace on each of them (Hopper's is larger)."""
     step = {"lora_r": flags["lora_r"], "max_seq_len": flags["max_seq_len"]} | STRATEGIES[flags["strategy"]]
     config = ProbeConfig(model=model, mode="predict", eval_samples=0, **step)
-    trace = trace_step(config)
-    whole = summarize(trace, config)
-    device = {gpu: device_memory(trace.device, replace(config, gpu=gpu))["device_bytes"] for gpu in HEADLINE_CARDS}
-    return {key: whole[key] for key in ("peak_allocated_bytes", "host_bytes", "breakdown")} | {"device_bytes": device}
+    record = trace_step(config)
+    result = summarize(record, config)
+    device = {gpu: device_memory(record.device, replace(config, gpu=gpu))["device_bytes"] for gpu in HEADLINE_CARDS}
+    return {key: result[key] for key in ("peak_allocated_bytes", "host_bytes", "breakdown")} | {"device_bytes": device}
 
 
 def estimates(model: str) -> dict[str, int]:

@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 import step
 from benchmarks.memory_tables import ladder_titles
-from benchmarks.rows import write_json
-from benchmarks.tables import ROOT, write_tables
-from memory.categories import CATEGORIES
+from benchmarks.rows import RESULTS, ROOT
+from benchmarks.tables import write_tables
+from memory.charts import stacked_bars
 from memory.config import ProbeConfig
 from memory.predict import summarize, trace_step
 from mgm.patch_info_mining import MGMPatchInfoMining, View
-from utils import GIB, run_script
+from utils import GIB, run_script, write_json
 
 
 # The first row, and what each technique changes. `mining` is no flag: it patches the original's computation in.
@@ -70,7 +70,7 @@ def main(config: LadderConfig) -> dict[str, Any]:
         print(row, flush=True)
     result = {"model": config.model, "max_seq_len": config.max_seq_len}
     result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
-    write_json(ROOT / "results/ladder.json", result)
+    write_json(RESULTS / "ladder.json", result)
     ladder_chart(result).savefig(ROOT / "docs/ladder.png", dpi=120)
     write_tables()
     return {"rungs": len(rungs), "output": "results/ladder.json"}
@@ -83,8 +83,8 @@ def predict_row(config: LadderConfig, flags: dict[str, Any]) -> dict[str, Any]:
     probe_config = ProbeConfig(model=config.model, mode="predict", **flags)
     with patch.object(MGMPatchInfoMining, "forward", original_mining) if is_original else nullcontext():
         with counted_operations() as flops:
-            trace = trace_step(probe_config)
-    result = summarize(trace, probe_config)
+            record = trace_step(probe_config)
+    result = summarize(record, probe_config)
     names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "breakdown")
     # Under ZeRO the step is traced in another process, and torch has no formula for 4-bit layers.
     return {name: result[name] for name in names} | {"flops": flops[-1] if flops and "quantize" not in flags else None}
@@ -143,19 +143,14 @@ def ladder_chart(ladder: dict[str, Any]) -> Figure:
     rows, titles = [*ladder["rungs"], *ladder["branches"]], ladder_titles(ladder)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    left = [0.0] * len(rows)
-    for category in CATEGORIES:
-        widths = [row["breakdown"][category.name] / GIB for row in rows]
-        if max(widths) > 0.05:
-            axes.barh(titles, widths, left=left, color=category.colour, label=category.title)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    for row, title, end in zip(rows, titles, left, strict=True):
+    ends = stacked_bars(axes, titles, [row["breakdown"] for row in rows], visible_gib=0.05)
+    for row, title, end in zip(rows, titles, ends, strict=True):
         size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(end + 0.4, title, size, va="center", fontsize="small", bbox=box, zorder=3)
     for gib in (8, 24):
         axes.axvline(gib, color="black", linestyle="--", linewidth=0.8)
-    axes.set_xlim(0, max(left) * 1.12)
+    axes.set_xlim(0, max(ends) * 1.12)
     axes.invert_yaxis()
     axes.set_xlabel("GiB allocated at the peak (dashed lines: 8 GiB and 24 GiB)")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")

@@ -19,16 +19,15 @@ from typing import Any
 
 import yaml
 
-from benchmarks.rows import write_json
+from benchmarks.rows import ROOT
 from child_processes import run_child
 from data.batching import column_values
 from data.demo import ensure_demo
 from models.loading import load_processor
 from train import DEMO_RECIPE, TrainConfig, build_datasets
-from utils import check_minimum, run_script
+from utils import check_minimum, run_script, write_json
 
 
-ROOT = Path(__file__).parent.parent
 METHODS: dict[str, list[str]] = {
     "full": ["--lora_r", "0"],
     "lora-r8": ["--lora_r", "8", "--lora_alpha", "16"],  # alpha / r stays at 2, as in the recipe

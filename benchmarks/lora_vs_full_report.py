@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.lora_vs_full import BASE, LABELS, METHODS, SEARCH, SEEDS, Run, choose_rates
-from benchmarks.tables import ROOT, with_tables
-from evaluation.comparison import compare, percent, percents
+from benchmarks.rows import ROOT
+from benchmarks.tables import with_tables
+from evaluation.comparison import NUM_RESAMPLES, compare, percent, percents
 from utils import MIB, markdown_table
 
 
@@ -93,15 +94,15 @@ def retentions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     }
 
 
-def interval_with_seeds(full: np.ndarray, lora: np.ndarray, num_resamples: int = 9999) -> list[float]:
+def interval_with_seeds(full: np.ndarray, lora: np.ndarray) -> list[float]:
     """The retention's 95 % interval when seeds and questions are drawn anew, [seeds, N] each.
 
     Three seeds are few to draw from: the true spread may be wider.
     """
     rng = np.random.default_rng(0)
     num_seeds, num_questions = full.shape
-    questions = rng.multinomial(num_questions, [1 / num_questions] * num_questions, num_resamples)  # [R, N]
-    full_seeds, lora_seeds = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, (2, num_resamples))  # [R, seeds]
+    questions = rng.multinomial(num_questions, [1 / num_questions] * num_questions, NUM_RESAMPLES)  # [R, N]
+    full_seeds, lora_seeds = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, (2, NUM_RESAMPLES))  # [R, seeds]
     points = [
         np.einsum("rs,sn,rn->r", seeds, exact, questions, optimize=True)
         for seeds, exact in ((full_seeds, full), (lora_seeds, lora))

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.rows import write_json
 from layers import chunked_loss
 from layers.chunked_loss import ChunkedCrossEntropy
 from memory.cpu_profile import memory_events, profile_memory, rise
-from utils import check_device, check_minimum, run_script
+from utils import check_device, check_minimum, run_script, write_json
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden states, weight, targets
@@ -129,7 +128,7 @@ def checkpointed_chunks(
 ) -> torch.Tensor:
     """As TRL and torchtune do: the backward pass recomputes each chunk's logits."""
     parts = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
-    return sum(checkpoint(full, states, weight, words, use_reentrant=False) for states, words in parts)
+    return sum(checkpoint(full, states, weight, labels, use_reentrant=False) for states, labels in parts)
 
 
 def torchs(options: object, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

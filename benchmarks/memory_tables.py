@@ -1,20 +1,18 @@
 """The tables of docs/memory.md: what each technique saves, and the ways to compute the loss."""
 
-import json
-from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import read_result
 from utils import GIB, MIB, markdown_table
 
 
-RESULTS = Path(__file__).parent.parent / "results"
 LOSSES = {"a CPU": "loss_cpu.json", "an H100": "loss_cuda.json"}
 
 
 def ladder_table() -> str:
     """results/ladder.json: each technique added to those above it, what it saves when used alone, and the peak with
     all others but without it."""
-    ladder = json.loads((RESULTS / "ladder.json").read_text())
+    ladder = read_result("ladder.json")
     start = ladder["rungs"][0]["peak_allocated_bytes"]
     without = {row["title"]: gib(row["peak_allocated_bytes"]) for row in ladder["without"]}
     alone = {row["title"]: gib(start - row["peak_allocated_bytes"]) for row in ladder["alone"]}
@@ -41,7 +39,7 @@ def loss_table() -> str:
     """results/loss_*.json: the same loss computed in different ways, on each device."""
     parts = []
     for device, name in LOSSES.items():
-        found = json.loads((RESULTS / name).read_text())
+        found = read_result(name)
         config = found["config"]
         labelled = round(config["tokens"] * config["label_share"])
         rows = [

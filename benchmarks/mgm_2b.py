@@ -62,10 +62,10 @@ def probe_config(flags: dict[str, Any]) -> ProbeConfig:
 
 def lora(flags: dict[str, Any]) -> dict[str, int]:
     """Parameters in all and trained, and the GPU's memory in bytes."""
+    config = probe_config(flags)
     with torch.device("meta"):
-        model = step.build_model(probe_config(flags), is_deepspeed=False)
-    total, trainable = count_parameters(model)
-    result = probe(probe_config(flags))
+        total, trainable = count_parameters(step.build_model(config, is_deepspeed=False))
+    result = probe(config)
     sizes = {name: result[name] for name in ("peak_allocated_bytes", "device_bytes")}
     return {"total_params": total, "trainable_params": trainable} | sizes
 
@@ -73,8 +73,8 @@ def lora(flags: dict[str, Any]) -> dict[str, int]:
 def host(flags: dict[str, Any]) -> dict[str, Any]:
     """The host's memory in bytes, by purpose, while the steps run."""
     config = probe_config(flags)
-    trace = trace_step(config)
-    return {"host": host_breakdown(trace, config.dataloader_num_workers, config.world_size)}
+    record = trace_step(config)
+    return {"host": host_breakdown(record, config.dataloader_num_workers, config.world_size)}
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from transformers import ProcessorMixin, get_scheduler
 
 import step
 from benchmarks.loader import PACKAGES
-from benchmarks.rows import machine, write_json
+from benchmarks.rows import machine
 from benchmarks.step import clock
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
 from data.demo import ensure_demo
 from data.packing import PackedCollator, PackedDataset, pack
 from models.loading import load_processor
-from utils import check_minimum, run_script
+from utils import check_minimum, run_script, write_json
 
 
 MODEL = "data/tiny_mgm"

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
-from utils import environment
+from utils import environment, write_json
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
 
 
 @dataclass(kw_only=True)
@@ -53,13 +57,8 @@ class Rows:
         write_json(self.path, self.result)
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Write beside the file and rename: an interruption leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n")
-    partial.replace(path)
+def read_result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
 
 
 def machine(*packages: str) -> dict[str, Any]:

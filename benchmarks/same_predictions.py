@@ -37,11 +37,11 @@ def main(config: CompareConfig) -> dict[str, Any]:
     for name in config.only:
         for flags, committed, predicted in FILES[name]():
             count += 1
-            if committed != predicted:
+            if committed == predicted:
+                print(f"same: {name} {flags}", flush=True)
+            else:
                 different.append({"file": name, "flags": flags})
-            print(f"{'same' if committed == predicted else 'DIFFERENT'}: {name} {flags}", flush=True)
-            if committed != predicted:
-                print(f"  committed {committed}\n  predicted {predicted}", flush=True)
+                print(f"DIFFERENT: {name} {flags}\n  committed {committed}\n  predicted {predicted}", flush=True)
     return {"rows": count, "different": different}
 
 

@@ -1,17 +1,9 @@
 """The tables of docs/speed.md, from results/step.json, packing.json, loader.json and waiting.json."""
 
-import json
-from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import RESULTS, read_result
 from utils import GIB, markdown_table
-
-
-RESULTS = Path(__file__).parent.parent / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
 
 
 def step_table() -> str:
@@ -20,7 +12,7 @@ def step_table() -> str:
 
 
 def step_tables(name: str) -> str:
-    step = load(name)
+    step = read_result(name)
     versions = ", ".join(f"{name} {number}" for name, number in step["versions"].items())
     sizes = f"{step['num_parameters'] / 1e6:.0f} M parameters, 1 row of {step['num_tokens']} tokens"
     caption = f"{step['machine']}; {versions}. {sizes}, {step['label_share']:.0%} with labels, {step['dtype']}:"
@@ -41,7 +33,7 @@ def variant(kind: str, row: dict[str, Any]) -> str:
 
 def packing_table() -> str:
     """Samples a second, packed and padded, of both kinds of samples."""
-    packing = load("packing.json")
+    packing = read_result("packing.json")
     parts = []
     for name, case in packing["cases"].items():
         lengths = case["lengths"]
@@ -60,7 +52,7 @@ def packing_table() -> str:
 
 def loader_table() -> str:
     """What a worker prepares for MGM-2B, and how long the demo's steps wait."""
-    loader, waiting = load("loader.json"), load("waiting.json")
+    loader, waiting = read_result("loader.json"), read_result("waiting.json")
     rates = [
         [run["num_workers"], f"{run['images_per_second']:.1f}", milliseconds(run["cpu_seconds_per_image"])]
         for run in loader["runs"]

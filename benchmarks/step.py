@@ -26,17 +26,16 @@ import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import step
-from benchmarks.rows import machine, write_json
+from benchmarks.rows import machine
 from child_processes import process_pool
 from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
 from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
-from memory.cpu_profile import memory_events, profile_memory, rise
+from memory.cpu_profile import memory_events, profile_memory, rise, storage_bytes
 from memory.launch import launched
 from memory.strategy import Strategy
 from mgm.configuration_mgm import mgm_2b
@@ -45,7 +44,7 @@ from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.config import MIXED_PRECISIONS
 from models.loading import load_processor
 from models.lora import trained_parameters
-from utils import check_choice, check_device, check_minimum, run_script
+from utils import check_choice, check_device, check_minimum, run_script, write_json
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
@@ -324,7 +323,7 @@ def build(config: StepBenchmarkConfig, kind: str, gradient_checkpointing: bool) 
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         return variant.run(2), torch.cuda.max_memory_allocated()
-    resident_bytes = storage_bytes(variant.model)
+    resident_bytes = storage_bytes([*variant.model.parameters(), *variant.model.buffers()])
     with profile_memory() as profiler:
         steps = variant.run(2)
     return steps, resident_bytes + rise(memory_events(profiler))
@@ -334,12 +333,6 @@ def take_turn(num_steps: int) -> list[Step]:
     """Runs in a variant's process, after `build`."""
     gc.collect()
     return variant.run(num_steps)
-
-
-def storage_bytes(model: nn.Module) -> int:
-    """Bytes of the weights; a tied head counts once."""
-    storages = (tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()])
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def take_turns(config: StepBenchmarkConfig, pools: dict[Variant, ProcessPoolExecutor]) -> dict[Variant, list[Step]]:

@@ -11,23 +11,27 @@ from statistics import median
 from typing import Any
 
 from benchmarks.memory_tables import gib, ladder_table, loss_table
+from benchmarks.rows import RESULTS, ROOT
 from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
 from utils import GIB, MIB, markdown_table
 
 
-ROOT = Path(__file__).parent.parent
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 DOCUMENTS = (
     "README.md",
     *(f"docs/{name}.md" for name in ("gpu_guide", "memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
-GPU_TESTS, TWO_GPU_TESTS = (ROOT / f"results/gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
-CPU_MATRIX, GPU_MATRIX = ROOT / "results/cpu/matrix.json", ROOT / "results/gpu/matrix.json"
-HEADLINE, MGM_2B = ROOT / "results/headline.json", ROOT / "results/mgm_2b.json"
+GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
+CPU_MATRIX, GPU_MATRIX = RESULTS / "cpu/matrix.json", RESULTS / "gpu/matrix.json"
+HEADLINE, MGM_2B = RESULTS / "headline.json", RESULTS / "mgm_2b.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
-LAUNCH_CONFIGS = {"zero2": "accelerate_configs/zero2.yaml", "zero3 + offload": "accelerate_configs/zero3.yaml"}
+STRATEGIES = {  # the headline's, on one process
+    "single": {},
+    "zero2": {"config_file": "accelerate_configs/zero2.yaml"},
+    "zero3 + offload": {"config_file": "accelerate_configs/zero3.yaml"},
+}
 
 
 def gpu_table() -> str:
@@ -157,8 +161,7 @@ def measured_device_bytes(row: dict[str, Any]) -> int | None:
     code: then the two predictions differ by the size of cuBLAS's workspaces at most, which depends on the card."""
     matrix = json.loads(GPU_MATRIX.read_text())
     rank, length, strategy = row["flags"].values()
-    flags = DEFAULTS | {"lora_r": rank, "max_seq_len": length}
-    flags |= {"config_file": LAUNCH_CONFIGS[strategy]} if strategy in LAUNCH_CONFIGS else {}
+    flags = {"lora_r": rank, "max_seq_len": length} | STRATEGIES[strategy]
     for found in (found for found in matrix["rows"] if DEFAULTS | found["flags"] == flags):
         predicted_bytes = found.get("predicted", {}).get("peak_allocated_bytes", 0)
         is_same_code = abs(predicted_bytes - row["peak_allocated_bytes"]) < 2 * CUBLAS_HOPPER

@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 import train
 from benchmarks.loader import PACKAGES
-from benchmarks.rows import machine, write_json
+from benchmarks.rows import machine
 from training.faults import Watch
-from utils import check_minimum, parse_config, run_script
+from utils import check_minimum, parse_config, run_script, write_json
 
 
 @dataclass(kw_only=True)
@@ -68,9 +68,7 @@ def timed_batches() -> Iterator[tuple[list[float], list[float]]]:
         batches = fetch(watch, loader)
         while True:
             start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            if (batch := next(batches, None)) is None:
                 return
             waits.append(time.perf_counter() - start)
             start = time.perf_counter()

@@ -43,7 +43,7 @@ def answer_batches(
     """Answer the questions with these indices, a batch per process at a time. Every process gets all answers.
 
     The longest prompts come first: there is little padding, and memory runs out at once or never. Every process takes
-    part in every batch, if need be with a question that another has too: under ZeRO-3 they have to run in step.
+    part in every batch, if need be with a question that another has too: under ZeRO-3 they must run in step.
     """
     order = sorted(indices, key=lambda index: len(questions[index].prompt), reverse=True)
     step = batch_size * accelerator.num_processes

@@ -62,7 +62,7 @@ def compare(full: np.ndarray, lora: np.ndarray, types: list[str]) -> dict[str, A
 def retention(full: np.ndarray, lora: np.ndarray) -> dict[str, Any]:
     """Mean of `lora` / mean of `full`, with a percentile bootstrap over the questions, which stay paired.
 
-    None where `full` has no point. The interval tells what other questions might have shown, not other seeds.
+    None where `full` scores 0. The interval says what other questions might have shown, not other seeds.
     """
     result = {"n": len(full), "full_score": float(full.mean()), "lora_score": float(lora.mean())}
     if not full.any():
@@ -80,7 +80,7 @@ def retention(full: np.ndarray, lora: np.ndarray) -> dict[str, Any]:
             method="percentile",
             rng=np.random.default_rng(0),
         ).bootstrap_distribution
-    # A sample of few questions may be without a point of `full`: it has no ratio.
+    # In a sample of few questions `full` may score 0: it has no ratio.
     tails = 50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)
     return result | {"interval": np.percentile(ratios[np.isfinite(ratios)], tails).tolist()}
 

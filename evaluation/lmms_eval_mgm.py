@@ -5,6 +5,7 @@
 lmms-eval needs torchvision and much else: give it an environment of its own (docs/lmms_eval.md).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +65,13 @@ class MGM(lmms):
         return ordered.get_original(answers)
 
     def _prompt(
-        self, context: str, _settings: dict, doc_to_visual, doc_id: int, task: str, split: str
+        self,
+        context: str,
+        _settings: dict[str, Any],
+        doc_to_visual: Callable[[Any], list | None],
+        doc_id: int,
+        task: str,
+        split: str,
     ) -> tuple[list[dict[str, str]], list[Image.Image]]:
         """The conversation up to the reply, and its images, which come first whatever the task's text says."""
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []

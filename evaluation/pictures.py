@@ -28,7 +28,7 @@ def write_tensorboard(
         mark = f"score {values[question.id]:.2f}" if question.id in values else ""
         image = (question.images() or [Image.new("RGB", (PICTURE_WIDTH, PICTURE_WIDTH), "lightgrey")])[0]
         pictures.append(captioned(image, caption(question.prompt, question.references, answer, mark)))
-        rows.append((question.id, question.prompt, " / ".join(dict.fromkeys(question.references)), answer, mark))
+        rows.append((question.id, question.prompt, in_one_line(question.references), answer, mark))
     height = max(picture.height for picture in pictures)
     tiles = [ImageOps.expand(picture, (0, 0, 0, height - picture.height), "white") for picture in pictures]
     table = markdown_table(["id", "question", "answer", "prediction", ""], rows)
@@ -42,12 +42,12 @@ def write_tensorboard(
 
 def caption(question: str, references: list[str], prediction: str, mark: str) -> list[str]:
     """Lines: the question, the right answers, the prediction and its score."""
-    answers = " / ".join(dict.fromkeys(references))  # TextVQA's ten repeat themselves
-    return [
-        question,
-        f"answer: {answers}",
-        f"predicted: {prediction} ({mark})" if mark else f"predicted: {prediction}",
-    ]
+    predicted = f"predicted: {prediction} ({mark})" if mark else f"predicted: {prediction}"
+    return [question, f"answer: {in_one_line(references)}", predicted]
+
+
+def in_one_line(references: list[str]) -> str:
+    return " / ".join(dict.fromkeys(references))  # TextVQA's ten repeat themselves
 
 
 def captioned(image: Image.Image, lines: list[str]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memory.categories import CATEGORIES
@@ -18,22 +19,31 @@ def sweep_chart(rows: list[dict], keys: list[str]) -> Figure:
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = [", ".join(f"{key} {row['config'][key]}" for key in keys) for row in rows]
-    left = [0.0] * len(rows)
-    for category in CATEGORIES:
-        widths = [row.get("breakdown", {}).get(category.name, 0) / GIB for row in rows]
-        if max(widths) > 0.005:
-            axes.barh(labels, widths, left=left, color=category.colour, label=category.title)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    ends = stacked_bars(axes, labels, [row.get("breakdown", {}) for row in rows], visible_gib=0.005)
     # What was measured has no breakdown.
     rest = "allocator and context" if all("breakdown" in row for row in rows) else "all that was measured"
-    overheads = [row["device_bytes"] / GIB - start for row, start in zip(rows, left, strict=True)]
-    axes.barh(labels, overheads, left=left, color=OVERHEAD_COLOUR, label=rest)
+    overheads = [row["device_bytes"] / GIB - end for row, end in zip(rows, ends, strict=True)]
+    axes.barh(labels, overheads, left=ends, color=OVERHEAD_COLOUR, label=rest)
     for budget_bytes in {row["budget_bytes"] for row in rows}:
         axes.axvline(budget_bytes / GIB, color="black", linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("GiB on the device (dashed: the budget)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
+
+
+def stacked_bars(axes: Axes, labels: list[str], breakdowns: list[dict[str, int]], visible_gib: float) -> list[float]:
+    """A bar for each breakdown, divided into categories; one that no bar has more than `visible_gib` of is not drawn.
+
+    Returns where the bars end, in GiB.
+    """
+    ends = [0.0] * len(labels)
+    for category in CATEGORIES:
+        widths = [breakdown.get(category.name, 0) / GIB for breakdown in breakdowns]
+        if max(widths) > visible_gib:
+            axes.barh(labels, widths, left=ends, color=category.colour, label=category.title)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    return ends
 
 
 def step_chart(record: Record) -> Figure:

@@ -61,7 +61,7 @@ class ProbeConfig(StepConfig):
     def resolve_launch(self) -> None:
         """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""
         if self.config_file is not None:
-            launch = Strategy.from_config_file(self.config_file, self.world_size)
+            launch = self.launch
             self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
         self.world_size = self.world_size or 1
 

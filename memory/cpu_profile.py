@@ -7,6 +7,7 @@ peak_bytes = bytes_in_use_before + rise(memory_events(profiler))
 
 import gc
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -33,12 +34,18 @@ def memory_events(profiler: profile) -> list[int]:
 
 
 def rise(events: list[int]) -> int:
-    """The most that is in use above the beginning."""
+    """The most bytes in use after any of the events, counted from those in use before them."""
     total = peak = 0
     for nbytes in events:
         total += nbytes
         peak = max(peak, total)
     return peak
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages; a storage that several tensors share counts once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def bytes_in_use(model: nn.Module) -> int:

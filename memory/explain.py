@@ -69,7 +69,7 @@ def logits_lines(record: Record, length: int, vocab_size: int) -> list[str]:
     sizes: dict[tuple[str, int], None] = {}  # in order of appearance
     for nbytes, allocation in record.events:
         shape = allocation.shape
-        # The loss leaves out each row's last position, or does not.
+        # A loss may leave out each row's last position.
         if nbytes > 0 and shape[-1:] == (vocab_size,) and {length, length - 1} & {shape[0], *shape[1:-1]}:
             sizes[allocation.dtype, nbytes] = None
     for allocation in record.alive_at(record.peak_index):

@@ -37,7 +37,7 @@ CUBLAS_DEFAULT, CUBLAS_HOPPER = 2 * 4 * MIB + 8 * 16 * 1024, 32 * MIB
 # Measured on an H100, PyTorch 2.11, CUDA 13.0: 526.8 MiB before the first kernel, and after a step of MGM-2B 242 MiB
 # more than the allocator had reserved, whatever the configuration. Taken for the other families too.
 KERNELS = 242 * MIB
-# The same with several processes in mind (DDP, DeepSpeed), even for one: NCCL's buffers and kernels, 578 MiB more.
+# Under DDP and DeepSpeed, even with one process: NCCL's buffers and kernels, 578 MiB more.
 NCCL_BYTES = 578 * MIB
 HOPPER = Family(int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER)
 # RTX 6000 Ada, PyTorch 2.10, CUDA 13.0: 426 MiB (github.com/unslothai/unsloth-zoo/pull/1053)

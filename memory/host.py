@@ -2,8 +2,8 @@
 
     host_breakdown(trace_strategy(config, strategy), num_workers=2, world_size=strategy.world_size)  # bytes by purpose
 
-What DeepSpeed offloads comes from its trace. Pinned (pinned) memory comes in blocks of a power of two, which is
-where an offloaded run needs more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
+What DeepSpeed offloads comes from its trace. Pinned memory is allocated in blocks of a power of two, which is why an
+offloaded run needs more than its tensors. Loading adds nothing: weights in the compute dtype are pages of the
 checkpoint's file, which the system can drop.
 """
 
@@ -30,15 +30,11 @@ def host_breakdown(
     `num_workers` data workers.
 
     The tensors are those of the peaks of pinned and of ordinary memory. On a CPU the device's are the host's too.
-    Raises KeyError for a trace without a batch.
     """
-    in_host = [record.pinned, record.host] + ([record.device] if device_type == "cpu" else [])
     sums = Counter({"process": PROCESS_BYTES[device_type]})
-    for part in in_host:
-        if part.events:
-            sums.update(part.breakdown())
-    live_pinned_bytes = record.pinned.peak_bytes if record.pinned.events else 0
-    sums["pinned_rounding"] = pinned_blocks_bytes(record.pinned) - live_pinned_bytes
+    for part in (record.pinned, record.host, *([record.device] if device_type == "cpu" else [])):
+        sums.update(part.breakdown())
+    sums["pinned_rounding"] = pinned_blocks_bytes(record.pinned) - record.pinned.peak_bytes
     sums["workers"] = num_workers * WORKER_BYTES
     sums["batches"] = num_workers * PREFETCH_FACTOR * batch_bytes(record.device)
     return {purpose: world_size * nbytes for purpose, nbytes in sums.items() if nbytes}

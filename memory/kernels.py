@@ -29,7 +29,7 @@ CUDA_AUTOCAST_TO_FP32 = (
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
 
 
-def _flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
+def _flash_backward(args: tuple) -> int:
     """The sum of dq in fp32; dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
     _, query, key, *_ = args
     rows, heads, length, head_dim = query.shape
@@ -39,7 +39,7 @@ def _flash_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return dq_sum + expanded
 
 
-def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
+def _efficient_backward(args: tuple) -> int:
     """The row sums of dout * out, and fp32 sums of dq, dk, dv where they are not fp32 (CUTLASS's fMHA backward)."""
     query = args[1]
     rows, heads, length, head_dim = query.shape
@@ -47,12 +47,12 @@ def _efficient_backward(args: tuple, kwargs: dict, output: Any) -> int:
     return rows * heads * length * (1 + sums) * 4
 
 
-def _softmax_backward(args: tuple, kwargs: dict, output: Any) -> int:
+def _softmax_backward(args: tuple) -> int:
     """The gradient times the output (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out)."""
     return args[0].numel() * args[0].element_size()
 
 
-def _dequantized(args: tuple, kwargs: dict, output: Any, num_scales: int) -> int:
+def _dequantized(args: tuple, num_scales: int) -> int:
     """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
 
     Source: bitsandbytes/backends, _gemm_4bit_default_impl and cuda's _dequant_linear_fallback, which holds the scales
@@ -86,7 +86,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
     try:
         for names, wrapper in ((CUDA_AUTOCAST_TO_FP32, _in_fp32), (CUDA_AUTOCAST_FP32_OUTPUT, _to_fp32_output)):
             for name in names:
-                library.impl(name, wrapper(_overload(name)), "AutocastCPU")
+                library.impl(name, wrapper(overload_named(name)), "AutocastCPU")
         library.impl("dropout", _cuda_dropout, "AutogradCPU")
         library.impl("scaled_dot_product_attention", _cuda_attention, "AutogradCPU")
         yield
@@ -100,7 +100,7 @@ def use_foreach(optimizer: torch.optim.Optimizer) -> None:
         group["foreach"] = True
 
 
-def _overload(name: str) -> torch._ops.OpOverload:
+def overload_named(name: str) -> torch._ops.OpOverload:
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet), overload or "default")
 
@@ -151,9 +151,8 @@ def _cuda_attention(
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Heads are wider than 256 for neither of the two.
     """
-    is_wide = query.dtype == torch.float32
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if attn_mask is None and not is_wide and query.shape[-1] <= 256:
+    if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if query.shape[1] == key.shape[1]:
         if attn_mask is not None:

@@ -65,7 +65,7 @@ def _reader() -> tuple[str, str, int]:
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        # Between the reader and here are only this package and torch's dispatch.
+        # Between the reader and here are only torch's dispatch and the recorder.
         if not any(part in file for part in ("/torch/utils/", "/torch/_", "/memory/recorder.py", "/memory/known.py")):
             return file, frame.f_code.co_name.strip("<>"), frame.f_lineno
         frame = frame.f_back

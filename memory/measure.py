@@ -22,6 +22,6 @@ def measure(config: ProbeConfig) -> dict[str, Any]:
 
 
 def emulated_limit(config: ProbeConfig) -> int | None:
-    """The budget, where it is smaller than the card that is there."""
+    """The budget where it is smaller than this machine's card, else None."""
     capacity_bytes = torch.cuda.get_device_properties(0).total_memory
     return config.budget_bytes if config.budget_bytes < capacity_bytes else None

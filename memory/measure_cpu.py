@@ -6,7 +6,7 @@ import torch
 
 from layers.quantization import state_tensors
 from memory.config import ProbeConfig
-from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise
+from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise, storage_bytes
 from memory.launch import in_fresh_process, launched, on_every_rank
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, local_accelerator
 from memory.strategy import Strategy
@@ -22,19 +22,19 @@ def measure_cpu(config: ProbeConfig, strategy: Strategy) -> int:
 
 
 def measure_single(config: ProbeConfig) -> int:
-    """The peak of this process alone: what is there before the first update, and what the run adds."""
-    gc.collect()  # garbage of the caller's that is freed while the profiler watches would be taken off the peak
+    """The peak of this process: what exists before the first update, and what the run adds."""
+    gc.collect()  # the caller's garbage, freed while the profiler watches, would be taken off the peak
     with local_accelerator(config) as accelerator:
         probed = ProbedStep.build(config, accelerator)
         model = probed.model
         states = [tensor for _, tensor in state_tensors(model)]
         tensors = [*model.parameters(), *model.buffers(), *states, *probed.batch.values()]
-        storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+        before_bytes = storage_bytes(tensors)
         with profile_memory() as profiler:
             probed.prepare()
             probed.run_updates()
             probed.end_run()
-    return sum(storages.values()) + rise(memory_events(profiler))
+    return before_bytes + rise(memory_events(profiler))
 
 
 def measure_rank(config: ProbeConfig) -> int:

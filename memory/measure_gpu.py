@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
 
 import step
 from memory.config import ProbeConfig
@@ -47,20 +48,13 @@ def refuse_gpu_in_use() -> None:
 
 
 def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) -> dict[str, Any]:
+    """What measure_gpu returns. For a fresh process."""
     os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
     total_bytes = torch.cuda.mem_get_info()[1]
     context_bytes = used_bytes()
     accelerator = launched_accelerator(config)
     is_deepspeed = accelerator.state.deepspeed_plugin is not None
-    with torch.device("cuda") if not is_deepspeed else nullcontext():  # drawing numbers there is quick
-        model = step.build_model(config, is_deepspeed)
-    if not is_deepspeed and config.quantize == "none":
-        # Back to where from_pretrained puts it, so that it comes to the GPU in the usual order. 4-bit weights are made
-        # where they stay.
-        model = model.cpu()
-    if not is_deepspeed:  # ZeRO-3 splits weights on the GPU while it loads: that counts
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    model = build_as_loaded(config, is_deepspeed)
     if limit_bytes is not None:
         torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
     peaks = PhasePeaks()
@@ -87,6 +81,19 @@ def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) ->
         "oom": peaks.oom,
         "gpu_name": torch.cuda.get_device_name(),
     }
+
+
+def build_as_loaded(config: ProbeConfig, is_deepspeed: bool) -> nn.Module:
+    """step.build_model's model, where from_pretrained would put it, and peaks that begin there."""
+    if is_deepspeed:  # ZeRO-3 splits weights on the GPU while it loads: that counts
+        return step.build_model(config, is_deepspeed)
+    with torch.device("cuda"):  # drawing numbers there is quick
+        model = step.build_model(config, is_deepspeed)
+    if config.quantize == "none":  # 4-bit weights are made where they stay
+        model = model.cpu()  # it comes to the GPU in the usual order
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return model
 
 
 class PhasePeaks:

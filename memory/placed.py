@@ -1,14 +1,15 @@
-"""Records of several memories: the device's, and the host's, pinned and ordinary."""
+"""A record for each memory: the device's, and the host's, pinned and ordinary."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from memory.record import Allocation, Record
-from memory.recorder import Recorder
+from memory.recorder import Recorder, Workspace
 from memory.stand_in import HOST
 
 
@@ -22,29 +23,28 @@ class PlacedRecord:
 
 
 class PlacedRecorder(Recorder):
-    """A recorder that also notes in which memory each allocation lies. While `purpose` is set, it is the category."""
+    """A recorder that also notes in which memory each allocation lies."""
 
-    def __init__(self, model: nn.Module, device: str, workspaces: dict, block_bytes: int) -> None:
+    def __init__(self, model: nn.Module, device: str, workspaces: dict[str, Workspace], block_bytes: int) -> None:
         super().__init__(model, workspaces, block_bytes)
         self.device = torch.device(device)
         self.places: dict[Allocation, str] = {}
-        self.purpose: str | None = None
+        self.category: str | None = None  # of what is allocated now, where that is known
 
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
         allocation = super().allocated(tensor, op)
         if allocation not in self.places:
             is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
             self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
-            allocation.category = self.purpose
+            allocation.category = self.category
         return allocation
 
-    @contextmanager
-    def on_stream(self, stream: int) -> Iterator[None]:
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
+    def on_stream(self, stream: int) -> AbstractContextManager:
+        return patch.object(self, "stream", stream)
+
+    def of_category(self, category: str) -> AbstractContextManager:
+        """A context in which everything that is allocated has this category."""
+        return patch.object(self, "category", category)
 
     def note_pinned(self, tensor: torch.Tensor) -> None:
         self.places[self.find(tensor)] = "pinned"
@@ -53,22 +53,22 @@ class PlacedRecorder(Recorder):
 def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedRecord:
     """A record for each memory.
 
-    The host's records begin when the engine has been built. So does the device's if ZeRO-3 splits the weights: it does
-    so while it reads them, parameter by parameter.
+    The record of ordinary host memory begins when the engine has been built. So does the device's if ZeRO-3 splits the
+    weights: it does so while it reads them, parameter by parameter.
     """
 
-    def trace_of(place: str, first: int = 0, before: Record | None = None) -> Record:
+    def record_of(place: str, first: int = 0, before: Record | None = None) -> Record:
         return _select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before)
 
     is_apart = recorder.device != torch.device(HOST)  # a CPU run has one memory, and its loading is not recorded
     return PlacedRecord(
-        device=trace_of(
+        device=record_of(
             "device",
             num_events_before_steps if is_split else 0,
             splitting(recorder) if is_split and is_apart else None,
         ),
-        pinned=trace_of("pinned"),
-        host=trace_of("host", num_events_before_steps),
+        pinned=record_of("pinned"),
+        host=record_of("host", num_events_before_steps),
     )
 
 
@@ -87,9 +87,7 @@ def splitting(recorder: PlacedRecorder) -> Record:
     return record
 
 
-def _select(
-    record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None = None
-) -> Record:
+def _select(record: Record, is_wanted: Callable[[Allocation], bool], first: int, before: Record | None) -> Record:
     """The events of some allocations, after those of `before`. Of what was allocated before the event `first` only
     what is still alive then is kept, without its temporaries."""
     selected, copies = before or Record(), {}

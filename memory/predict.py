@@ -1,7 +1,6 @@
 """Predict a configuration's memory: trace the step, replay the allocator, add what a process needs besides."""
 
 import re
-from collections.abc import Hashable, Iterator
 from typing import Any
 
 from memory.allocator import replay_events
@@ -38,7 +37,7 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
         raise UserError(f"--model {config.model}: {error}") from None
     except ImportError as error:  # a kernel's package; sdpa takes the same FlashAttention on a GPU, and as much memory
         raise UserError(
-            f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip(chr(46))}; choose sdpa"
+            f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip('.')}; choose sdpa"
         ) from None
     except ValueError as error:
         raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
@@ -69,35 +68,37 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
 
 def describe(record: Record) -> dict[str, Any]:
     """What is alive at the peak."""
-    largest = [{"bytes": tensor.pop("nbytes")} | tensor for tensor in record.largest_tensors()]
-    for tensor in largest:
-        tensor |= {"module": PEFT_NAMES.sub("", tensor["module"]), "shape": list(tensor["shape"])}
     return {
         "peak_allocated_bytes": record.peak_bytes,
         "breakdown": record.breakdown(),
         "phases": record.phase_peaks(),
-        "largest_tensors": largest,
+        "largest_tensors": [
+            {
+                "bytes": tensor.nbytes,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "category": tensor.category,
+                "module": PEFT_NAMES.sub("", tensor.module),
+                "op": tensor.op,
+            }
+            for tensor in record.largest_at_peak()
+        ],
     }
 
 
 def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
-    """What the allocator reserves of the device, and what nvidia-smi would show: that has to fit."""
+    """What the allocator reserves of the device, and what nvidia-smi would show: that must fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": record.peak_bytes, "device_bytes": record.peak_bytes}
     is_expandable = "expandable_segments:True" in allocator_settings()
     # train.py gives back what loading has left before the first step, and what training has left before it evaluates.
     first_step = next(index for index, phase in record.phase_starts if phase == "forward")
     evaluation = [index for index, phase in record.phase_starts if phase == "evaluate"]
-    replay = replay_events(
-        step_events(record), expandable_segments=is_expandable, release_before=(first_step, *evaluation)
-    )
+    events = ((nbytes, id(allocation), allocation.stream) for nbytes, allocation in record.events)
+    replay = replay_events(events, is_expandable, release_before=(first_step, *evaluation))
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
         "peak_reserved_bytes": replay.peak_reserved_bytes,
         "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
     }
-
-
-def step_events(record: Record) -> Iterator[tuple[int, Hashable, int]]:
-    return ((nbytes, id(allocation), allocation.stream) for nbytes, allocation in record.events)

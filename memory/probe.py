@@ -16,18 +16,18 @@ from utils import run_script
 
 
 def probe(config: ProbeConfig) -> dict:
-    """One configuration's memory: predicted, measured or both, in the contract's keys."""
-    return probe_and_trace(config)[0]
+    """What memory_probe.py reports of one configuration: the last line that it prints."""
+    return probe_with_record(config)[0]
 
 
-def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
-    """What probe returns, and the traced step that a prediction comes from."""
+def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
+    """What probe returns, and the record of the step from which the prediction comes; None: nothing was predicted."""
     start = time.monotonic()
     check_positions(config)
-    result, trace = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
+    result, record = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
     if config.mode != "measure":
-        trace = trace_step(config)
-        result |= summarize(trace, config)
+        record = trace_step(config)
+        result |= summarize(record, config)
     if config.mode != "predict":
         measured = measure(config)
         if config.mode == "both":
@@ -36,7 +36,7 @@ def probe_and_trace(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
         result |= measured
     result["budget_bytes"] = config.budget_bytes
     result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
-    return result | {"seconds": time.monotonic() - start}, trace
+    return result | {"seconds": time.monotonic() - start}, record
 
 
 def compare(predicted_bytes: int, measured_bytes: int) -> dict[str, float]:

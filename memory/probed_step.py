@@ -113,7 +113,7 @@ class ProbedStep:
 
 @contextmanager
 def local_accelerator(config: ProbeConfig) -> Iterator[Accelerator]:
-    """An accelerator of one CPU process. Accelerators share their state; the caller's is put back at the end."""
+    """An accelerator of one CPU process. Accelerators share their state; the caller's is restored at the end."""
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved = [dict(state) for state in states]
     for state in states:

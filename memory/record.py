@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from memory.categories import CATEGORIES
 
@@ -44,21 +45,17 @@ class Record:
 
     def timeline(self) -> list[int]:
         """Bytes in use after each event."""
-        total, totals = 0, []
-        for nbytes, _ in self.events:
-            total += nbytes
-            totals.append(total)
-        return totals
+        return list(accumulate(nbytes for nbytes, _ in self.events))
 
     @property
     def peak_bytes(self) -> int:
-        return max(self.timeline())
+        return max(self.timeline(), default=0)
 
     @property
     def peak_index(self) -> int:
-        """The event with which the peak is reached."""
+        """The event with which the peak is reached; 0 where there is none."""
         timeline = self.timeline()
-        return timeline.index(max(timeline))
+        return timeline.index(max(timeline)) if timeline else 0
 
     def alive_at(self, index: int) -> list[Allocation]:
         """What is in use after event `index`, in order of allocation."""
@@ -77,13 +74,10 @@ class Record:
         peaks = dict.fromkeys(PHASES, 0)
         starts = [*self.phase_starts, (len(self.events), "")]
         timeline = self.timeline()
-        for (start, phase), (end, _) in zip(starts, starts[1:], strict=False):
-            in_use = timeline[max(start - 1, 0) : end]
-            peaks[phase] = max([peaks[phase], *in_use])
+        for (start, phase), (end, _) in pairwise(starts):
+            peaks[phase] = max([peaks[phase], *timeline[max(start - 1, 0) : end]])
         return peaks
 
-    def largest_tensors(self, count: int = 10) -> list[dict[str, object]]:
-        """The largest tensors alive at the peak, largest first."""
-        alive = sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)
-        keys = ("nbytes", "shape", "dtype", "category", "module", "op")
-        return [{key: getattr(allocation, key) for key in keys} for allocation in alive[:count]]
+    def largest_at_peak(self, count: int = 10) -> list[Allocation]:
+        """The largest allocations alive at the peak, largest first."""
+        return sorted(self.alive_at(self.peak_index), key=lambda allocation: -allocation.nbytes)[:count]

@@ -21,8 +21,8 @@ from memory.known import ItemAnswers
 from memory.record import PHASES, Allocation, Record, TraceError
 
 
-# Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments and its output.
-Workspace = Callable[[tuple, dict, Any], int]
+# Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments.
+Workspace = Callable[[tuple], int]
 
 
 class ModuleTracker:
@@ -77,9 +77,11 @@ class ModuleTracker:
 
 
 class Recorder(TorchDispatchMode):
-    """See the module's docstring. `workspaces` adds what kernels allocate internally, by operator.
+    """A context that records what operators allocate and free.
 
-    `block_bytes`: the device's allocator rounds each request up to a multiple of it.
+    Args:
+        workspaces: what kernels allocate besides, by operator.
+        block_bytes: the device's allocator rounds each request up to a multiple of it.
     """
 
     def __init__(self, model: nn.Module, workspaces: dict[str, Workspace] | None = None, block_bytes: int = 1) -> None:
@@ -121,8 +123,8 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
-        if workspace is not None and (nbytes := workspace(args, kwargs, output)):
-            self._end(self._begin(nbytes, (nbytes,), "torch.uint8", str(func)))
+        if workspace is not None and (nbytes := workspace(args)):
+            self._end(self.reserve(nbytes, str(func)))
         return output
 
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
@@ -138,11 +140,20 @@ class Recorder(TorchDispatchMode):
         return self._live[key]
 
     def reserve(self, nbytes: int, op: str) -> Allocation:
-        """Bytes that no tensor holds and that are never freed."""
+        """Bytes that no tensor holds. They stay until the end, or until `_end`."""
         return self._begin(nbytes, (nbytes,), "uint8", op)
 
     def find(self, tensor: torch.Tensor) -> Allocation | None:
         return self._live.get(tensor.untyped_storage()._cdata)
+
+    def set_category(self, category: str, values: Iterable[object]) -> None:
+        """Of those values that are tensors in memory."""
+        for value in values:
+            if isinstance(value, torch.Tensor) and (allocation := self.find(value)):
+                allocation.category = category
+
+    def mark_state(self, optimizer: torch.optim.Optimizer) -> None:
+        self.set_category("optimizer", (value for state in optimizer.state.values() for value in state.values()))
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase

@@ -16,12 +16,27 @@ STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory fo
 
 
 def install_stand_in(device: str, world_size: int) -> Any:
-    """Let torch.distributed and DeepSpeed see `world_size` processes with a device each. Returns the
-    accelerator; its `note_pinned` is called with each tensor that is pinned, its `on_stream` makes a context in which
-    the stream with that number is used."""
+    """Let torch.distributed and DeepSpeed see `world_size` processes with a device each.
+
+    Returns the accelerator. Its `note_pinned` is called with each tensor that is pinned; its `on_stream` makes a
+    context in which the stream with that number is used.
+    """
     from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    stand_in = build_stand_in(device, world_size)
+    set_accelerator(stand_in)
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    # Not before: DeepSpeed's modules ask for the accelerator when they are imported.
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # there is nobody to compare with
+    return stand_in
+
+
+def build_stand_in(device: str, world_size: int) -> Any:
+    """The accelerator, of a class that can be defined only once DeepSpeed is imported."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class StandIn(CPU_Accelerator):
         note_pinned: Callable[[torch.Tensor], None]
@@ -65,10 +80,4 @@ def install_stand_in(device: str, world_size: int) -> Any:
             self.note_pinned(pinned)
             return pinned
 
-    stand_in = StandIn()
-    set_accelerator(stand_in)
-    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
-
-    coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # there is nobody to compare with
-    return stand_in
+    return StandIn()

@@ -17,13 +17,12 @@ from utils import UserError, check_choice
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "param")
 CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
-OFFLOAD_TO_HOST = {"device": "cpu", "pin_memory": True}
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a run is laid out. `offload` "param" keeps weights and optimizer state in host memory, "optimizer" only the
-    state. `deepspeed_config` is what DeepSpeed's JSON holds."""
+    """`offload` "param" keeps weights and optimizer state in host memory, "optimizer" only the state.
+    `deepspeed_config` is what DeepSpeed's JSON holds."""
 
     name: str = "single"
     offload: str = "none"
@@ -57,7 +56,7 @@ class Strategy:
         for key, is_offloaded in (("offload_param", offload == "param"), ("offload_optimizer", offload != "none")):
             zero.pop(key, None)
             if is_offloaded:
-                zero[key] = dict(OFFLOAD_TO_HOST)
+                zero[key] = {"device": "cpu", "pin_memory": True}
         return replace(strategy, deepspeed_config=deepspeed_config)
 
     @classmethod
@@ -76,10 +75,10 @@ class Strategy:
             raise UserError(
                 f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU or DEEPSPEED"
             )
-        return _from_deepspeed(cls, path, launch, world_size)
+        return _from_deepspeed(path, launch, world_size)
 
 
-def _from_deepspeed(cls: type[Strategy], path: str | Path, launch: dict, world_size: int) -> Strategy:
+def _from_deepspeed(path: str | Path, launch: dict[str, Any], world_size: int) -> Strategy:
     file_name = (launch.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if file_name is None:
         raise UserError(f"--config_file {path}: put DeepSpeed's settings in a JSON, named by deepspeed_config_file")
@@ -96,4 +95,4 @@ def _from_deepspeed(cls: type[Strategy], path: str | Path, launch: dict, world_s
     if "nvme" in devices.values():
         raise UserError(f"--config_file {path}: offload to nvme cannot be predicted, choose the device cpu")
     offload = next((key for key, device in devices.items() if device == "cpu"), "none")
-    return cls(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)
+    return Strategy(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)

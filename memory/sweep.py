@@ -15,11 +15,11 @@ from memory.charts import sweep_chart
 from memory.config import ProbeConfig
 from memory.probe import probe
 from memory.report import sweep_table
-from utils import UserError, flag_parser
+from utils import UserError, flag_parser, write_json
 
 
 FOLDER = "results/sweep"
-FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
+METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
 
 
 def run_sweep(config: ProbeConfig) -> dict[str, Any]:
@@ -30,7 +30,11 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     for values in tqdm(combinations(grid), desc="Probing", unit="row"):
         row_config = replace(config, sweep=None, output=None, **values)
         path = folder / "rows" / (row_name(values) + ".json")
-        rows.append(read_row(path, row_config) or write_row(path, probe(row_config)))
+        row = read_row(path, row_config)
+        if row is None:
+            row = probe(row_config)
+            write_json(path, row)
+        rows.append(row)
     table = sweep_table(rows, list(grid))
     print(table, flush=True)
     (folder / "table.md").write_text(table + "\n")
@@ -41,7 +45,7 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
 
 
 def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Figure) -> None:
-    """A row is a run with its flags and figures in the HPARAMS tab; the chart is among the images."""
+    """A row is a run with its flags and metrics in the HPARAMS tab; the chart is among the images."""
     shutil.rmtree(folder, ignore_errors=True)  # an earlier sweep's
     with SummaryWriter(str(folder)) as writer:
         writer.add_figure("memory/sweep", chart)
@@ -49,8 +53,8 @@ def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Fi
             flags = {
                 name: value for name, value in row["config"].items() if isinstance(value, (bool, int, float, str))
             }
-            figures = {f"memory/{name}": row[name] for name in FIGURES}
-            writer.add_hparams(flags, figures, run_name=row_name({key: row["config"][key] for key in keys}))
+            metrics = {f"memory/{name}": row[name] for name in METRICS}
+            writer.add_hparams(flags, metrics, run_name=row_name({key: row["config"][key] for key in keys}))
 
 
 def parse_grid(words: list[str]) -> dict[str, list[Any]]:
@@ -91,11 +95,3 @@ def read_row(path: Path, config: ProbeConfig) -> dict | None:
         return None
     row = json.loads(path.read_text())
     return row if row["config"] == asdict(config) else None
-
-
-def write_row(path: Path, row: dict) -> dict:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, indent=1) + "\n")
-    partial.rename(path)
-    return row

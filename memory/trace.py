@@ -1,7 +1,7 @@
 """Predict the peak memory of training from the code that trains, without weights and without a GPU.
 
     record = trace_single(ProbeConfig(model="mgm-2b", mode="predict"))
-    record.peak_bytes, record.breakdown(), record.phase_peaks(), record.largest_tensors()
+    record.peak_bytes, record.breakdown(), record.phase_peaks(), record.largest_at_peak()
 
 step.build_model builds the model on `meta`. Fake tensors then take the place of its own: they have shapes and
 lifetimes but no data. step.training_step runs on them, and a Recorder (memory/recorder.py) notes what is allocated and
@@ -51,7 +51,7 @@ def trace_single(config: ProbeConfig) -> Record:
             record_loaded(recorder, probed)
             if on_gpu:
                 use_foreach(probed.optimizer)
-            PhaseHooks(recorder, probed)
+            watch_step(recorder, probed)
             with recorder, known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
@@ -81,10 +81,10 @@ def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
 def build_fake_model(
     config: ProbeConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
-    """step.build_model's model, in training mode, of fake tensors on the device."""
+    """step.build_model's model, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = step.build_model(config, is_deepspeed)
-    return fake_model(model, device, fake_mode).train()
+    return fake_model(model, device, fake_mode)
 
 
 def fake_model(model: nn.Module, device: str, fake_mode: FakeTensorMode) -> nn.Module:
@@ -112,29 +112,25 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return parameter
 
 
-class PhaseHooks:
-    """Tell a recorder which phase the step is in, and which storages are gradients and optimizer state."""
+def watch_step(recorder: Recorder, probed: ProbedStep) -> None:
+    """Tell the recorder which phase the step is in, and which storages are gradients and optimizer state."""
+    optimizer = probed.optimizer  # torch's own: `prepare` will wrap it
 
-    def __init__(self, recorder: Recorder, probed: ProbedStep) -> None:
-        self.recorder, self.optimizer = recorder, probed.optimizer
-        probed.watch_phases(recorder.enter_phase)
-        for parameter in trained_parameters(probed.model):
-            parameter.register_post_accumulate_grad_hook(self._mark_gradient)
-        self.optimizer.register_step_pre_hook(self._before_step)
-        self.optimizer.register_step_post_hook(self._after_step)
+    def mark_gradient(parameter: torch.Tensor) -> None:
+        recorder.find(parameter.grad).category = "gradients"
 
-    def _mark_gradient(self, parameter: torch.Tensor) -> None:
-        self.recorder.find(parameter.grad).category = "gradients"
+    def before_step(*_: object) -> None:
+        recorder.answers_items = True
 
-    def _before_step(self, *_: object) -> None:
-        self.recorder.answers_items = True
+    def after_step(*_: object) -> None:
+        recorder.answers_items = False
+        recorder.mark_state(optimizer)
 
-    def _after_step(self, *_: object) -> None:
-        self.recorder.answers_items = False
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and (allocation := self.recorder.find(value)):
-                    allocation.category = "optimizer"
+    probed.watch_phases(recorder.enter_phase)
+    for parameter in trained_parameters(probed.model):
+        parameter.register_post_accumulate_grad_hook(mark_gradient)
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 @contextmanager
@@ -167,9 +163,8 @@ def _category(allocation: Allocation, joint: str | None) -> str:
     """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
     if allocation.phase in ("load", "step"):
         return "temporaries"
-    if LANGUAGE_MODULE in allocation.module.split("."):
-        return "activations" if allocation.saved_for_backward else "temporaries"
-    if joint is None and ".layers." in f".{allocation.module}.":  # of a language model without a vision side
+    in_bare_language_model = joint is None and ".layers." in f".{allocation.module}."
+    if LANGUAGE_MODULE in allocation.module.split(".") or in_bare_language_model:
         return "activations" if allocation.saved_for_backward else "temporaries"
     in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
     return "vision" if in_joint else "loss"

@@ -18,13 +18,11 @@ says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's
 6.4 % more in ten measured steps: gloo's threads free what they have sent when they get to it.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,12 +48,13 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
-    deepspeed_config = copy.deepcopy(strategy.deepspeed_config) | {"zero_force_ds_cpu_optimizer": False}
+    deepspeed_config = strategy.deepspeed_config | {"zero_force_ds_cpu_optimizer": False}
     with launched(deepspeed_config, strategy.world_size):
         return in_fresh_process(trace_this_process, config, strategy.world_size)
 
 
 def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
+    """What trace_deepspeed returns. For a fresh process."""
     config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[config.device]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -71,33 +70,35 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
         record_loaded(recorder, probed)
         with recorder, known_quantization():
             prepare(recorder, probed)
-            pin_tied(recorder, model, splits_weights(probed.model))
+            is_split = splits_weights(probed.model)
+            if is_split:
+                pin_tied(recorder, model)
             num_events_before_steps = len(recorder.record.events)
             with nullcontext() if config.packing else known_mask():
                 probed.run_updates(DEEPSPEED_UPDATES)
             with known_mask(), known_length(), known_device():
                 probed.end_run(recorder.enter_phase)
     categorize(recorder.record, model)
-    return split_by_place(recorder, num_events_before_steps, splits_weights(probed.model))
+    return split_by_place(recorder, num_events_before_steps, is_split)
 
 
 def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
     """accelerator.prepare; the recorder is told the engine's phases and what its tensors are for."""
     recorder.answers_items = True
-    with _purpose(recorder, "optimizer"):
+    with recorder.of_category("optimizer"):
         probed.prepare()
     engine = probed.model
     zero, is_stage_3 = engine.optimizer, splits_weights(engine)
     optimizer = private(zero, "optimizer")
     if probed.config.device == "cuda" and not (is_stage_3 and private(zero, "offload_optimizer")):
         use_foreach(optimizer)
-    optimizer.register_step_post_hook(lambda *_: _categorize_state(recorder, optimizer))
+    optimizer.register_step_post_hook(lambda *_: recorder.mark_state(optimizer))
     _categorize_prepared(recorder, engine)
     _watch_phases(recorder, engine)
     if is_stage_3:
         coordinator = private(zero, "parameter_offload").get_param_coordinator()
-        _mark_purpose(recorder, coordinator, "fetch_sub_module", "weights")
-        _mark_purpose(recorder, zero, "_post_step", "weights")
+        _mark_weights(recorder, coordinator, "fetch_sub_module")
+        _mark_weights(recorder, zero, "_post_step")
 
 
 def splits_weights(engine: nn.Module) -> bool:
@@ -118,21 +119,19 @@ def private(owner: object, name: str) -> Any:
         raise TraceError(f"DeepSpeed {version('deepspeed')} has no {what}") from None
 
 
-def pin_tied(recorder: PlacedRecorder, model: nn.Module, is_split: bool) -> None:
+def pin_tied(recorder: PlacedRecorder, model: nn.Module) -> None:
     """`zero3_init_flag` makes a weight that will be tied like any other: its part is pinned before the model drops it
     for the weight that it is tied to. PyTorch keeps the block: 1 GiB for MGM-2B's head."""
-    if not is_split:
-        return
     names = {name for name, _ in model.named_parameters()}  # a tied weight is here under its first name alone
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part = private(parameter, "ds_tensor")
         if name not in names and recorder.places.get(recorder.find(part)) == "pinned":
-            with _purpose(recorder, "weights"):
+            with recorder.of_category("weights"):
                 recorder.note_pinned(part.clone())
 
 
 def _watch_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
-    def told(phase: str, function: Callable) -> Callable:
+    def in_phase(phase: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             recorder.enter_phase(phase)
             # DeepSpeed reads norms, with offload in the backward pass already; the model's forward has no right to.
@@ -143,25 +142,17 @@ def _watch_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:
 
         return run
 
-    engine.forward = told("forward", engine.forward)
-    engine.backward = told("backward", engine.backward)
-    engine.step = told("step", engine.step)
+    engine.forward = in_phase("forward", engine.forward)
+    engine.backward = in_phase("backward", engine.backward)
+    engine.step = in_phase("step", engine.step)
 
 
-@contextmanager
-def _purpose(recorder: PlacedRecorder, purpose: str) -> Iterator[None]:
-    before, recorder.purpose = recorder.purpose, purpose
-    try:
-        yield
-    finally:
-        recorder.purpose = before
-
-
-def _mark_purpose(recorder: PlacedRecorder, owner: object, name: str, purpose: str) -> None:
+def _mark_weights(recorder: PlacedRecorder, owner: object, name: str) -> None:
+    """All that the owner's function of this name allocates is weights."""
     function = private(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _purpose(recorder, purpose):
+        with recorder.of_category("weights"):
             return function(*args, **kwargs)
 
     setattr(owner, name, run)
@@ -172,19 +163,9 @@ def _categorize_prepared(recorder: PlacedRecorder, engine: nn.Module) -> None:
     zero, is_stage_3 = engine.optimizer, splits_weights(engine)
     for parameter in engine.module.parameters():
         category = "trained" if parameter.requires_grad else "weights"
-        _set_category(recorder, category, [parameter, private(parameter, "ds_tensor")] if is_stage_3 else [parameter])
+        recorder.set_category(category, [parameter, private(parameter, "ds_tensor")] if is_stage_3 else [parameter])
     if is_stage_3:
-        _set_category(recorder, "gradients", [private(zero, "grad_partitions_flat_buffer")])
-        _set_category(recorder, "gradients", [master.grad for master in private(zero, "fp32_partitioned_groups_flat")])
+        recorder.set_category("gradients", [private(zero, "grad_partitions_flat_buffer")])
+        recorder.set_category("gradients", [master.grad for master in private(zero, "fp32_partitioned_groups_flat")])
     buckets = private(zero, "ipg_buckets").values()
-    _set_category(recorder, "communication", [private(bucket, "buffer") for bucket in buckets])
-
-
-def _categorize_state(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:
-    _set_category(recorder, "optimizer", [value for state in optimizer.state.values() for value in state.values()])
-
-
-def _set_category(recorder: PlacedRecorder, category: str, tensors: list[Any]) -> None:
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and (allocation := recorder.find(tensor)):
-            allocation.category = category
+    recorder.set_category("communication", [private(bucket, "buffer") for bucket in buckets])

@@ -1,5 +1,6 @@
 """What the tests share: the original MGM's own numbers, its tiny checkpoint converted, a tiny random model."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
 from data.dataset import load_records
+from data.demo import ensure_demo
 from data.sources import find_source
 from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import tiny
@@ -122,6 +125,26 @@ def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
+@pytest.fixture(scope="session")
+def mixed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of very different lengths about the demo's images, every third without an image."""
+    records = json.loads((ensure_demo() / "validation.json").read_text())[:24]
+    for i, record in enumerate(records):
+        turn = record["conversations"][0]
+        turn["value"] += " Please say it. " * (i % 5)
+        if i % 3 == 0:
+            del record["image"]
+            turn["value"] = turn["value"].removeprefix("<image>\n")
+    path = tmp_path_factory.mktemp("data") / "mixed.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
 def aux_feature_map(model: MGMForConditionalGeneration, pixel_values_aux: torch.Tensor) -> torch.Tensor:
     """[N, C_aux, H, W] as the original makes it: all four stages brought to the first one's size and put together."""
     stages = model.model.convnext_stages(pixel_values_aux)
@@ -194,4 +217,4 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A GPU's memory is measured before this process has a share of it."""
-    items.sort(key=lambda item: item.path.name not in ("test_gpu_memory.py", "test_memory_calibrate.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_gpu_memory.py", "test_calibrate.py"))

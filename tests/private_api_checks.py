@@ -30,7 +30,7 @@ from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMix
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
 from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
-from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, _overload, kernels_of
+from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
@@ -241,7 +241,7 @@ def check_checkpoint_keeps_random_state() -> None:
 
 def check_library() -> None:
     for name in (*CUDA_AUTOCAST_TO_FP32, *CUDA_AUTOCAST_FP32_OUTPUT):
-        assert isinstance(_overload(name), torch._ops.OpOverload), f"there is no aten.{name}"
+        assert isinstance(overload_named(name), torch._ops.OpOverload), f"there is no aten.{name}"
     x = torch.ones(2, 2, dtype=torch.bfloat16)
     for context, dtype in ((kernels_of("cuda"), torch.float32), (nullcontext(), torch.bfloat16)):
         with context, torch.autocast("cpu", dtype=torch.bfloat16):

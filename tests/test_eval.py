@@ -18,12 +18,9 @@ from test_tasks import mmbench_row, write_captions, write_mmbench, write_textvqa
 from data.demo import ensure_demo
 from eval import EvalConfig, main
 from evaluation import answer as answering
-from evaluation.answer import answer_batches
-from evaluation.held_out import HeldOut, evaluate, exact_match
-from evaluation.tasks import conversations
 from models.generation import Answer, generate_answers, prompt_inputs
 from models.loading import load_model, load_processor
-from utils import UserError, parse_config, run_script
+from utils import parse_config, run_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,21 +31,6 @@ KEYS = ["task", "metric", "score", "n", "seconds", "predictions"]
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def mixed_dataset(tmp_path_factory) -> Path:
-    """Questions of very different lengths about the demo's images, every third without an image."""
-    records = json.loads((ensure_demo() / "validation.json").read_text())[:24]
-    for i, record in enumerate(records):
-        turn = record["conversations"][0]
-        turn["value"] += " Please say it. " * (i % 5)
-        if i % 3 == 0:
-            del record["image"]
-            turn["value"] = turn["value"].removeprefix("<image>\n")
-    path = tmp_path_factory.mktemp("data") / "mixed.json"
-    path.write_text(json.dumps(records))
-    return path
 
 
 def flags(folder: Path, dataset: Path | None, name: str = "out", **more) -> list[str]:
@@ -98,46 +80,6 @@ def test_tensorboard(adapter, tmp_path):
     assert ids[0] == ids[1] and len(ids[0]) == 2 + 12
     assert tables[0] != tables[1]
     assert {grid.width for grid in grids} == {8 * 320}  # TensorBoard lays eight side by side
-
-
-def greedy(model, processor, question, max_new_tokens: int) -> Answer:
-    """One token after another, without cache, padding or generate."""
-    is_cut = True
-    images = question.images()
-    inputs = prompt_inputs(processor, [question.conversation], [images])
-    end, tokens = model.generation_config.eos_token_id, []
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            token = model(**inputs).logits[0, -1].argmax()
-        tokens.append(token)
-        if int(token) in end:
-            is_cut = False
-            break
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], token[None, None]], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    return Answer(processor.decode(tokens, skip_special_tokens=True), is_cut)
-
-
-def test_batches_answer_as_one_by_one(mixed_dataset, accelerator):
-    """Padded batches with a cache, of several sizes, against a loop that has neither (fp32)."""
-    model, processor = load_model(MODEL, torch.float32, "sdpa").eval(), load_processor(MODEL)
-    questions = conversations.load(str(mixed_dataset), "data/demo").questions
-    expected = {i: greedy(model, processor, question, 12) for i, question in enumerate(questions)}
-    assert len({answer.text for answer in expected.values()}) > 3
-    indices = list(range(len(questions)))
-    for batch_size in (1, 5, 24):
-        found = {}
-        for batch in answer_batches(accelerator, model, processor, questions, indices, batch_size, 12):
-            assert not found.keys() & batch.keys()
-            found |= batch
-        assert found == expected, batch_size
-
-
-@pytest.fixture
-def accelerator():
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True)
 
 
 @pytest.mark.parametrize("end", ["<end_of_turn>", "<eos>"])
@@ -320,88 +262,3 @@ def test_an_image_that_breaks_when_it_is_opened(tmp_path, capsys, monkeypatch):
         words = ["--task", "textvqa", "--dataset", dataset, "--dataloader_num_workers", str(num_workers)]
         line = fail(capsys, monkeypatch, *words, "--output", str(tmp_path / f"out{num_workers}.json"))
         assert "003a8ae2ef43b901.jpg" in line and "cannot be decoded" in line
-
-
-def test_evaluate_for_training(accelerator):
-    """What train.py calls: a prediction a sample, and the model's mode as it was."""
-    from data.dataset import open_dataset
-
-    dataset = open_dataset(ensure_demo() / "validation.json")
-    dataset.records = dataset.records.select(range(6))
-    model = load_model(MODEL, torch.float32, "sdpa").train()
-    processor = load_processor(MODEL)
-    held_out = HeldOut.of(dataset, processor, batch_size=4)
-    predictions = evaluate(accelerator, model, processor, held_out)
-    assert model.training
-    assert [prediction.index for prediction in predictions] == list(range(6))
-    assert [prediction.id for prediction in predictions] == dataset.records["id"][:6]
-    assert exact_match(predictions) == sum(p.is_exact for p in predictions) / 6
-
-
-def test_nothing_held_out(accelerator, capfd):
-    """No progress bar of nothing."""
-    held_out = HeldOut.of(None, load_processor(MODEL), batch_size=4)
-    assert evaluate(accelerator, torch.nn.Linear(1, 1), load_processor(MODEL), held_out) == []
-    assert "Answering" not in capfd.readouterr().err
-
-
-def test_held_out_sizes(mixed_dataset):
-    """The longest row is the longest prompt and as many tokens as the longest reply has; a flag may say fewer."""
-    from data.dataset import open_dataset
-
-    dataset, processor = open_dataset(mixed_dataset, "data/demo"), load_processor(MODEL)
-    held_out = HeldOut.of(dataset, processor, batch_size=3)
-    prompts, replies = [], []
-    for question in held_out.questions:
-        images = question.images()
-        assert len(images) == question.num_images
-        inputs = prompt_inputs(processor, [question.conversation], [images])
-        prompts.append(inputs["input_ids"].shape[1])
-        replies.append(len(processor.tokenizer(question.references[0], add_special_tokens=False)["input_ids"]))
-    assert held_out.max_new_tokens >= max(replies) + 1, "a perfect answer and what ends it"
-    assert held_out.longest.num_tokens == max(prompts) + held_out.max_new_tokens
-    assert held_out.longest.num_images == max(question.num_images for question in held_out.questions)
-    assert HeldOut.of(dataset, processor, 3, max_new_tokens=2).longest.num_tokens == max(prompts) + 2
-    assert HeldOut.of(None, processor, 3).questions == []
-    room = max(prompts) + held_out.max_new_tokens - 1
-    assert HeldOut.of(dataset, processor, 3, positions=room).longest.num_tokens == room, "a reply that is cut"
-    with pytest.raises(UserError, match=f"--max_new_tokens 9: the longest held-out prompt has {max(prompts)} tokens"):
-        HeldOut.of(dataset, processor, 3, max_new_tokens=9, positions=max(prompts) + 8)
-    with pytest.raises(UserError, match="the held-out data: the longest held-out prompt"):
-        HeldOut.of(dataset, processor, 3, positions=max(prompts))
-
-
-def test_long_answers_are_not_cut(accelerator, tiny_model):
-    """As many tokens as the longest reply has: 50 digits. Where a flag allows fewer, answers are said to be cut."""
-    from data.dataset import open_dataset
-
-    dataset, processor = open_dataset(ensure_demo() / "validation.json"), load_processor(MODEL)
-    reply = "7" * 50
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": reply}]
-    dataset.records = dataset.records.select(range(2)).map(lambda record: {"conversations": turns, "images": []})
-    model = load_model(MODEL, torch.float32, "sdpa").eval()
-    tokens = iter(2 * [*processor.tokenizer(reply, add_special_tokens=False)["input_ids"], 1])
-
-    def dictated(module, args, output):
-        output = torch.full_like(output, -100.0)
-        output[..., next(tokens)] = 100.0
-        return output
-
-    model.lm_head.register_forward_hook(dictated)
-    (first, second) = evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, batch_size=2))
-    assert first.prediction == second.prediction == reply and first.is_exact and not first.is_cut
-    (cut, _) = evaluate(accelerator, model, processor, HeldOut.of(dataset, processor, 2, max_new_tokens=32))
-    assert cut.is_cut and not cut.is_exact
-
-
-def test_shared_memory_that_fills_up(mixed_dataset, accelerator, monkeypatch):
-    """A worker whose batch finds no room says so; the run does not wait for it forever."""
-
-    def full(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    model, processor = load_model(MODEL, torch.float32, "sdpa").eval(), load_processor(MODEL)
-    questions = conversations.load(str(mixed_dataset), "data/demo").questions
-    with pytest.raises(UserError, match="shared memory is full .* or choose --dataloader_num_workers 0"):
-        next(answer_batches(accelerator, model, processor, questions, [0, 1], 2, 4, num_workers=1))

@@ -1,4 +1,4 @@
-"""memory_probe.py as users start it: the contract's keys, the verdict and its exit code, sweeps, what cannot be."""
+"""memory_probe.py as users start it: the keys of a result, the verdict and its exit code, what cannot be."""
 
 import json
 import subprocess
@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from memory import predict as memory_predict
 from memory.allocator import replay_events
 from memory.config import ProbeConfig
 from memory.gpus import GPUS
 from memory.host import WORKER_BYTES
 from memory.predict import summarize, trace_step
 from memory.probe import probe
-from memory.sweep import parse_grid, row_name, run_sweep
 from memory_probe import main
 from step import StepConfig
 from train import TrainConfig
@@ -44,7 +41,7 @@ def predicted() -> dict:
     return probe(tiny_config())
 
 
-def test_the_contracts_keys(predicted):
+def test_the_keys_of_a_prediction(predicted):
     """Every key, the categories adding up to the peak, the phases' largest being it, ten tensors, largest first."""
     assert set(predicted) == set(KEYS.split())
     assert sum(predicted["breakdown"].values()) == predicted["peak_allocated_bytes"]
@@ -79,18 +76,6 @@ def test_a_number_of_processes_that_is_given_wins(tmp_path, given, expected):
     assert tiny_config(**{"config_file": str(tmp_path / "launch.yaml")} | given).world_size == expected
 
 
-@pytest.mark.slow
-def test_a_sweep_takes_each_launch_configs_processes(tmp_path):
-    """What --config_file says in one row is not given to the next, and a number that was given holds for all."""
-    paths = []
-    for num_processes in (2, 4):
-        paths.append(str(tmp_path / f"{num_processes}.yaml"))
-        Path(paths[-1]).write_text(f"distributed_type: MULTI_GPU\nnum_processes: {num_processes}\n")
-    for given, expected in (({}, [2, 4]), ({"world_size": 1}, [1, 1])):
-        config = tiny_config(sweep=[f"config_file={','.join(paths)}"], output=str(tmp_path / "out"), **given)
-        assert [row["config"]["world_size"] for row in run_sweep(config)["rows"]] == expected
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"), [(None, True), ("expandable_segments:True", True), ("expandable_segments:False", False)]
 )
@@ -103,23 +88,23 @@ def test_the_allocators_settings_are_the_runs(settings, expected, monkeypatch):
 
     def replay(events: Any, expandable_segments: bool, **others: Any) -> Any:
         seen.append(expandable_segments)
-        return replay_events(events, expandable_segments=expandable_segments, **others)
+        return replay_events(events, expandable_segments, **others)
 
-    monkeypatch.setattr(memory_predict, "replay_events", replay)
+    monkeypatch.setattr("memory.predict.replay_events", replay)
     probe(tiny_config())
     assert seen == [expected]
 
 
 def test_host_memory_counts_the_runs_workers(predicted):
     """A worker more, its memory and two batches more."""
-    trace = trace_step(tiny_config())
-    batch = sum(nbytes for nbytes, a in trace.device.events if nbytes > 0 and a.category == "batch")
+    record = trace_step(tiny_config())
+    batch = sum(nbytes for nbytes, a in record.device.events if nbytes > 0 and a.category == "batch")
     for num_workers in (0, 1, 5):
-        host_bytes = summarize(trace, tiny_config(dataloader_num_workers=num_workers))["host_bytes"]
+        host_bytes = summarize(record, tiny_config(dataloader_num_workers=num_workers))["host_bytes"]
         assert host_bytes - predicted["host_bytes"] == (num_workers - 2) * (WORKER_BYTES + 2 * batch)
 
 
-def test_what_the_device_has_to_have(predicted):
+def test_what_the_device_needs(predicted):
     """By hand: whole segments of 2 MiB, and the context and kernels of an RTX 4090, the default card."""
     family = GPUS["rtx4090"].family
     assert predicted["peak_reserved_bytes"] % 2**21 == 0
@@ -146,7 +131,7 @@ def test_more_takes_more(flag):
 
 @pytest.mark.slow
 def test_both_on_a_cpu():
-    """The same step predicted and run: the contract's keys, and less than 0.1 % between them."""
+    """The same step predicted and run: less than 0.1 % between them."""
     result = probe(tiny_config(mode="both", device="cpu"))
     assert result["predicted_peak_allocated_bytes"] == result["peak_allocated_bytes"]
     assert abs(result["error"]) < 1e-3
@@ -207,57 +192,6 @@ def test_what_cannot_be(flags, words):
     with pytest.raises(UserError) as error:
         probe(tiny_config(**flags))
     assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.slow
-def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
-    """Four rows, a file each; started again, none is probed again; a table, a chart and TensorBoard's hparams."""
-    probed = []
-
-    def counted(config: ProbeConfig) -> dict:
-        probed.append(config)
-        return probe(config)
-
-    monkeypatch.setattr("memory.sweep.probe", counted)
-    words = ["lora_r=2,4", "gradient_checkpointing=true,false"]
-    config = tiny_config(sweep=words, output=str(tmp_path))
-    rows = run_sweep(config)["rows"]
-    assert [(row["config"]["lora_r"], row["config"]["gradient_checkpointing"]) for row in rows] == [
-        (2, True),
-        (2, False),
-        (4, True),
-        (4, False),
-    ]
-    assert run_sweep(config)["rows"] == rows and len(probed) == 4
-    (tmp_path / "rows/lora_r=2_gradient_checkpointing=True.json").unlink()
-    run_sweep(config)
-    assert len(probed) == 5
-    run_sweep(tiny_config(sweep=words, output=str(tmp_path), max_seq_len=64))
-    assert len(probed) == 9, "rows of another length are no rows of this one"
-    assert (tmp_path / "table.md").read_text().count("| yes |") == 4
-    assert (tmp_path / "chart.png").stat().st_size > 5000
-    events = EventAccumulator(str(tmp_path / "tensorboard/lora_r=2_gradient_checkpointing=True"))
-    events.Reload()
-    assert any("hparams" in tag for tag in events.summary_metadata)
-
-
-@pytest.mark.parametrize(
-    "word", ["lora_r", "lora_r=", "rank=8", "lora_r=eight", "gradient_checkpointing=maybe", "sweep=1"]
-)
-def test_words_of_a_sweep_that_mean_nothing(word):
-    with pytest.raises(UserError, match=f"--sweep {word}"):
-        parse_grid([word])
-
-
-def test_values_have_their_flags_types():
-    """Numbers, truth values, lists and names."""
-    words = ["lora_r=0,8", "budget_gib=7.5", "lora_target_modules=q_proj+v_proj,o_proj"]
-    grid = parse_grid(words)
-    assert grid["lora_r"] == [0, 8] and grid["budget_gib"] == [7.5]
-    assert grid["lora_target_modules"] == [["q_proj", "v_proj"], ["o_proj"]]
-    assert row_name({"lora_target_modules": ["q_proj", "v_proj"], "strategy": "zero3"}) == (
-        "lora_target_modules=q_proj+v_proj_strategy=zero3"
-    )
 
 
 @pytest.mark.slow

@@ -279,8 +279,6 @@ APIS = [
     Api("torch", "UntypedStorage._cdata, Tensor._is_view", "memory/recorder.py",
         "the address that tells storages apart", WRONG_PREDICTION, check=checks.check_storage_address,
         words="_cdata _is_view"),
-    Api("torch", "UntypedStorage._cdata", "memory/measure_cpu.py", "the same",
-        "wrong measurements"),
     Api("torch", "_prims_common.is_non_overlapping_and_dense_or_false", "memory/recorder.py",
         "whether autograd adds in place", NO_PREDICTION, signature="a"),
     Api("torch", "_subclasses.fake_tensor.FakeTensorMode", "memory/trace.py memory/zero.py", "tensors without data",

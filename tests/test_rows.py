@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import Rows, write_json
+from benchmarks.rows import Rows
+from utils import write_json
 
 
 WANTED = [{"lora_r": rank} for rank in (8, 16, 32)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from evaluation.tasks.files import images_in, listed, read_json, required_file
-from evaluation.tasks.task import Question, Score
+from evaluation.tasks.task import Question, Score, scores_of
 from utils import UserError
 
 
@@ -26,21 +26,18 @@ class Captions:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        pairs = list(enumerate(zip(self.questions, answers, strict=True)))
-        tokenizer = PTBTokenizer()
-        references = tokenizer.tokenize(
-            {i: [{"caption": reference} for reference in question.references] for i, (question, _) in pairs}
+        tokenize = PTBTokenizer().tokenize
+        references = tokenize(
+            {i: [{"caption": text} for text in question.references] for i, question in enumerate(self.questions)}
         )
-        candidates = tokenizer.tokenize({i: [{"caption": answer}] for i, (_, answer) in pairs})
+        candidates = tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
         _, values = Cider().compute_score(references, candidates)
-        return [
-            Score(question.id, question.type, float(value))
-            for question, value in zip(self.questions, values, strict=True)
-        ]
+        return scores_of(self.questions, values)
 
 
 def load(dataset: str | None, image_folder: str | None, limit: int = 0, follow_links: bool = False) -> Captions:
-    """Raises UserError for a file in another format, a missing image, an image without caption, or without Java."""
+    """An image is a question. Raises UserError for a file in another format, a missing image, an image without
+    caption, or without Java."""
     if shutil.which("java") is None:
         raise UserError("--task caption: CIDEr's tokenizer runs on Java: install a JRE so that `java` is found")
     path = required_file(dataset, "caption", "a file of captions in COCO's format")

@@ -5,7 +5,7 @@ from functools import partial
 
 from data.dataset import ConversationDataset, open_dataset
 from data.demo import DEMO_QUESTIONS, ensure_demo
-from evaluation.tasks.task import Question, Score
+from evaluation.tasks.task import Question, Score, scores_of
 from mgm.processing_mgm import to_messages
 
 
@@ -15,10 +15,8 @@ class Conversations:
     metric: str = "exact_match"
 
     def score(self, answers: list[str]) -> list[Score]:
-        return [
-            Score(question.id, question.type, float(is_exact(answer, question.references[0])))
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        references = [question.references[0] for question in self.questions]
+        return scores_of(self.questions, map(is_exact, answers, references))
 
 
 def load(dataset: str | None, image_folder: str | None, limit: int = 0, follow_links: bool = False) -> Conversations:

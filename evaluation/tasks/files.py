@@ -50,7 +50,7 @@ def listed(
 
 
 def images_in(
-    folder: str | None, path: Path, names: list[str], follow_links: bool = False
+    folder: str | None, path: Path, names: list[str], follow_links: bool
 ) -> Callable[[str], list[Image.Image]]:
     """A function that opens an image by its name. Raises UserError where the folder or an image is missing, or an
     image is behind a link out of the folder and `follow_links` is not set."""

@@ -1,6 +1,6 @@
 """Question, Score and Task: the terms that all tasks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
@@ -40,6 +40,11 @@ class Task(Protocol):
 
     def score(self, answers: list[str]) -> list[Score]:
         """The items' scores from an answer to each question, in the questions' order. Their mean is the task's."""
+
+
+def scores_of(questions: list[Question], values: Iterable[float]) -> list[Score]:
+    """The scores of a task whose items are its questions."""
+    return [Score(q.id, q.type, float(value)) for q, value in zip(questions, values, strict=True)]
 
 
 def mean_score(scores: list[Score]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.tasks.files import images_in, listed, read_json, required_file
-from evaluation.tasks.task import Question, Score
+from evaluation.tasks.task import Question, Score, scores_of
 from evaluation.tasks.textvqa_score import NUM_ANSWERS, textvqa_score
 from utils import UserError
 
@@ -27,10 +27,8 @@ class TextVQA:
     metric: str = "accuracy"
 
     def score(self, answers: list[str]) -> list[Score]:
-        return [
-            Score(question.id, question.type, textvqa_score(answer, question.references))
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        references = [question.references for question in self.questions]
+        return scores_of(self.questions, map(textvqa_score, answers, references))
 
 
 def load(
@@ -74,7 +72,9 @@ def build_prompts(records: list[dict[str, Any]], ocr_file: str | None) -> list[s
         raise UserError(f"--ocr_file {path}: no such file")
     if path.suffix == ".jsonl":
         return llava_prompts(records, path)
-    words = {record["image_id"]: record["ocr_tokens"] for record in ocr_records(path)}
+    fields = {"image_id": str, "ocr_tokens": list}
+    ocr_records = listed(read_json(path, "ocr_file"), "data", path, fields, "ocr_file")
+    words = {record["image_id"]: record["ocr_tokens"] for record in ocr_records}
     for record in records:
         if record["image_id"] not in words:
             raise UserError(f"--ocr_file {path}: it has no words of image {record['image_id']}")
@@ -82,10 +82,6 @@ def build_prompts(records: list[dict[str, Any]], ocr_file: str | None) -> list[s
         f"{record['question']}\nReference OCR token: {', '.join(words[record['image_id']])}\n{INSTRUCTION}"
         for record in records
     ]
-
-
-def ocr_records(path: Path) -> list[dict[str, Any]]:
-    return listed(read_json(path, "ocr_file"), "data", path, {"image_id": str, "ocr_tokens": list}, "ocr_file")
 
 
 def llava_prompts(records: list[dict[str, Any]], path: Path) -> list[str]:

@@ -12,13 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from data.worst_case import Row
 from memory.config import ProbeConfig
 from memory.cpu_profile import bytes_in_use
 from memory.measure_cpu import measure_single
 from memory.probed_step import ProbedStep, local_accelerator
 from memory.trace import trace_single
-from training import run_memory as memory_run
-from training.forecast import Row
 from training.run_memory import RunMemory
 
 
@@ -68,7 +67,7 @@ def run(config: ProbeConfig, folder: Path, num_updates: int, result: dict | None
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_run, "Forecast", StandInForecast)
+    monkeypatch.setattr("training.run_memory.Forecast", StandInForecast)
 
 
 @pytest.mark.slow
@@ -77,16 +76,16 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
     """The second update's last micro-batch: within 0.1 % of what memory_probe.py measures of that batch. What can be
     looked up is, to the byte, what is predicted; the predicted lines begin at step 0."""
     config = ProbeConfig(**STEP, gradient_accumulation_steps=accumulation)
-    trace = trace_single(config)
-    predicted = {"peak_allocated_bytes": trace.peak_bytes, "breakdown": trace.breakdown(), "host_bytes": 1}
+    record = trace_single(config)
+    predicted = {"peak_allocated_bytes": record.peak_bytes, "breakdown": record.breakdown(), "host_bytes": 1}
     others_bytes = bytes_in_use(nn.Identity())  # what other tests have left behind: a run's process has no such thing
     got = run(config, tmp_path, 3, predicted)
     expected = measure_single(config)
     assert got["measured_peak_allocated_bytes"] - others_bytes == pytest.approx(expected, rel=1e-3)
     assert got["error"] == got["predicted_peak_allocated_bytes"] / got["measured_peak_allocated_bytes"] - 1
     for name in ("weights", "trained", "optimizer"):
-        assert got["measured"][f"{name}_bytes"] == trace.breakdown()[name]
-    assert got["measured"]["gradients_bytes"] == trace.breakdown()["trained"]
+        assert got["measured"][f"{name}_bytes"] == record.breakdown()[name]
+    assert got["measured"]["gradients_bytes"] == record.breakdown()["trained"]
     assert got["predicted_batch"] == {"rows": 2, "num_tokens": 60, "num_images": 1}
     line = capsys.readouterr().out.splitlines()[-1]
     assert "predicted 0.0" in line and "measured 0.0" in line and "%)" in line
@@ -111,7 +110,7 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
 
 def test_without_a_forecast(monkeypatch, tmp_path, capsys):
     """--forecast false: no process is started, and the line says why nothing is predicted."""
-    monkeypatch.setattr(memory_run, "Forecast", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("training.run_memory.Forecast", lambda *_: pytest.fail("a process was started"))
     got = run(ProbeConfig(**STEP), tmp_path, 2, None, forecast=False)
     assert got["problem"] == "--forecast false" and got["measured_peak_allocated_bytes"]
     assert "no prediction (--forecast false), measured 0." in capsys.readouterr().out.splitlines()[-1]
@@ -123,7 +122,7 @@ def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):
     def refuse(*_: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(memory_run, "Forecast", refuse)
+    monkeypatch.setattr("training.run_memory.Forecast", refuse)
     accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
     model = torch.nn.Linear(1, 1)
     with SummaryWriter(str(tmp_path)) as writer:

@@ -17,7 +17,7 @@ def test_no_peak_is_lost():
 def test_categories_add_up():
     """At every event of a traced step, and at its peak."""
     config = ProbeConfig(model="tiny", max_seq_len=48, mode="predict")
-    trace = trace_step(config).device
-    series = category_series(trace)
-    assert [sum(values) for values in zip(*series.values(), strict=True)] == trace.timeline()
-    assert {category: values[trace.peak_index] for category, values in series.items()} == trace.breakdown()
+    record = trace_step(config).device
+    series = category_series(record)
+    assert [sum(values) for values in zip(*series.values(), strict=True)] == record.timeline()
+    assert {category: values[record.peak_index] for category, values in series.items()} == record.breakdown()

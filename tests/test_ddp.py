@@ -1,0 +1,40 @@
+"""DDP's buckets by hand, and against torch's own."""
+
+import torch
+from tiny_records import parameter_bytes, traced
+
+from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets
+from utils import MIB
+
+
+def test_ddp_buckets_by_hand() -> None:
+    """From the last parameter on: 0.75 + 0.5 MiB pass 1 MiB, 10 + 16 MiB pass 25 MiB, what is left is the last one."""
+    sizes = [nbytes * MIB // 4 for nbytes in (4, 64, 40, 2, 3)]
+    assert ddp_bucket_sizes(sizes) == [5 * MIB // 4, 26 * MIB, MIB]
+    assert ddp_bucket_sizes([]) == []
+
+
+def test_ddp_buckets_are_torchs() -> None:
+    """torch assigns parameters to buckets in the order it is given; DDP reverses its result."""
+    parameters = [torch.empty(size) for size in (300_000, 7_000_000, 1, 200_000, 9_000_000, 400_000, 10_000)]
+    limits = [MIB, DDP_BUCKET_BYTES]
+    indices, _ = torch.distributed._compute_bucket_assignment_by_size(parameters[::-1], limits)
+    expected = [sum(parameters[::-1][i].nbytes for i in bucket) for bucket in indices]
+    assert ddp_bucket_sizes([parameter.nbytes for parameter in parameters]) == expected
+
+
+def test_ddp_adds_the_trained_parameters_once_more() -> None:
+    """Every gradient is there by itself and in a bucket; the rest is a single process's."""
+    single, ddp = traced("single").device, traced("ddp").device
+    assert ddp.peak_bytes - single.peak_bytes == parameter_bytes()[True]
+    assert ddp.breakdown()["communication"] == parameter_bytes()[True]
+    for nbytes, allocation in ddp.events:
+        at = allocation.start if nbytes > 0 else allocation.end
+        assert nbytes == 0 or ddp.events[at] == (nbytes, allocation)
+
+
+def test_ddp_leaves_the_given_record_alone() -> None:
+    record = traced("single").device
+    before = [(nbytes, a.start, a.end) for nbytes, a in record.events]
+    with_ddp_buckets(record)
+    assert [(nbytes, a.start, a.end) for nbytes, a in record.events] == before

@@ -1,0 +1,50 @@
+"""Where CUDA's kernels differ from the CPU's: what autocast widens, what autograd keeps, and workspaces by hand."""
+
+import torch
+from torch import nn
+
+from memory.kernels import WORKSPACES, kernels_of
+
+
+def test_autocast_of_cuda_and_of_the_cpu() -> None:
+    """In bf16 under autocast a layer norm and a softmax are fp32 on CUDA, bf16 on the CPU, and a matrix product is
+    bf16 on both. Afterwards everything is the CPU's again."""
+    x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for device_type, expected in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+            with kernels_of(device_type):
+                assert nn.functional.layer_norm(x, (8,), weight.bfloat16()).dtype == expected
+                assert x.softmax(-1).dtype == expected
+                assert nn.functional.linear(x.float(), weight[None]).dtype == torch.bfloat16
+        assert nn.functional.layer_norm(x, (8,), weight.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:
+    """What autograd saves: a mask of bools on CUDA; on the CPU the noise, in x's dtype."""
+    x = torch.ones(100, requires_grad=True)
+    for device_type, expected in (("cuda", torch.bool), ("cpu", torch.float32)):
+        saved = []
+        with kernels_of(device_type), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+            nn.functional.dropout(x, 0.5)
+        assert [tensor.dtype for tensor in saved if tensor is not x] == [expected]
+
+
+def test_workspaces_of_attention() -> None:
+    """By hand: 8 heads of 256 on one key head, 2048 positions in bf16. dq is summed in fp32, 8 x 2048 x (256 + 1) x 4
+    bytes with the row sums; dk and dv are made for all 8 heads, 2 x 8 x 2048 x 256 x 2 bytes."""
+    query, key = torch.empty(1, 8, 2048, 256, dtype=torch.bfloat16), torch.empty(1, 1, 2048, 256, dtype=torch.bfloat16)
+    workspaces = WORKSPACES["cuda"]
+    flash = workspaces["_scaled_dot_product_flash_attention_backward"]
+    efficient = workspaces["_scaled_dot_product_efficient_attention_backward"]
+    assert flash((query, query, key)) == 8 * 2048 * 257 * 4 + 2 * 8 * 2048 * 256 * 2
+    assert flash((query, query, query)) == 8 * 2048 * 257 * 4
+    assert efficient((query, query, query)) == 8 * 2048 * (3 * 256 + 1) * 4
+
+
+def test_workspace_of_a_4_bit_layer() -> None:
+    """By hand: MGM-2B's down_proj, whole in bf16 while it multiplies, and a scale of 4 bytes for each 64 weights,
+    on CUDA with the mean of all scales and without."""
+    x = torch.empty(1, 8, 16384, dtype=torch.bfloat16)
+    for device_type, num_scales in (("cpu", 1), ("cuda", 2)):
+        nbytes = WORKSPACES[device_type]["gemm_4bit"]((x, None, (2048, 16384), None, 64, "nf4"))
+        assert nbytes == 2 * 2048 * 16384 + num_scales * 4 * 2048 * 16384 // 64

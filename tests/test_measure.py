@@ -1,0 +1,39 @@
+"""How a step is measured."""
+
+import pytest
+import torch
+from tiny_records import tiny_config
+
+import step
+from memory.measure_cpu import measure_rank
+from memory.measure_gpu import measure_this_process
+from utils import ALLOCATOR_VARIABLE
+
+
+class Built(Exception):
+    """The accelerator would be built now."""
+
+
+@pytest.mark.parametrize(
+    "measure_here",
+    [
+        measure_rank,
+        measure_this_process,
+    ],
+    ids=["strategy", "gpu"],
+)
+def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatch) -> None:
+    """Of the 128 that a recipe accumulates, as a prediction does: the others find the same memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    for name in ("RANK", "LOCAL_RANK", ALLOCATOR_VARIABLE):  # what is measured in a process of its own sets them
+        monkeypatch.setenv(name, "0")
+
+    def build(mixed_precision: str, micro_batch_size: int, gradient_accumulation_steps: int, *_: object) -> None:
+        raise Built(gradient_accumulation_steps)
+
+    monkeypatch.setattr(step, "build_accelerator", build)
+    for given, expected in ((1, 1), (2, 2), (128, 2)):
+        config = tiny_config(gradient_accumulation_steps=given)
+        with pytest.raises(Built, match=f"^{expected}$"):
+            measure_here(config)
+        assert config.gradient_accumulation_steps == given, "the flags are the caller's"

@@ -1,0 +1,67 @@
+"""Strategies from flags and from launch configs, and what cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memory.strategy import Strategy
+from utils import UserError
+
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("zero4",), ("--strategy", "zero4", "zero3")),
+        (("zero2", "param"), ("--offload param", "zero2", "zero3")),
+        (("ddp", "optimizer"), ("--offload optimizer", "ddp")),
+        (("zero3", "nvme"), ("--offload", "nvme", "optimizer")),
+        (("single", "none", 2), ("--world_size 2", "ddp")),
+        (("ddp", "none", 0), ("--world_size 0", "at least 1")),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: tuple, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        Strategy.from_flags(*arguments)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_strategy_of_each_launch_config() -> None:
+    """Name, offload and DeepSpeed's actual values of the configs in accelerate_configs."""
+    read = {name: Strategy.from_config_file(CONFIGS / f"{name}.yaml") for name in ("single", "ddp", "zero2", "zero3")}
+    expected = {"single": "none", "ddp": "none", "zero2": "none", "zero3": "param"}
+    assert {s.name: s.offload for s in read.values()} == expected
+    assert all(s.world_size == 1 for s in read.values())
+    for name in ("zero2", "zero3"):
+        assert read[name].deepspeed_config == json.loads((CONFIGS / f"deepspeed_{name}.json").read_text())
+    assert Strategy.from_config_file(CONFIGS / "zero3.yaml", world_size=4).world_size == 4
+
+
+def test_flags_give_the_launch_configs_strategy() -> None:
+    """--strategy zero3 --offload param is zero3.yaml; the other offloads only lack its keys."""
+    strategy = Strategy.from_flags("zero3", "param")
+    assert strategy.deepspeed_config == Strategy.from_config_file(CONFIGS / "zero3.yaml").deepspeed_config
+    zero = Strategy.from_flags("zero3", "optimizer").deepspeed_config["zero_optimization"]
+    assert "offload_optimizer" in zero and "offload_param" not in zero
+    zero = Strategy.from_flags("zero1").deepspeed_config["zero_optimization"]
+    assert zero["stage"] == 1 and not any(key.startswith("offload") for key in zero)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("distributed_type: FSDP", "FSDP"),
+        ("no: config", "distributed_type"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "deepspeed_config_file"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: nowhere.json}", "nowhere.json"),
+    ],
+)
+def test_launch_configs_that_cannot_be_predicted(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=word) as error:
+        Strategy.from_config_file(path)
+    assert f"--config_file {path}" in str(error.value) and "\n" not in str(error.value)
