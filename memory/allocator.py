@@ -1,17 +1,17 @@
-"""Replays allocations through the rules of PyTorch's CUDA caching allocator: what it reserves.
+"""Replays allocations through the rules of PyTorch's CUDA caching allocator: what it reserves, and where memory ends.
 
-    replay = replay_events([(4096, "a"), (2**21, "b"), (-4096, "a")])
-    replay.peak_allocated_bytes, replay.peak_reserved_bytes
+    replay = replay_events([(4096, "a"), (2**21, "b"), (-4096, "a")], budget_bytes=24 * 2**30)
+    replay.peak_reserved_bytes, replay.oom
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp, the sizes those of c10/core/AllocatorConfig.h (PyTorch 2.13).
 A request is rounded up to 512 bytes and served by the smallest free block that holds it. What is left of the block is
 split off if it is worth it. Where no block fits, a segment comes from the device: 2 MiB for requests of up to 1 MiB
 (the small pool), 20 MiB for those under 10 MiB, and above that the request itself, rounded up to 2 MiB. A freed block
-joins its free neighbours; segments stay until the cache is emptied, when those without a used block are given back.
+joins its free neighbours; segments stay until memory runs out, when those without a used block are given back.
 
 With `expandable_segments` each pool has one segment instead, of as much address space as it wants, and what grows is
 the part of it that has memory behind it, in pages. Each stream has pools of its own. That a block waits for the
-streams that use it, graphs, other processes and a device that is too small are not modelled.
+streams that use it, graphs and other processes are not modelled.
 """
 
 from bisect import bisect_left, insort
@@ -27,6 +27,25 @@ LARGE_SEGMENT_BYTES = 20 * 2**20
 LARGE_ROUNDING_BYTES = 2 * 2**20
 # A pool's expandable segment lies in an address range of its own: more than any device has, and whole pages.
 EXPANDABLE_RANGE_BYTES = 2**24 * LARGE_SEGMENT_BYTES
+
+
+@dataclass
+class OutOfMemory:
+    """The event whose request could not be served, and what the allocator held then."""
+
+    event_index: int
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+@dataclass
+class Replay:
+    """What `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say; up to the OOM if there is one."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    oom: OutOfMemory | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,20 +110,26 @@ def _room(block: Block) -> int:
 
 
 class CachingAllocator:
-    """A device's allocator. Its peaks are what `torch.cuda.max_memory_allocated` and `max_memory_reserved` return."""
+    """A device's allocator. `malloc` returns None where `budget_bytes` (None: no end) do not suffice."""
 
-    def __init__(self, expandable_segments: bool = False) -> None:
+    def __init__(self, budget_bytes: int | None = None, expandable_segments: bool = False) -> None:
+        self.budget_bytes = budget_bytes
         self.expandable = expandable_segments
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self.pools: dict[tuple[int, bool], Pool] = {}  # by stream and size
         self._next_address = LARGE_ROUNDING_BYTES
 
-    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+    def malloc(self, nbytes: int, stream: int = 0) -> Block | None:
         nbytes = max(MIN_BLOCK_BYTES, _round_up(nbytes, MIN_BLOCK_BYTES))
         is_small = nbytes <= SMALL_REQUEST_BYTES
         pool = self.pools.setdefault((stream, is_small), Pool(is_small))
         block = pool.best_fit(nbytes) or self._grow(pool, nbytes)
+        if block is None:
+            self.release_cached()
+            block = self._grow(pool, nbytes)
+            if block is None:
+                return None
         pool.remove(block)
         self._split(block, nbytes)
         block.is_free = False
@@ -129,20 +154,24 @@ class CachingAllocator:
                     pool.remove(block)
                     self.reserved_bytes -= block.nbytes
 
-    def _grow(self, pool: Pool, nbytes: int) -> Block:
-        """Memory from the device: a free block of at least `nbytes`."""
+    def _grow(self, pool: Pool, nbytes: int) -> Block | None:
+        """Memory from the device: a free block of at least `nbytes`, or None."""
         if self.expandable:
             return self._expand(pool, nbytes)
         segment_bytes = _segment_bytes(nbytes)
-        self._reserve(segment_bytes)
+        if not self._reserve(segment_bytes):
+            return None
         block = Block(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes + LARGE_ROUNDING_BYTES
         pool.add(block)
         return block
 
-    def _reserve(self, nbytes: int) -> None:
+    def _reserve(self, nbytes: int) -> bool:
+        if self.budget_bytes is not None and self.reserved_bytes + nbytes > self.budget_bytes:
+            return False
         self.reserved_bytes += nbytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return True
 
     def _split(self, block: Block, nbytes: int) -> None:
         """Cut the block down to `nbytes` if what is left is worth a block of its own."""
@@ -167,7 +196,7 @@ class CachingAllocator:
         if block.next is not None:
             block.next.previous = block
 
-    def _expand(self, pool: Pool, nbytes: int) -> Block:
+    def _expand(self, pool: Pool, nbytes: int) -> Block | None:
         """Map pages at the lowest address where free and unmapped blocks in a row have the room."""
         if not pool.unmapped:
             start = EXPANDABLE_RANGE_BYTES * (1 + list(self.pools.values()).index(pool))
@@ -180,14 +209,15 @@ class CachingAllocator:
                 break
         if not block.mapped:
             block = self._map(block, nbytes)
-        while block.nbytes < nbytes:
+        while block is not None and block.nbytes < nbytes:
             block = self._map(block.next, nbytes - block.nbytes)
         return block
 
-    def _map(self, block: Block, nbytes: int) -> Block:
+    def _map(self, block: Block, nbytes: int) -> Block | None:
         """Put memory behind the first `nbytes` of an unmapped block; returns the free block that they have joined."""
         nbytes = _round_up(min(nbytes, block.nbytes), block.pool.page_bytes)
-        self._reserve(nbytes)
+        if not self._reserve(nbytes):
+            return None
         block.pool.remove(block)
         if block.nbytes > nbytes:
             block.pool.add(_cut(block, nbytes))
@@ -218,24 +248,31 @@ class CachingAllocator:
 
 def replay_events(
     events: Iterable[tuple[int, Hashable] | tuple[int, Hashable, int]],
+    budget_bytes: int | None = None,
     expandable_segments: bool = False,
     release_before: Collection[int] = (),
-) -> CachingAllocator:
+) -> Replay:
     """Replay (bytes, key) or (bytes, key, stream): positive bytes allocate under the key, negative ones free
-    that allocation. Returns the allocator after the last event.
+    that allocation.
 
     Events of 0 bytes are passed over. Before the events `release_before` the cache is given back, as empty_cache does.
+    The replay ends at the first request that `budget_bytes` cannot serve.
     """
-    allocator = CachingAllocator(expandable_segments)
+    allocator = CachingAllocator(budget_bytes, expandable_segments)
     blocks: dict[Hashable, Block] = {}
+    oom = None
     for index, (nbytes, key, *stream) in enumerate(events):
         if index in release_before:
             allocator.release_cached()
         if nbytes < 0:
             allocator.free(blocks.pop(key))
         elif nbytes > 0:
-            blocks[key] = allocator.malloc(nbytes, *stream)
-    return allocator
+            block = allocator.malloc(nbytes, *stream)
+            if block is None:
+                oom = OutOfMemory(index, nbytes, allocator.allocated_bytes, allocator.reserved_bytes)
+                break
+            blocks[key] = block
+    return Replay(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, oom)
 
 
 def _round_up(nbytes: int, multiple: int) -> int:

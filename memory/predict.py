@@ -95,7 +95,7 @@ def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
     first_step = next(index for index, phase in record.phase_starts if phase == "forward")
     evaluation = [index for index, phase in record.phase_starts if phase == "evaluate"]
     events = ((nbytes, id(allocation), allocation.stream) for nbytes, allocation in record.events)
-    replay = replay_events(events, is_expandable, release_before=(first_step, *evaluation))
+    replay = replay_events(events, expandable_segments=is_expandable, release_before=(first_step, *evaluation))
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {

@@ -161,7 +161,7 @@ def categorize(record: Record, model: nn.Module) -> None:
 
 def _category(allocation: Allocation, joint: str | None) -> str:
     """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
-    if allocation.phase in ("load", "step"):
+    if allocation.phase in ("load", "step", "save"):
         return "temporaries"
     in_bare_language_model = joint is None and ".layers." in f".{allocation.module}."
     if LANGUAGE_MODULE in allocation.module.split(".") or in_bare_language_model:

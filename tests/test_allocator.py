@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from memory.allocator import CachingAllocator, replay_events
+from memory.allocator import CachingAllocator, Replay, replay_events
 
 
 KIB, MIB = 2**10, 2**20
 ROOT = Path(__file__).parent.parent
 
 
-def replay(*sizes_and_keys: tuple[int, str], **options: object) -> CachingAllocator:
+def replay(*sizes_and_keys: tuple[int, str], **options: object) -> Replay:
     return replay_events(sizes_and_keys, **options)
 
 
@@ -67,25 +67,26 @@ def test_freed_neighbours_become_one_block() -> None:
         assert replay(*blocks, *releases, (10 * MIB, "e")).peak_reserved_bytes == expected_bytes
 
 
-def test_fragments_need_a_segment_with_memory_to_spare() -> None:
-    """Two 20 MiB segments, each with 5 MiB in use at its end. 15 + 15 MiB are free, yet 16 MiB fit nowhere: the
-    segments are in use and cannot go back, and a third one of 16 MiB makes 56."""
+def test_fragments_cause_an_oom_with_memory_to_spare() -> None:
+    """Budget 40 MiB: two 20 MiB segments, each with 5 MiB in use at its end. 15 + 15 MiB are free, yet 16 MiB fit
+    nowhere: the segments are in use and cannot go back, and a third one of 16 MiB would make 56."""
     events = [(15 * MIB // 2, "a"), (15 * MIB // 2, "b"), (5 * MIB, "c")]
     events += [(15 * MIB // 2, "d"), (15 * MIB // 2, "e"), (5 * MIB, "f")]
     events += [(-15 * MIB // 2, name) for name in "abde"]
-    assert replay(*events).peak_reserved_bytes == 40 * MIB
-    assert replay(*events, (16 * MIB, "g"), release_before=(10,)).peak_reserved_bytes == 56 * MIB
+    result = replay(*events, (16 * MIB, "g"), (MIB, "never"), budget_bytes=40 * MIB)
+    assert result.oom is not None
+    assert (result.oom.event_index, result.oom.requested_bytes) == (10, 16 * MIB)
+    assert (result.oom.allocated_bytes, result.oom.reserved_bytes) == (10 * MIB, 40 * MIB)
 
 
-def test_whole_cached_segments_are_given_back() -> None:
-    """A freed segment of 30 MiB goes back before 40 MiB are asked for. Otherwise both are reserved. With 2 MiB of the
-    30 in use nothing can go back."""
+def test_whole_cached_segments_are_given_back_before_an_oom() -> None:
+    """Budget 50 MiB, a freed segment of 30 MiB: 40 MiB fit no block, but do after the 30 went back. Unbounded, both
+    are reserved. With 2 MiB of a segment of 30 in use, nothing can go back, and 40 do not fit."""
     events = [(30 * MIB, "a"), (-30 * MIB, "a"), (40 * MIB, "b")]
-    result = replay(*events, release_before=(2,))
-    assert result.peak_allocated_bytes == result.peak_reserved_bytes == 40 * MIB
+    assert replay(*events, budget_bytes=50 * MIB) == Replay(40 * MIB, 40 * MIB)
     assert replay(*events).peak_reserved_bytes == 70 * MIB
-    in_use = [(30 * MIB, "a"), (-30 * MIB, "a"), (2 * MIB, "kept"), (40 * MIB, "b")]
-    assert replay(*in_use, release_before=(3,)).peak_reserved_bytes == 70 * MIB
+    pinned = [(30 * MIB, "a"), (-30 * MIB, "a"), (2 * MIB, "pin"), (40 * MIB, "b")]
+    assert replay(*pinned, budget_bytes=50 * MIB).oom is not None
 
 
 def test_expandable_segments_grow_by_pages() -> None:
@@ -114,16 +115,15 @@ def test_the_block_that_can_grow_is_kept_for_last() -> None:
 
 
 def test_expandable_segments_give_back_whole_pages() -> None:
-    """40 + 20 + 20 MiB in use, and the 40 go back, which leaves a hole. Small requests take 22 MiB of their own, and a
-    page of 20 MiB makes 82 again; a second one makes 102. Without going back the pages serve both."""
+    """Budget 82 MiB, 40 + 20 + 20 MiB in use, and the 40 freed. Small requests of 22 MiB do not fit beside 80 until
+    the 40 have gone back, which leaves a hole. A page of 20 MiB fits into it, 62 + 20 = 82, and a second does not."""
     events = [(40 * MIB, "a"), (20 * MIB, "b"), (20 * MIB, "c"), (-40 * MIB, "a")]
     small = [(MIB, f"small {i}") for i in range(22)]
-    pages = [(20 * MIB, "d"), (20 * MIB, "e")]
-    options = {"expandable_segments": True, "release_before": (len(events),)}
-    assert replay(*events, *small, **options).peak_reserved_bytes == 80 * MIB
-    assert replay(*events, *small, pages[0], **options).peak_reserved_bytes == 82 * MIB
-    assert replay(*events, *small, *pages, **options).peak_reserved_bytes == 102 * MIB
-    assert replay(*events, *small, *pages, expandable_segments=True).peak_reserved_bytes == 102 * MIB
+    result = replay(*events, *small, budget_bytes=82 * MIB, expandable_segments=True)
+    assert (result.oom, result.peak_reserved_bytes) == (None, 82 * MIB)
+    more = [(20 * MIB, "d"), (20 * MIB, "e")]
+    result = replay(*events, *small, *more, budget_bytes=82 * MIB, expandable_segments=True)
+    assert result.oom is not None and result.oom.event_index == len(events) + len(small) + 1
 
 
 @pytest.mark.parametrize("expandable", [False, True])

@@ -88,7 +88,7 @@ def test_the_allocators_settings_are_the_runs(settings, expected, monkeypatch):
 
     def replay(events: Any, expandable_segments: bool, **others: Any) -> Any:
         seen.append(expandable_segments)
-        return replay_events(events, expandable_segments, **others)
+        return replay_events(events, expandable_segments=expandable_segments, **others)
 
     monkeypatch.setattr("memory.predict.replay_events", replay)
     probe(tiny_config())
