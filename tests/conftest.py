@@ -15,14 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from convert_mgm import ConvertConfig
 from convert_mgm import main as convert
-from data.dataset import load_records
 from data.demo import ensure_demo
-from data.sources import find_source
 from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
@@ -32,7 +30,6 @@ from models.loading import load_model, load_processor
 from step import StepConfig, build_model
 
 
-LORA_TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj|o_proj)"  # as train.py's flags name them
 # Softmax does not feel what is added to all of a row's products. A bias of the keys adds that, where positions do not
 # turn the keys (as they do in the language models), and so does the bias of the norm before them.
 KEY_BIASES = re.compile(r"(vision_tower\..*\.k_proj|patch_info_mining\..*key_proj\.[01])\.bias$")
@@ -100,29 +97,6 @@ def tiny_model() -> MGMForConditionalGeneration:
     """The preset `tiny` with random weights, in eval mode."""
     torch.manual_seed(0)
     return MGMForConditionalGeneration(tiny()).eval()
-
-
-def load_conversations(path: str | Path) -> datasets.Dataset:
-    """The conversations of a file, a folder or a hub id, checked."""
-    return load_records(find_source(path))
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    """Replace the tensors of every weight file by `edit(tensors)`."""
-    for path in sorted(folder.glob("*.safetensors")):
-        save_file(edit(load_file(path)), path, metadata={"format": "pt"})
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all of a folder's weight files."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, types and bits."""
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="session")

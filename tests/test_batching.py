@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import load_conversations
 from forked_runs import run
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_files import load_conversations
 from torch.utils.data import DataLoader, Dataset
 
 import data.batching

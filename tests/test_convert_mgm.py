@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import all_tensors, assert_same, edit_tensors
 from safetensors.torch import load_file, save_file
+from tiny_files import all_tensors, assert_same, edit_tensors
 
 from conversion.names import rename_open_clip, rename_original
 from convert_mgm import ConvertConfig, main

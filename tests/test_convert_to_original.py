@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORA_TARGETS, all_tensors, assert_same, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_files import LORA_TARGETS, all_tensors, assert_same, edit_tensors
 from transformers import AutoTokenizer
 
 from conversion.names import rename_ours

@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import load_conversations
 from PIL import Image
+from tiny_files import load_conversations
 from torch.utils.data import DataLoader
 
 import data.dataset

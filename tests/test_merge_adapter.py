@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORA_TARGETS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_files import LORA_TARGETS
 from transformers import Qwen2Config
 
 from conversion.merge_adapter import changed_modules, merge_adapter
