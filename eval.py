@@ -30,10 +30,10 @@ from evaluation.tasks import captions, conversations, mmbench, textvqa
 from evaluation.tasks.task import Question, Task, by_type, mean_score
 from evaluation.tasks.textvqa_score import textvqa_score  # noqa: F401 (part of this script's interface)
 from models.adapter import base_of, check_base, load_adapter, load_trained_processor
-from models.config import MIXED_PRECISIONS, ModelConfig
+from models.config import MIXED_PRECISIONS, ModelConfig, find_tiny_mgm
 from models.loading import load_model
 from step import build_accelerator
-from utils import UserError, check_choice, check_minimum, flag, run_script
+from utils import UserError, check_choice, check_minimum, check_writable, flag, run_script
 
 
 TASKS = ("demo", "textvqa", "mmbench", "caption")
@@ -85,6 +85,7 @@ def main(config: EvalConfig) -> dict | None:
     output = Path(config.output)
     if output.exists():
         raise UserError(f"--output {output} is there already: choose another, or delete it to evaluate again")
+    check_writable("output", output.parent)
     accelerator = build_accelerator(config.mixed_precision, config.batch_size)
     with accelerator.main_process_first():
         task = load_task(config)
@@ -115,10 +116,10 @@ def main(config: EvalConfig) -> dict | None:
 def model_of(model: str | None, adapter: str | None) -> str:
     """`--model`, or what `--adapter` was trained on. Raises UserError where they do not belong together."""
     if adapter is None:
-        return model or ModelConfig.model
+        return model or find_tiny_mgm(ModelConfig.model)
     if model is not None:
         check_base(adapter, model)
-    return model or base_of(adapter)
+    return model or find_tiny_mgm(base_of(adapter))
 
 
 def load_task(config: EvalConfig) -> Task:

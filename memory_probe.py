@@ -22,7 +22,7 @@ from memory.placed import PlacedRecord
 from memory.probe import probe_with_record
 from memory.report import report
 from memory.sweep import run_sweep
-from utils import run_script, write_json
+from utils import check_writable, run_script, write_json
 
 
 def main(config: ProbeConfig) -> dict:
@@ -30,6 +30,8 @@ def main(config: ProbeConfig) -> dict:
         result = calibrate(config)
         print(entry(result), flush=True)
         return result
+    if config.output is not None:
+        check_writable("output", Path(config.output))
     if config.sweep:
         return run_sweep(config)
     result, record = probe_with_record(config)

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import warnings
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -118,6 +119,16 @@ def check_device(device: str) -> None:
     check_choice("device", device, ("cuda", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU, choose cpu")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise UserError unless a file can be made in the folder, or in its nearest parent. Leaves nothing behind."""
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--{name} {folder}: cannot be written ({brief_error(error)}), choose another") from None
 
 
 def check_minimum(config: object, **minimums: float) -> None:

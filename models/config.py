@@ -1,12 +1,14 @@
 """The flags of every script that loads a model, and the precision that a machine computes in."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from utils import UserError, check_choice, flag, free_on_resume
 
 
+ROOT, TINY_MGM = Path(__file__).parent.parent, "data/tiny_mgm"
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,17 +17,23 @@ MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bf
 class ModelConfig:
     """The flags of every script that loads a model."""
 
-    model: str = flag("data/tiny_mgm", "folder or hub id; for memory_probe.py also a preset")
+    model: str = flag(TINY_MGM, "folder or hub id; for memory_probe.py also a preset")
     attn_implementation: str = free_on_resume("sdpa", " | ".join(ATTN_IMPLEMENTATIONS))
     mixed_precision: str = free_on_resume("auto", "no | fp16 | bf16 | auto: bf16 or else fp16 on a GPU, no on a CPU")
 
     def __post_init__(self) -> None:
+        self.model = find_tiny_mgm(self.model)
         check_choice("attn_implementation", self.attn_implementation, ATTN_IMPLEMENTATIONS)
         check_choice("mixed_precision", self.mixed_precision, ("auto", *MIXED_PRECISIONS))
         self.mixed_precision = self.resolve_precision()
 
     def resolve_precision(self) -> str:
         return resolve_mixed_precision(self.mixed_precision)
+
+
+def find_tiny_mgm(model: str | None) -> str | None:
+    """The default model's folder, also where a script is started in another folder. Other names stay."""
+    return str(ROOT / TINY_MGM) if model == TINY_MGM and not Path(model).is_dir() else model
 
 
 def resolve_mixed_precision(mixed_precision: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from models.config import ModelConfig, resolve_mixed_precision
 from models.loading import load_config, load_model, load_processor
-from utils import UserError, markdown_table, parse_config
+from utils import UserError, check_writable, markdown_table, parse_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -275,3 +275,18 @@ def test_cells_of_a_table_stay_in_their_row():
     """Numbers are written out; a bar is escaped and a line break becomes a space."""
     table = markdown_table(["flag", "value"], {"lora_r": 16, "prompt": "a | b\nc"}.items())
     assert table == "| flag | value |\n|---|---|\n| lora_r | 16 |\n| prompt | a \\| b c |"
+
+
+@pytest.mark.parametrize("folder", ["file/below", "file"])
+def test_a_file_is_no_folder(folder, tmp_path):
+    """One line, whether the path is a file or would lie below one."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--output .*{folder}: cannot be written .* choose another"):
+        check_writable("output", tmp_path / folder)
+    check_writable("output", tmp_path / "new/folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_tiny_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (Path(ModelConfig().model) / "config.json").is_file()

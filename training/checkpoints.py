@@ -6,7 +6,6 @@ Nothing is pickled: accelerate's and DeepSpeed's own checkpoints are, and hold t
 
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from training.previous_run import RUN_JSON
 from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from training.run_log import RunLog
 from training.training_state import TrainingState
-from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, flags_free_on_resume
+from utils import BadSample, Interrupted, LostWorker, UserError, brief_error, check_writable, flags_free_on_resume
 
 
 LATEST = "latest"
@@ -185,12 +184,7 @@ def check_output_dir(config: TrainConfig) -> None:
     )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file, choose a folder")
-    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be written ({brief_error(error)}), choose another") from None
+    check_writable("output_dir", path)
     others = [child for child in path.iterdir() if child.name != SNAPSHOT] if path.exists() else []
     if others and not overwrite and not is_resumed_here:
         raise UserError(
