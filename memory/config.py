@@ -1,42 +1,33 @@
 """ProbeConfig: the flags of memory_probe.py, a step's and what is asked about it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from memory.gpus import GPUS
-from memory.strategy import Strategy
+from memory.strategy import STRATEGIES, Strategy
 from models.config import resolve_mixed_precision
 from step import StepConfig
-from utils import GIB, UserError, check_choice, check_minimum
+from utils import GIB, UserError, check_choice, check_minimum, flag
 
 
 @dataclass(kw_only=True)
 class ProbeConfig(StepConfig):
-    model: str = field(default="mgm-2b", metadata={"help": "folder or hub id; for memory_probe.py also a preset"})
-    images_per_sample: int = field(default=1, metadata={"help": "images in each row of the batch"})
-    mode: str | None = field(
-        default=None, metadata={"help": "predict | measure | both; default: measure on a GPU, else predict"}
-    )
-    device: str | None = field(default=None, metadata={"help": "cuda | cpu; predict defaults to cuda"})
-    strategy: str = field(default="single", metadata={"help": "single | ddp | zero1 | zero2 | zero3"})
-    offload: str = field(default="none", metadata={"help": "none | optimizer | param"})
-    world_size: int | None = field(
-        default=None, metadata={"help": "processes, on one host; default: as --config_file says, else 1"}
-    )
-    config_file: str | None = field(
-        default=None, metadata={"help": "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there"}
-    )
-    gpu: str = field(default="rtx4090", metadata={"help": " | ".join(GPUS)})
-    budget_gib: float | None = field(default=None, metadata={"help": "instead of the GPU's capacity"})
-    sweep: list[str] | None = field(default=None, metadata={"help": "KEY=V1,V2 ...: every combination"})
-    output: str | None = field(
-        default=None,
-        metadata={"help": "folder for the result and a picture of it"},
-    )
-    explain: bool = field(default=False, metadata={"help": "what to change first, each suggestion traced"})
-    calibrate: bool = field(default=False, metadata={"help": "measure memory/gpus.py's constants on this GPU"})
+    model: str = flag("mgm-2b", "folder or hub id; for memory_probe.py also a preset")
+    images_per_sample: int = flag(1, "images in each row of the batch")
+    mode: str | None = flag(None, "predict | measure | both; default: measure where there is a GPU, else predict")
+    device: str | None = flag(None, "cuda | cpu: what is predicted or measured; predict defaults to cuda")
+    strategy: str = flag("single", " | ".join(STRATEGIES))
+    offload: str = flag("none", "none | optimizer | param: what DeepSpeed keeps in host memory")
+    world_size: int | None = flag(None, "processes, on one host; default: as --config_file says, else 1")
+    config_file: str | None = flag(None, "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there")
+    gpu: str = flag("rtx4090", " | ".join(GPUS))
+    budget_gib: float | None = flag(None, "GiB that the step may use of the device, for a card that --gpu lacks")
+    sweep: list[str] | None = flag(None, "KEY=V1,V2 ...: probe every combination")
+    output: str | None = flag(None, "folder for the result as JSON, and of a prediction a picture of the step")
+    explain: bool = flag(False, "what to change first; each suggestion is traced, which takes a minute or two")
+    calibrate: bool = flag(False, "measure this GPU's entry of memory/gpus.py")
 
     def __post_init__(self) -> None:
         has_gpu = torch.cuda.is_available()
