@@ -42,7 +42,8 @@ class ProbeConfig(StepConfig):
             check_minimum(self, world_size=1)
         if self.sweep is None:  # a sweep's rows are configs of their own
             self.resolve_launch()
-        check_choice("gpu", self.gpu, tuple(GPUS))
+        if self.gpu not in GPUS:
+            raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}, or give --budget_gib")
         check_minimum(self, images_per_sample=0)
         if self.explain and self.mode == "measure":
             raise UserError("--explain: it explains a prediction; choose --mode predict or both")
