@@ -65,7 +65,8 @@ def worst_case_batch(
         return text_batch(rows, length, images_per_sample)
     image_length = images_per_sample * model_config.num_image_tokens
     if image_length > length:
-        raise ValueError(f"{images_per_sample} images take {image_length} positions, but max_seq_len is {length}")
+        what = "1 image takes" if images_per_sample == 1 else f"{images_per_sample} images take"
+        raise ValueError(f"{what} {image_length} positions, but max_seq_len is {length}")
     if config.packing and images_per_sample:
         images_per_sample = length // model_config.num_image_tokens
         image_length = images_per_sample * model_config.num_image_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mgm.configuration_mgm import PRESETS
-from training.doctor import Facts, GpuFacts, findings, head_sizes
+from training.doctor import Facts, GpuFacts, findings, head_sizes, judge_model
 from utils import GIB
 
 
@@ -100,3 +100,9 @@ def test_this_machine(tmp_path: Path) -> None:
     assert done.returncode == (2 if result["status"] == "problem" else 0), done.stderr[-2000:]
     assert "free host memory" in done.stdout and "Python 3" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_preset_cannot_be_trained(tmp_path: Path) -> None:
+    """It has a config alone: a warning says so; a folder has none."""
+    assert [finding.mark for finding in judge_model("mgm-2b")] == ["warning"]
+    assert judge_model("data/tiny_mgm") == []

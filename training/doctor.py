@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
-from models.loading import load_config
+from models.loading import is_preset, load_config
 from utils import GIB, size
 
 
@@ -90,7 +90,7 @@ def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the model's config cannot be read.
     """
-    found = findings(look(load_config(model), output_dir))
+    found = [*findings(look(load_config(model), output_dir)), *judge_model(model)]
     for finding in found:
         print(f"[{MARKS[finding.mark]}] {finding.what}")
         if finding.remedy:
@@ -170,6 +170,15 @@ def findings(facts: Facts) -> list[Finding]:
         *judge_toolkit(facts),
         *judge_room(facts),
     ]
+
+
+def judge_model(model: str) -> list[Finding]:
+    if not is_preset(model):
+        return []
+    what = (
+        f"{model} is a preset, which has neither weights nor a tokenizer: this machine can be checked, not trained on"
+    )
+    return [Finding("warning", what, f"get the folder {model} first: docs/gpu_guide.md")]
 
 
 def judge_python(facts: Facts) -> list[Finding]:
