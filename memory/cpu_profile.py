@@ -1,8 +1,10 @@
 """Read what the CPU's allocator did from PyTorch's profiler: nothing else counts it.
 
-with profile_memory() as profiler:
-    step()
-peak_bytes = bytes_in_use_before + rise(memory_events(profiler))
+    with profile_memory() as profiler:
+        step()
+    peak_bytes = bytes_in_use_before + rise(memory_events(profiler))
+
+PyTorch's memory counters exist for GPUs alone.
 """
 
 import gc

@@ -1,6 +1,8 @@
 """One configuration's memory: predicted, measured, or both.
 
-python -m memory.probe --recipe FLAGS.yaml        # what a run asks beside itself: the result is the last line
+    python -m memory.probe --recipe FLAGS.yaml
+
+A run starts this command beside itself. The last line on stdout is the result as JSON.
 """
 
 import time

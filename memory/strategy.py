@@ -1,7 +1,9 @@
 """How a run is laid out: one process, DDP, or ZeRO 1 to 3 with offload, on any number of processes.
 
-strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")          # its actual bucket sizes
-strategy = Strategy.from_flags("zero3", offload="param", world_size=2)         # accelerate_configs' JSON, adapted
+    strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")     # with the file's own bucket sizes
+    strategy = Strategy.from_flags("zero3", offload="param", world_size=2)    # with those of accelerate_configs
+
+memory/predict.py traces a strategy, memory/measure.py measures it.
 """
 
 import json
