@@ -34,7 +34,7 @@ KILLED = {"undisturbed": "", "again": "", "other": " --seed 7", "resumed": ""}
 # From which function on the allocator may have 64 MiB more, where what comes then needs more.
 STARVED = {
     "before step 1": "training.rehearsal.worst_case_batch",
-    "in step 1": "step.training_step",
+    "in step 1": "train.training_step",
     "while answering held-out questions": "train.save_trained",
 }
 
@@ -62,7 +62,7 @@ def learn(config: str, num_processes: int, precision: str, output_dir: Path) -> 
 
 def kill_and_resume(config: str, flags: str, logs: Path) -> Ended:
     """Killed in step 7, resumed from step 4."""
-    ended = run(flags, logs, config, faults=(Fault("step.training_step", 7, "kill"),))
+    ended = run(flags, logs, config, faults=(Fault("train.training_step", 7, "kill"),))
     assert ended.code < 0, ended.err[-3000:]
     return run(f"{flags} --resume_from_checkpoint latest", logs, config)
 

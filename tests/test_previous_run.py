@@ -40,8 +40,8 @@ def has_old_adapter(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        (Fault("step.training_step", 1, "terminate"), 143),
-        (Fault("step.training_step", 1, "disk full"), 2),
+        (Fault("train.training_step", 1, "terminate"), 143),
+        (Fault("train.training_step", 1, "disk full"), 2),
         (Fault("mgm.modeling_mgm.MGMForConditionalGeneration.forward", 1, "nan", times=99), 2),
     ],
     ids=["terminated", "failed", "never trained"],
@@ -60,7 +60,7 @@ def test_a_run_that_is_stopped_leaves_no_old_adapter(action: str, old: Path, tmp
     """Within the second update: the old adapter, card and checkpoints are gone; what the user had there is kept."""
     shutil.copytree(old, tmp_path / "out")
     flags = f"{FLAGS} --lora_r 4 --overwrite_output_dir --output_dir {tmp_path / 'out'}"
-    ended = run(flags, tmp_path, faults=(Fault("step.training_step", 3, action),))
+    ended = run(flags, tmp_path, faults=(Fault("train.training_step", 3, action),))
     assert ended.code == (143 if action == "terminate" else -signal.SIGKILL), ended.err[-2000:]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names - {"checkpoint-1"} == {"tensorboard", "notes.txt", "scores.json"}

@@ -103,7 +103,7 @@ def test_out_of_memory_for_real(tmp_path: Path) -> None:
 def test_out_of_memory_later(tmp_path: Path) -> None:
     """Injected, as a GPU's allocator would say it, in step 2, with no place for a prediction either: the checkpoint
     before it is intact."""
-    faults = Fault("step.training_step", 4, "out of memory"), Fault("training.out_of_memory.Forecast", 1, "disk full")
+    faults = Fault("train.training_step", 4, "out of memory"), Fault("training.out_of_memory.Forecast", 1, "disk full")
     flags = FLAGS.replace("save_steps 3", "save_steps 1")
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=faults)
     assert ended.code == 2

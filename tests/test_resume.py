@@ -69,7 +69,7 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
 
 
 KILLS = [
-    Fault("step.training_step", 16, "kill"),  # in the middle of update 8: checkpoint 6 is there
+    Fault("train.training_step", 16, "kill"),  # in the middle of update 8: checkpoint 6 is there
     Fault("training.checkpoint_files.write_durably", 1, "kill"),  # saving 9: no file yet
     Fault("training.checkpoint_files.write_durably", 2, "kill"),  # one file
     Fault("training.checkpoint_files.sync_folder", 1, "kill"),  # all files, not renamed
@@ -119,7 +119,7 @@ def test_killed_at_random_moments(data_flags: str, references: dict[str, Path], 
 def killed(data_flags: str, references: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed in update 8, with checkpoints 3 and 6. To be copied."""
     folder = tmp_path_factory.mktemp("killed")
-    fault = Fault("step.training_step", 15, "kill")
+    fault = Fault("train.training_step", 15, "kill")
     assert run(f"{FLAGS}{data_flags} --output_dir {folder / 'out'}", folder, faults=(fault,)).code < 0
     return folder / "out"
 
@@ -261,7 +261,7 @@ def test_other_questions(tmp_path: Path) -> None:
     flags = "--max_steps 2 --save_steps 1 --save_total_limit 0 --per_device_train_batch_size 2 --no_rehearse"
     flags += f" --dataloader_num_workers 0 --eval_samples 4 --forecast false --output_dir {tmp_path / 'out'}"
     flags += " --dataset data/demo/validation.json --eval_dataset data/demo/"
-    fault = Fault("step.training_step", 2, "kill")
+    fault = Fault("train.training_step", 2, "kill")
     assert run(f"{flags}validation.json", tmp_path, faults=(fault,)).code < 0
     ended = run(f"{flags}train.json{RESUME}", tmp_path)
     assert ended.code == 0, ended.err[-2000:]
@@ -274,7 +274,7 @@ def test_other_eval_samples(before: int, after: int, tmp_path: Path) -> None:
     """Held-out questions switched off or on when a run goes on: it ends with the scores that there are."""
     flags = "--max_steps 2 --save_steps 1 --save_total_limit 0 --per_device_train_batch_size 2 --no_rehearse"
     flags += f" --dataloader_num_workers 0 --output_dir {tmp_path / 'out'}"
-    fault = Fault("step.training_step", 2, "kill")
+    fault = Fault("train.training_step", 2, "kill")
     assert run(f"{flags} --eval_samples {before}", tmp_path, faults=(fault,)).code < 0
     ended = run(f"{flags} --eval_samples {after}{RESUME}", tmp_path)
     assert ended.code == 0, ended.err[-2000:]
@@ -328,7 +328,7 @@ def test_signal(signum: int, data_flags: str, references: dict[str, Path], tmp_p
     name = {signal.SIGTERM: "terminate", signal.SIGINT: "interrupt"}[signum]
     flags = f"{FLAGS}{data_flags} --output_dir {tmp_path / 'out'}"
     start = time.monotonic()
-    ended = run(flags, tmp_path, faults=(Fault("step.training_step", 15, name),))
+    ended = run(flags, tmp_path, faults=(Fault("train.training_step", 15, name),))
     assert ended.code == 128 + signum, ended.err[-3000:]
     assert time.monotonic() - start < 60, "start and seven updates included"
     assert "Kept step 7" in ended.out and (tmp_path / "out" / "checkpoint-7").is_dir()
@@ -372,7 +372,7 @@ def test_two_processes(config: str, data_flags: str, tmp_path: Path) -> None:
     folders = [tmp_path / "undisturbed", tmp_path / "terminated"]
     ended = run(f"{flags} {folders[0]}", tmp_path / "logs", config, 2)
     assert ended.code == 0, ended.err[-3000:]
-    fault = Fault("step.training_step", 15, "terminate")
+    fault = Fault("train.training_step", 15, "terminate")
     ended = run(f"{flags} {folders[1]}", tmp_path / "logs", config, 2, faults=(fault,))
     assert ended.code == 143 and "Kept step 7" in ended.out, ended.err[-3000:]
     ended = run(f"{flags} {folders[1]}{RESUME}", tmp_path / "logs", config, 2)
