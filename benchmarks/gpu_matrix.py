@@ -9,7 +9,7 @@ history.json.gz, for tests/test_allocator.py.
 
 import gzip
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from memory.launch import in_fresh_process
 from memory.measure import measure
 from memory.measure_gpu import measure_this_process
 from memory.probe import probe
-from utils import check_choice, run_script, write_json
+from utils import check_choice, flag, run_script, write_json
 
 
 ZERO2, ZERO3 = ({"config_file": f"accelerate_configs/{name}.yaml"} for name in ("zero2", "zero3"))
@@ -59,9 +59,9 @@ PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "hos
 
 @dataclass(kw_only=True)
 class MatrixConfig(RowsConfig):
-    mode: str = field(default="predict", metadata={"help": "measure | predict"})
+    mode: str = flag("predict", "measure | predict")
     model: str = "mgm-2b"
-    gpu: str = field(default="h100", metadata={"help": "the card's name in memory/gpus.py"})
+    gpu: str = flag("h100", "the card's name in memory/gpus.py")
     output: str = "results/gpu"
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 
 from benchmarks.rows import ROOT, gpu_machine
 from benchmarks.tables import GPU_TESTS, write_tables
-from utils import UserError, run_script, write_json
+from utils import UserError, flag, run_script, write_json
 
 
 @dataclass(kw_only=True)
 class GpuTestsConfig:
-    commit: str | None = field(default=None, metadata={"help": "the commit under test; default: git's HEAD"})
+    commit: str | None = flag(None, "the commit under test; default: git's HEAD")
     output: str = str(GPU_TESTS)
 
 

@@ -8,7 +8,7 @@ Writes results/headline.json, and the tables of README.md and docs/memory.md.
 
 import itertools
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from benchmarks.tables import HEADLINE, HEADLINE_CARDS, STRATEGIES, write_tables
 from memory.config import ProbeConfig
 from memory.predict import device_memory, summarize, trace_step
 from models.loading import load_model
-from utils import run_script
+from utils import flag, run_script
 
 
 RANKS, LENGTHS = (8, 16, 32, 0), (1024, 2048)
@@ -28,7 +28,7 @@ RANKS, LENGTHS = (8, 16, 32, 0), (1024, 2048)
 
 @dataclass(kw_only=True)
 class HeadlineConfig(RowsConfig):
-    model: str = field(default="mgm-2b", metadata={"help": "preset name"})
+    model: str = flag("mgm-2b", "preset name")
 
 
 def main(config: HeadlineConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ and the table of docs/memory.md.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +28,7 @@ from memory.charts import stacked_bars
 from memory.config import ProbeConfig
 from memory.predict import summarize, trace_step
 from mgm.patch_info_mining import MGMPatchInfoMining, View
-from utils import GIB, run_script, write_json
+from utils import GIB, flag, run_script, write_json
 
 
 # The first row, and what each technique changes. `mining` is no flag: it patches the original's computation in.
@@ -50,7 +50,7 @@ BRANCHES = {  # from the last rung on
 
 @dataclass(kw_only=True)
 class LadderConfig:
-    model: str = field(default="mgm-2b", metadata={"help": "preset name"})
+    model: str = flag("mgm-2b", "preset name")
     max_seq_len: int = 2048
 
 

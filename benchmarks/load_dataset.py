@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -26,7 +26,7 @@ from child_processes import run_child
 from data.batching import UpdateBatchSampler, column_values
 from models.loading import load_processor
 from train import TrainConfig, build_datasets
-from utils import check_minimum, run_script
+from utils import check_minimum, flag, run_script
 
 
 WORDS = (
@@ -39,12 +39,9 @@ NUM_IMAGES = 16  # shared by all records: reading looks up each file name once, 
 
 @dataclass(kw_only=True)
 class LoadConfig:
-    num_records: int = field(default=1_200_000, metadata={"help": "1,200,000 make 1.7 GB"})
-    folder: str | None = field(
-        default=None,
-        metadata={"help": "of the file and its cache, deleted after; default: temporary"},
-    )
-    dataset: str | None = field(default=None, metadata={"help": "open this file, write none"})
+    num_records: int = flag(1_200_000, "1,200,000 make 1.7 GB")
+    folder: str | None = flag(None, "of the file and its cache, deleted after; default: temporary")
+    dataset: str | None = flag(None, "open this file, write none")
 
     def __post_init__(self) -> None:
         check_minimum(self, num_records=1)

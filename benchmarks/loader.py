@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from data.batching import TrainCollator, UpdateBatchSampler, column_values, meas
 from data.dataset import open_dataset
 from mgm.processing_mgm import MGMProcessor
 from models.loading import load_processor
-from utils import GIB, check_choice, check_minimum, run_script
+from utils import GIB, check_choice, check_minimum, flag, run_script
 
 
 PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "pillow")
@@ -36,11 +36,11 @@ MARKS = (0.25, 0.5, 1.0)  # shares of the time at which memory is measured
 
 @dataclass(kw_only=True)
 class LoaderConfig:
-    seconds: float = field(default=60, metadata={"help": "with each number of workers"})
-    num_workers: int = field(default=2, metadata={"help": "from 0 up to this"})
+    seconds: float = flag(60, "with each number of workers")
+    num_workers: int = flag(2, "from 0 up to this")
     batch_size: int = 4
     num_images: int = 200
-    source: str = field(default="json", metadata={"help": "json: image files | parquet: images inside"})
+    source: str = flag("json", "json: image files | parquet: images inside")
 
     def __post_init__(self) -> None:
         check_minimum(self, seconds=1, num_workers=0, batch_size=1, num_images=1)

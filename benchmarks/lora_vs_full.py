@@ -25,7 +25,7 @@ from data.batching import column_values
 from data.demo import ensure_demo
 from models.loading import load_processor
 from train import DEMO_RECIPE, TrainConfig, build_datasets
-from utils import check_minimum, run_script, write_json
+from utils import check_minimum, flag, run_script, write_json
 
 
 METHODS: dict[str, list[str]] = {
@@ -58,10 +58,10 @@ BASE = "base"  # the tiny model, not trained
 
 @dataclass(kw_only=True)
 class ExperimentConfig:
-    jobs: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
+    jobs: int = flag(1, "runs at a time, one thread each")
     output: str = "results/lora_vs_full"
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": " | ".join(METHODS)})
-    max_steps: int = field(default=-1, metadata={"help": "updates a run; -1: an epoch, which the report needs"})
+    max_steps: int = flag(-1, "updates a run; -1: an epoch, which the report needs")
 
     def __post_init__(self) -> None:
         check_minimum(self, jobs=1, max_steps=-1)

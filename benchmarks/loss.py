@@ -10,7 +10,7 @@ Errors are against the same loss in fp64. Writes results/loss_DEVICE.json.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from layers import chunked_loss
 from layers.chunked_loss import ChunkedCrossEntropy
 from memory.cpu_profile import memory_events, profile_memory, rise
-from utils import check_device, check_minimum, run_script, write_json
+from utils import check_device, check_minimum, flag, run_script, write_json
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden states, weight, targets
@@ -30,13 +30,13 @@ POLICIES = ("compact", "balanced", "accurate")  # of torch's linear_cross_entrop
 
 @dataclass(kw_only=True)
 class LossConfig:
-    device: str = field(default="cpu", metadata={"help": "cpu | cuda"})
+    device: str = flag("cpu", "cpu | cuda")
     vocab_size: int = 65536
     hidden_size: int = 768
-    tokens: int = field(default=1024, metadata={"help": "of the row"})
-    label_share: float = field(default=0.3, metadata={"help": "of the tokens"})
+    tokens: int = flag(1024, "of the row")
+    label_share: float = flag(0.3, "of the tokens")
     rounds: int = 5
-    output: str | None = field(default=None, metadata={"help": "default results/loss_DEVICE.json"})
+    output: str | None = flag(None, "default results/loss_DEVICE.json")
 
     def __post_init__(self) -> None:
         check_device(self.device)

@@ -11,7 +11,7 @@ real data. Batches are made before the clock starts. Variants take turns, backwa
 Writes results/packing.json; the last line on stdout is JSON.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import numpy as np
@@ -29,7 +29,7 @@ from data.dataset import ConversationDataset, open_dataset
 from data.demo import ensure_demo
 from data.packing import PackedCollator, PackedDataset, pack
 from models.loading import load_processor
-from utils import check_minimum, run_script, write_json
+from utils import check_minimum, flag, run_script, write_json
 
 
 MODEL = "data/tiny_mgm"
@@ -40,8 +40,8 @@ Batches = list[dict[str, torch.Tensor]]
 @dataclass(kw_only=True)
 class PackingConfig:
     num_samples: int = 256
-    max_seq_len: int = field(default=256, metadata={"help": "tokens of a packed row; no sample is longer"})
-    rows: int = field(default=4, metadata={"help": "of a packed micro-batch"})
+    max_seq_len: int = flag(256, "tokens of a packed row; no sample is longer")
+    rows: int = flag(4, "of a packed micro-batch")
     rounds: int = 5
     output: str = "results/packing.json"
 

@@ -10,13 +10,13 @@ Rows are told apart by their flags. When the code changes so that the same flags
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils import environment, write_json
+from utils import environment, flag, write_json
 
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ RESULTS = ROOT / "results"
 
 @dataclass(kw_only=True)
 class RowsConfig:
-    overwrite: bool = field(default=False, metadata={"help": "begin anew; default: add the rows that are missing"})
+    overwrite: bool = flag(False, "begin anew; default: add the rows that are missing")
 
 
 class Rows:

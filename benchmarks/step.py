@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import datasets
@@ -44,7 +44,7 @@ from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.config import MIXED_PRECISIONS
 from models.loading import load_processor
 from models.lora import trained_parameters
-from utils import check_choice, check_device, check_minimum, run_script, write_json
+from utils import check_choice, check_device, check_minimum, flag, run_script, write_json
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
@@ -66,12 +66,12 @@ SIZES = {
 
 @dataclass(kw_only=True)
 class StepBenchmarkConfig:
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda | cpu"})
-    size: str = field(default="small", metadata={"help": " | ".join(SIZES)})
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda | cpu")
+    size: str = flag("small", " | ".join(SIZES))
     rounds: int = 5
-    steps: int = field(default=1, metadata={"help": "in each round"})
+    steps: int = flag(1, "in each round")
     num_tokens: int = 1024
-    label_share: float = field(default=0.3, metadata={"help": "of the tokens"})
+    label_share: float = flag(0.3, "of the tokens")
     output: str = "results/step.json"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 from unittest.mock import patch
 
@@ -18,12 +18,12 @@ import train
 from benchmarks.loader import PACKAGES
 from benchmarks.rows import machine
 from training.faults import Watch
-from utils import check_minimum, parse_config, run_script, write_json
+from utils import check_minimum, flag, parse_config, run_script, write_json
 
 
 @dataclass(kw_only=True)
 class WaitingConfig:
-    num_workers: int = field(default=2, metadata={"help": "from 0 up to this"})
+    num_workers: int = flag(2, "from 0 up to this")
     max_steps: int = 60
     output: str = "results/waiting.json"
 
