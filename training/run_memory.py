@@ -7,7 +7,6 @@ as the longest, with as many images as any, every text position labelled. The mi
 smaller.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.worst_case import Row
 from memory.categories import RESIDENT
-from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise
+from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise, storage_bytes
 from training.forecast import Forecast
 from utils import GIB, UserError
 
@@ -77,7 +76,7 @@ class RunMemory:
         if self.profiler is not None:
             self.profiler.stop()
             # A data worker's tensors are in shared memory, which bytes_in_use does not count.
-            from_worker_bytes = num_bytes(tensor for tensor in batch.values() if tensor.is_shared())
+            from_worker_bytes = storage_bytes(tensor for tensor in batch.values() if tensor.is_shared())
             step_bytes = rise(memory_events(self.profiler))
             self.measured["peak_allocated_bytes"] = self.in_use_bytes + from_worker_bytes + step_bytes
             self.profiler = None
@@ -144,15 +143,15 @@ def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     measured: dict[str, int] = {}
 
     def before_step(*_: object) -> None:
-        measured["gradients_bytes"] = num_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        measured["gradients_bytes"] = storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
         handles[0].remove()
 
     def after_step(*_: object) -> None:
         parameters = list(model.parameters())
         values = [value for state in optimizer.state.values() for value in state.values()]
-        measured["weights_bytes"] = num_bytes([*(p for p in parameters if not p.requires_grad), *model.buffers()])
-        measured["trained_bytes"] = num_bytes(p for p in parameters if p.requires_grad)
-        measured["optimizer_bytes"] = num_bytes(value for value in values if isinstance(value, torch.Tensor))
+        measured["weights_bytes"] = storage_bytes([*(p for p in parameters if not p.requires_grad), *model.buffers()])
+        measured["trained_bytes"] = storage_bytes(p for p in parameters if p.requires_grad)
+        measured["optimizer_bytes"] = storage_bytes(value for value in values if isinstance(value, torch.Tensor))
         handles[1].remove()
 
     handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
@@ -164,12 +163,6 @@ def layout() -> dict[str, dict[str, list]]:
     names = ["peak_allocated_bytes", *(["reserved_bytes"] if torch.cuda.is_available() else [])]
     names += [f"{category}_bytes" for category in RESIDENT]
     return {"memory": {name: ["Multiline", [f"memory/{name}", f"memory/predicted_{name}"]] for name in names}}
-
-
-def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages; a storage that several tensors share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def gib(nbytes: int) -> str:
