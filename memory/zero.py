@@ -26,7 +26,6 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.worst_case import with_few_micro_batches
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory.known import known_device, known_length, known_mask, known_quantization
@@ -55,7 +54,6 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
 
 def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     """What trace_deepspeed returns. For a fresh process."""
-    config = with_few_micro_batches(config)
     device = STAND_IN_DEVICE[config.device]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = install_stand_in(device, world_size)
