@@ -9,7 +9,6 @@ Answers are greedy. They are written as they come, and the same command goes on 
 last line on stdout is a JSON object. `tensorboard --logdir outputs/eval` lays runs side by side.
 """
 
-import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from models.adapter import base_of, check_base, load_adapter, load_trained_proce
 from models.config import MIXED_PRECISIONS, ModelConfig, find_tiny_mgm
 from models.loading import load_model
 from step import build_accelerator
-from utils import UserError, check_choice, check_minimum, check_writable, flag, run_script
+from utils import UserError, check_choice, check_minimum, check_writable, flag, run_script, write_json
 
 
 TASKS = ("demo", "textvqa", "mmbench", "caption")
@@ -106,7 +105,7 @@ def main(config: EvalConfig) -> dict | None:
         "predictions": str(config.predictions),
     }
     details = {"by_type": by_type(scores), "scores": [asdict(score) for score in scores], "config": asdict(config)}
-    output.write_text(json.dumps(result | details, indent=1) + "\n")
+    write_json(output, result | details)
     write_tensorboard(output.parent / "tensorboard" / output.stem, task.metric, task.questions, answers, scores)
     for kind, group in details["by_type"].items():
         print(f"{kind}: {group['score']:.3f} of {group['n']}")
