@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,10 +45,10 @@ def read_bin(path: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise UserError(f"{path}: holds something other than named tensors")
     # safetensors does not write tensors that share their memory.
-    storages = [x.untyped_storage().data_ptr() for x in tensors.values()]
-    is_shared = [storages.count(storage) > 1 for storage in storages]
+    uses = Counter(x.untyped_storage().data_ptr() for x in tensors.values())
     return {
-        name: x.detach().clone() if s else x.detach() for (name, x), s in zip(tensors.items(), is_shared, strict=True)
+        name: x.detach().clone() if uses[x.untyped_storage().data_ptr()] > 1 else x.detach()
+        for name, x in tensors.items()
     }
 
 
