@@ -57,7 +57,8 @@ class Rows:
         write_json(self.path, self.result)
 
 
-def read_result(name: str) -> dict[str, Any]:
+def read_result(name: str | Path) -> dict[str, Any]:
+    """A file's content. `name` is below results/."""
     return json.loads((RESULTS / name).read_text())
 
 

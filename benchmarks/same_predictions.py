@@ -6,7 +6,6 @@
 Run it before and after a change that must not change a prediction. Exit code 1: a row differs.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_matrix, gpu_matrix, headline, mgm_2b
+from benchmarks.rows import read_result
 from benchmarks.tables import CPU_MATRIX, GPU_MATRIX, HEADLINE, MGM_2B
 from memory.config import ProbeConfig
 from memory.predict import predict
@@ -51,7 +51,7 @@ Comparison = Iterator[tuple[dict[str, Any], Any, Any]]
 
 def cpu_rows() -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
-        for row in json.loads(CPU_MATRIX.read_text())["rows"]:
+        for row in read_result(CPU_MATRIX)["rows"]:
             model = cpu_matrix.model_path(row["flags"]["model"], Path(folder))
             config = ProbeConfig(**cpu_matrix.DEFAULTS | row["flags"] | {"model": model, "mode": "predict"})
             yield row["flags"], row["predicted_bytes"], predict(config)["peak_allocated_bytes"]
@@ -59,20 +59,20 @@ def cpu_rows() -> Comparison:
 
 def gpu_rows() -> Comparison:
     config = gpu_matrix.MatrixConfig()
-    for row in json.loads(GPU_MATRIX.read_text())["rows"]:
+    for row in read_result(GPU_MATRIX)["rows"]:
         if "predicted" in row:
             result = predict(gpu_matrix.row_config(config, row["flags"]))
             yield row["flags"], row["predicted"], {name: result[name] for name in row["predicted"]}
 
 
 def headline_rows() -> Comparison:
-    committed = json.loads(HEADLINE.read_text())
+    committed = read_result(HEADLINE)
     for row in committed["rows"]:
         yield row["flags"], row, {"flags": row["flags"]} | headline.predict_row(committed["model"], row["flags"])
 
 
 def mgm_2b_rows() -> Comparison:
-    committed = json.loads(MGM_2B.read_text())
+    committed = read_result(MGM_2B)
     for name, predict_row in (("lora", mgm_2b.lora), ("host", mgm_2b.host)):
         for row in committed[name]:
             yield row["flags"], row, {"flags": row["flags"]} | predict_row(row["flags"])

@@ -3,7 +3,6 @@
 A document has the markers `<!-- NAME -->` and `<!-- /NAME -->` around each table. Tests compare them.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.memory_tables import gib, ladder_table, loss_table
-from benchmarks.rows import RESULTS, ROOT
+from benchmarks.rows import RESULTS, ROOT, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
 from utils import GIB, MIB, markdown_table
@@ -36,7 +35,7 @@ STRATEGIES = {  # the headline's, on one process
 
 def gpu_table() -> str:
     """results/gpu/matrix.json: rows of the present step; below them `earlier`, those of a step before it."""
-    matrix = json.loads(GPU_MATRIX.read_text())
+    matrix = read_result(GPU_MATRIX)
     # `--mode measure` adds rows without a prediction: `--mode predict` adds that.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
     parts = [
@@ -75,7 +74,7 @@ def describe(flags: dict[str, Any]) -> str:
 def lora_table() -> str:
     """Predicted for MGM-2B: the parameters that each way of training trains, and the memory it needs."""
     cells = []
-    for row in json.loads(MGM_2B.read_text())["lora"]:
+    for row in read_result(MGM_2B)["lora"]:
         share = f"{row['trainable_params'] / row['total_params']:.2%}"
         cells.append([what_is_trained(row["flags"]), f"{row['trainable_params']:,}", share])
         cells[-1] += [gib(row["peak_allocated_bytes"]), gib(row["device_bytes"])]
@@ -100,7 +99,7 @@ PURPOSES = {
 def host_table() -> str:
     """Predicted for MGM-2B: the host's memory by purpose."""
     cells = []
-    for row in json.loads(MGM_2B.read_text())["host"]:
+    for row in read_result(MGM_2B)["host"]:
         flags, host = row["flags"], row["host"]
         sizes = [sum(host.get(name, 0) for name in names) for names in PURPOSES.values()]
         sizes += [sum(host.values()) - sum(sizes), sum(host.values())]
@@ -113,7 +112,7 @@ def host_table() -> str:
 
 def cpu_table() -> str:
     """Each row of results/cpu/matrix.json: those of one process, then those under ZeRO-3."""
-    rows = json.loads(CPU_MATRIX.read_text())["rows"]
+    rows = read_result(CPU_MATRIX)["rows"]
     parts = []
     for title, kept in (("One process", False), ("ZeRO-3 with everything offloaded, device and host together", True)):
         part = [row for row in rows if ("strategy" in row["flags"]) == kept]
@@ -137,7 +136,7 @@ def headline_table(is_short: bool = False) -> str:
 
     The README's short form has the usual rank and full fine-tuning. ZeRO-2 is not in it: it splits nothing on one GPU.
     """
-    headline = json.loads(HEADLINE.read_text())
+    headline = read_result(HEADLINE)
     estimates = headline["estimates"]
     capacities = {gpu: GPUS[gpu].capacity_bytes for gpu in HEADLINE_CARDS}
     columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
@@ -159,7 +158,7 @@ def headline_table(is_short: bool = False) -> str:
 def measured_device_bytes(row: dict[str, Any]) -> int | None:
     """What the row with the same flags in results/gpu/matrix.json used of the GPU, if it was measured with the same
     code: then the two predictions differ by the size of cuBLAS's workspaces at most, which depends on the card."""
-    matrix = json.loads(GPU_MATRIX.read_text())
+    matrix = read_result(GPU_MATRIX)
     rank, length, strategy = row["flags"].values()
     flags = {"lora_r": rank, "max_seq_len": length} | STRATEGIES[strategy]
     for found in (found for found in matrix["rows"] if DEFAULTS | found["flags"] == flags):
@@ -175,7 +174,7 @@ def gpu_tests_table() -> str:
     names = ["passed", "failed", "skipped", "seconds"]
     cells = []
     for path in (GPU_TESTS, TWO_GPU_TESTS):
-        record = json.loads(path.read_text())
+        record = read_result(path)
         cells.append([f"{record['num_gpus']} x {record['gpu']}", record["torch"], record["commit"][:8]])
         cells[-1] += [record[name] for name in names]
     return markdown_table(["GPUs", "PyTorch", "commit", *names], cells)
