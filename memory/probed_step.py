@@ -28,10 +28,12 @@ DEEPSPEED_UPDATES = 3
 class ProbedStep:
     """train.py's model, optimizer and step on the largest batch that can come.
 
-    probed = ProbedStep.build(config, accelerator)
-    probed.prepare()
-    probed.run_updates()
-    probed.end_run()
+        probed = ProbedStep.build(config, accelerator)
+        probed.prepare()
+        probed.run_updates()
+        probed.end_run()
+
+    A trace and a measurement differ only in what watches these four calls.
     """
 
     config: ProbeConfig
