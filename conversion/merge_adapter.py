@@ -5,10 +5,9 @@ import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
+from transformers import PreTrainedModel
 
-from conversion.shards import EMBEDDINGS, LM_HEAD
 from conversion.weight_files import Tensors, read_weights
-from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.adapter import base_of
 from utils import UserError
 
@@ -19,19 +18,20 @@ def changed_modules(folder: Path) -> set[str]:
     return {re.sub(r"\.(lora_.*|weight|bias)$", "", name.removeprefix("base_model.model.")) for name in names}
 
 
-def merge_adapter(model: MGMForConditionalGeneration, folder: Path) -> Tensors:
+def merge_adapter(model: PreTrainedModel, folder: Path) -> Tensors:
     """Merge the adapter into `model`, and return all of its tensors.
 
     Raises:
         UserError: the folder holds no LoRA adapter, or one whose tensors do not all fit the model.
     """
     adapter_config = read_adapter_config(folder)
-    tied = {name.removesuffix(".weight") for name in (EMBEDDINGS, LM_HEAD)} & changed_modules(folder)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = {path for path, module in model.named_modules() if module in ends} & changed_modules(folder)
     if tied and model.config.tie_word_embeddings:
         # PEFT trains a copy for one of the two; merged, the model has a single weight for both.
         raise UserError(
-            f"--adapter {folder}: it holds a {tied.pop()}.weight of its own, where model and original have one weight "
-            "for embedding and head: use the adapter with PEFT, or train without that module"
+            f"--adapter {folder}: it holds a {tied.pop()}.weight of its own, where the model has one weight for "
+            "embedding and head: use the adapter with PEFT, or train without that module"
         )
     try:
         with warnings.catch_warnings(action="ignore"):
