@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from data.demo import DEMO_QUESTIONS, DIGIT_SIDE, IMAGE_SIDE, Scan, choose_scans, draw_number, load_digits, load_scans
@@ -29,6 +31,8 @@ from utils import UserError, check_minimum, flag, run_script
 PLACES = ("first", "second", "third")
 NO_DIGIT = 10  # the class of a patch of bare paper
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")  # Gemma's, ids 0 to 5
+
+NAMED_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def place_questions(digits: list[int], rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -66,7 +70,7 @@ class TinyConfig:
 
 def main(config: TinyConfig) -> dict:
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer(tiny().text_config.vocab_size)
+    tokenizer = train_tokenizer(tiny().text_config.vocab_size, **NAMED_TOKENS)
     model = init_tiny_mgm(tokenizer)
     processor = build_processor(model.config, tokenizer)
     model.train()
@@ -79,8 +83,13 @@ def main(config: TinyConfig) -> dict:
     return {"status": "done", "output": config.output, "place_accuracy": accuracy}
 
 
-def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A small tokenizer of Gemma's kind: BPE that falls back to bytes, spaces as "▁", each digit a token."""
+def train_tokenizer(
+    vocab_size: int, special_tokens: tuple[str, ...] = SPECIAL_TOKENS, **named: str
+) -> PreTrainedTokenizerFast:
+    """A small tokenizer: BPE that falls back to bytes, spaces as "▁", each digit a token.
+
+    `named` says which special tokens are `bos_token`, `eos_token`, `unk_token`, `pad_token`.
+    """
     questions = [question for question, _ in DEMO_QUESTIONS.values()]
     questions += [question for question, _ in place_questions([1, 2, 3], random.Random(0))]
     corpus = 50 * [*questions, "user", "model", "yes", "no", "even", "odd", *PLACES] + [load_digits().DESCR]
@@ -94,31 +103,28 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
     alphabet = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(byte_tokens), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - len(special_tokens) - len(byte_tokens), initial_alphabet=alphabet, show_progress=False
     )
     trained.train_from_iterator(corpus, trainer)
     learned = json.loads(trained.to_str())["model"]
-    words = [*SPECIAL_TOKENS, *byte_tokens, *sorted(learned["vocab"], key=learned["vocab"].get)]
+    words = [*special_tokens, *byte_tokens, *sorted(learned["vocab"], key=learned["vocab"].get)]
 
     tokenizer = Tokenizer(
         models.BPE(
             vocab={word: i for i, word in enumerate(words)},
             merges=[tuple(merge) for merge in learned["merges"]],
-            unk_token="<unk>",
+            unk_token=named.get("unk_token"),
             fuse_unk=True,
             byte_fallback=True,
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        **named,
+        additional_special_tokens=[token for token in special_tokens if token not in named.values()],
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
@@ -133,12 +139,17 @@ def init_tiny_mgm(tokenizer: PreTrainedTokenizerFast) -> MGMForConditionalGenera
     config.pad_token_id = tokenizer.pad_token_id
     model = MGMForConditionalGeneration(config)
     model.generation_config = build_generation_config(tokenizer)
+    init_narrow(model)
+    return model
+
+
+def init_narrow(model: nn.Module) -> None:
+    """First weights that learn from nothing: transformers' std of 0.02 is for wide layers."""
     for name, parameter in model.named_parameters():
         if name.endswith("layer_scale_parameter"):
             torch.nn.init.ones_(parameter)
-        elif parameter.ndim > 1 and "embed" not in name:  # transformers' std of 0.02 is for wide layers
+        elif parameter.ndim > 1 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model
 
 
 def train_vision(model: MGMForConditionalGeneration, processor: MGMProcessor, config: TinyConfig) -> None:
@@ -212,6 +223,13 @@ def optimize(
 
 
 def place_batch(processor: MGMProcessor, batch_size: int, rng: random.Random) -> dict[str, torch.Tensor]:
+    images, conversations = place_conversations(batch_size, rng)
+    return processor(conversations=conversations, images=images)
+
+
+def place_conversations(
+    batch_size: int, rng: random.Random
+) -> tuple[list[list[Image.Image]], list[list[dict[str, str]]]]:
     """Distorted images of training scans, each with a conversation of several questions in any order."""
     images, conversations = [], []
     for _ in range(batch_size):
@@ -220,7 +238,7 @@ def place_batch(processor: MGMProcessor, batch_size: int, rng: random.Random) ->
         rng.shuffle(questions)
         images.append([draw_number(scans, rng, distortion=2.0)])
         conversations.append(to_conversation(questions[:5]))
-    return processor(conversations=conversations, images=images)
+    return images, conversations
 
 
 def to_conversation(questions: list[tuple[str, str]]) -> list[dict[str, str]]:
