@@ -1,7 +1,8 @@
-"""How near memory predictions come on a GPU, for MGM-2B: results/gpu/matrix.json, docs/memory.md.
+"""How near memory predictions come on a GPU: results/gpu/matrix.json and families.json, docs/memory.md.
 
     python -m benchmarks.gpu_matrix --mode measure    # needs a GPU of 80 GB; adds the rows that are missing
     python -m benchmarks.gpu_matrix --mode predict    # needs no GPU; predicts all rows, each 10 to 80 seconds
+    python -m benchmarks.gpu_matrix --families true --mode measure    # other families' models, at their real size
 
 A row that runs out of memory is a result too. Measuring also writes what PyTorch's allocator did in one run, to
 history.json.gz, for tests/test_allocator.py.
@@ -53,6 +54,16 @@ ROWS = [
     *({"loss": "full", "lora_r": rank, "max_seq_len": length} for length in (1024, 2048) for rank in (8, 32)),
     {"lora_r": 0, "optim": "sgd"},
 ]
+FAMILIES = ("qwen3-vl-2b", "qwen3.5-2b", "gemma-3-4b", "gemma-4-e2b", "ministral-3-3b", "smolvlm2-2.2b")
+FAMILY_ROWS = [
+    *({"model": name} for name in FAMILIES),
+    *({"model": name, "lora_target_modules": ["all-linear"], "images_per_sample": 2} for name in FAMILIES),
+    *({"model": name, "gradient_checkpointing": False, "max_seq_len": 1024} for name in FAMILIES),
+    {"model": "qwen3-vl-2b", "image_size": "1280x960"},
+    {"model": "qwen2.5-vl-3b"},
+    {"model": "paligemma2-3b"},
+    {"model": "internvl3.5-2b"},
+]
 HISTORY_ROW = {"max_seq_len": 1024}
 PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes")
 
@@ -61,6 +72,7 @@ PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "hos
 class MatrixConfig(RowsConfig):
     mode: str = flag("predict", "measure | predict")
     model: str = "mgm-2b"
+    families: bool = flag(False, "the models of other families instead")
     gpu: str = flag("h100", "the card's name in memory/gpus.py")
     output: str = "results/gpu"
 
@@ -69,7 +81,7 @@ class MatrixConfig(RowsConfig):
 
 
 def main(config: MatrixConfig) -> dict[str, Any]:
-    path = Path(config.output) / "matrix.json"
+    path = Path(config.output) / ("families.json" if config.families else "matrix.json")
     result = measure_rows(config, path) if config.mode == "measure" else predict_rows(config, path)
     return {"rows": len(result["rows"]), "output": config.output}
 
@@ -78,10 +90,10 @@ def measure_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     rows = Rows(path, {"version": 1}, config.overwrite, machine=gpu_machine())
     path.parent.mkdir(parents=True, exist_ok=True)
     history_path = path.parent / "history.json.gz"
-    if not history_path.exists():
+    if not history_path.exists() and not config.families:
         with gzip.open(history_path, "wt") as file:
             json.dump(in_fresh_process(record_history, row_config(config, HISTORY_ROW)), file)
-    for flags in rows.missing(ROWS):
+    for flags in rows.missing(FAMILY_ROWS if config.families else ROWS):
         rows.add({"flags": flags, "measured": measure_row(config, flags)})
     return rows.result
 
