@@ -88,7 +88,7 @@ def main(config: TrainConfig) -> dict | None:
 
     model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
     loader, sampler, longest = build_loader(
-        config, train_dataset, processor, model.config, accelerator.num_processes, config.group_by_length
+        config, train_dataset, processor, accelerator.num_processes, config.group_by_length
     )
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
@@ -118,7 +118,8 @@ def main(config: TrainConfig) -> dict | None:
         log.num_cut_replies = train_dataset.num_cut
         model.train()
         if config.rehearse:
-            rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
+            rows = (longest, held_out.longest)
+            rehearse(accelerator, model, processor, state, config, *rows, announce=out_of_memory.at)
         if checkpoint is None:
             out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)

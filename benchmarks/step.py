@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import step
 from benchmarks.rows import machine
+from chat.label_mask import find_label_positions
 from child_processes import process_pool
 from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
 from layers.recompute_activation import recompute_activations
@@ -39,7 +40,6 @@ from memory.cpu_profile import memory_events, profile_memory, rise, storage_byte
 from memory.launch import launched
 from memory.strategy import Strategy
 from mgm.configuration_mgm import mgm_2b
-from mgm.label_mask import find_label_positions
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.config import MIXED_PRECISIONS
 from models.loading import load_processor

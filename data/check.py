@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from chat.messages import ROLES
 from child_processes import process_pool
 from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
 from data.turn_ends import missing_turn_end
-from mgm.processing_mgm import ROLES
 from models.loading import load_processor
 from utils import UserError, check_minimum, flag, run_script
 

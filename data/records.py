@@ -4,7 +4,7 @@ import os
 from reprlib import repr as brief
 from typing import Any
 
-from mgm.processing_mgm import IMAGE_TOKEN, to_messages
+from chat.messages import IMAGE_TOKEN, to_messages
 from utils import UserError
 
 

@@ -16,13 +16,14 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory.known import known_length, known_mask, known_quantization
-from memory.probed_step import ProbedStep, local_accelerator
+from memory.probed_step import ProbedStep, local_accelerator, worst_case_inputs
 from memory.record import Allocation, Record
 from memory.recorder import Recorder
 from models.lora import trained_parameters
@@ -43,11 +44,12 @@ def trace_single(config: ProbeConfig) -> Record:
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     fake_mode = FakeTensorMode()
+    inputs = tree_map_only(torch.Tensor, fake_mode.from_tensor, worst_case_inputs(config))
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
         recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
         with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
-            probed = ProbedStep.build(config, accelerator, model)
+            probed = ProbedStep.build(config, accelerator, model, inputs=inputs)
             record_loaded(recorder, probed)
             if on_gpu:
                 use_foreach(probed.optimizer)

@@ -23,15 +23,17 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
 from memory.known import known_device, known_length, known_mask, known_quantization
 from memory.launch import in_fresh_process, launched
 from memory.placed import PlacedRecord, PlacedRecorder, split_by_place
-from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
+from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, worst_case_inputs
 from memory.record import TraceError
 from memory.stand_in import STAND_IN_DEVICE, install_stand_in
 from memory.strategy import Strategy
@@ -56,6 +58,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     """What trace_deepspeed returns. For a fresh process."""
     device = STAND_IN_DEVICE[config.device]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = tree_map_only(torch.Tensor, fake_mode.from_tensor, worst_case_inputs(config))
     stand_in = install_stand_in(device, world_size)
     model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
     # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
@@ -64,7 +67,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
     accelerator = launched_accelerator(config)
     with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
-        probed = ProbedStep.build(config, accelerator, model, device)
+        probed = ProbedStep.build(config, accelerator, model, device, inputs)
         record_loaded(recorder, probed)
         with recorder, known_quantization():
             prepare(recorder, probed)

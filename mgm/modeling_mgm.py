@@ -11,9 +11,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
+from chat.label_mask import find_label_positions
 from layers.chunked_loss import LanguageModelHead
 from mgm.configuration_mgm import MGMConfig
-from mgm.label_mask import find_label_positions
 from mgm.patch_info_mining import MGMPatchInfoMining
 
 

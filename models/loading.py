@@ -38,14 +38,18 @@ def load_config(name: str) -> PreTrainedConfig:
     return _from_pretrained(AutoConfig, name)
 
 
+def is_text_only(config: PreTrainedConfig) -> bool:
+    """Whether it is a language model alone, which takes no images."""
+    return type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
     """A preset with random weights, or the model of a folder or a hub id. Raises UserError if it cannot be loaded.
 
     With `quantize` nf4 the language model's linear layers hold 4 bits per weight, and compute in `dtype`.
     """
     config = load_config(name)
-    has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    auto_class = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)

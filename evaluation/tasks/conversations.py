@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import partial
 
+from chat.messages import to_messages
 from data.dataset import ConversationDataset, open_dataset
 from data.demo import DEMO_QUESTIONS, ensure_demo
 from evaluation.tasks.task import Question, Score, scores_of
-from mgm.processing_mgm import to_messages
 
 
 @dataclass(frozen=True)
