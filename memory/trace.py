@@ -21,7 +21,8 @@ import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.known import known_length, known_mask, known_quantization
+from memory.known import known_length, known_quantization
+from memory.partly_fake import PartlyFakeMode
 from memory.probed_step import ProbedStep, local_accelerator
 from memory.record import Allocation, Record
 from memory.recorder import Recorder
@@ -42,7 +43,7 @@ def trace_single(config: ProbeConfig) -> Record:
     config = copy.copy(config)
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
-    fake_mode = FakeTensorMode()
+    fake_mode = PartlyFakeMode()
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
         recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
@@ -55,9 +56,8 @@ def trace_single(config: ProbeConfig) -> Record:
             with recorder, known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
-                with nullcontext() if config.packing else known_mask():  # a packed row needs a mask
-                    probed.run_updates()
-                with known_mask(), known_length():
+                probed.run_updates()
+                with known_length():
                     probed.end_run(recorder.enter_phase, copies_to_host=not on_gpu)
     categorize(recorder.record, model)
     return recorder.record
