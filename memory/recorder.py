@@ -156,6 +156,10 @@ class Recorder(TorchDispatchMode):
     def mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         self.set_category("optimizer", (value for state in optimizer.state.values() for value in state.values()))
 
+    def is_in_model(self) -> bool:
+        """Whether a module's forward runs."""
+        return bool(self.modules.running)
+
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.answers_items = phase == "evaluate"  # generation asks after every token which answers have ended

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import step
 from layers.quantization import replace_tensors, state_tensors
@@ -79,7 +78,7 @@ def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
 
 
 def build_fake_model(
-    config: ProbeConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
+    config: ProbeConfig, fake_mode: PartlyFakeMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
     """step.build_model's model, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -87,7 +86,7 @@ def build_fake_model(
     return fake_model(model, device, fake_mode)
 
 
-def fake_model(model: nn.Module, device: str, fake_mode: FakeTensorMode) -> nn.Module:
+def fake_model(model: nn.Module, device: str, fake_mode: PartlyFakeMode) -> nn.Module:
     """The model, its tensors (on `meta`) replaced by fake ones on the device. What modules share stays shared."""
     replaced: dict[torch.Tensor, torch.Tensor] = {}
     with fake_mode:
