@@ -58,11 +58,13 @@ def move(spans: list[Span], segments: list[Span], shifts: list[int]) -> list[Spa
 def find_expansion(text: str, expanded: str, placeholder: str) -> Expansion | None:
     """Find each segment of the text, in order, in its expansion. None if one is not there.
 
-    What follows the last segment is cut off: a conversation ends as its template ends it.
+    What follows the last segment is cut off: a conversation ends as its template ends it. Where nothing follows the
+    last image, all the rest stands for it.
     """
     segments, expanded_segments, position, cursor = [], [], 0, 0
     for segment in text.split(placeholder):
-        begin = expanded.find(segment, cursor)
+        ends_with_image = position == len(text) > 0
+        begin = len(expanded) if ends_with_image else expanded.find(segment, cursor)
         if begin < 0:
             return None
         cursor = begin + len(segment)
