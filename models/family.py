@@ -20,12 +20,22 @@ class Family:
     packs: bool = False
     # Values of --mixed_precision in which its activations overflow.
     refused_precisions: tuple[str, ...] = ()
+    # Whether the embeddings' output gets a gradient though it is frozen, as transformers and PEFT would have it: of no
+    # use, but MGM's memory has been measured with it.
+    keeps_input_gradients: bool = False
+    # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
+    layers_without_lora: tuple[str, ...] = ()
     # Of a family whose processor ships none.
     chat_template: str | None = None
 
 
+MAMBA = Family(layers_without_lora=("out_proj", "conv1d"))
+
 FAMILIES = {
-    "mgm": Family(trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True),
+    "mgm": Family(
+        trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
+    ),
+    **{name: MAMBA for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")},
 }
 
 

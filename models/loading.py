@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,6 +26,7 @@ from transformers.modeling_utils import set_quantized_state
 
 from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
 from mgm import PRESETS
+from models.parts import language_model, path_of
 from utils import UserError, brief_error
 
 
@@ -44,15 +48,19 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     With `quantize` nf4 the language model's linear layers hold 4 bits per weight, and compute in `dtype`.
     """
     config = load_config(name)
-    has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    auto_class = auto_class_of(config, name)
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
+        with torch.device("meta"), set_quantized_state():
+            skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
+        language_path = path_of(skeleton, language_model(skeleton))
     if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
-            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        return quantize_language_model(model, dtype) if is_quantized else model
+            model = _from_config(auto_class, name, config, dtype, attn_implementation)
+        if is_quantized:
+            quantize_language_model(model, language_path, dtype)
+        return model
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -60,14 +68,43 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
-        quantization_config=nf4_config(dtype) if is_quantized else None,
+        quantization_config=nf4_config(dtype, language_path) if is_quantized else None,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"--model {name}: the weights do not fit the config ({found})")
     keep_layout(model)
+    remove_hook_from_submodules(model)  # of a quantized model, to move inputs to the one device where they are
     return model
+
+
+def auto_class_of(config: PreTrainedConfig, name: str) -> type:
+    """The Auto class of the config's model. Raises UserError for a model that does not write text token by token."""
+    problem = None
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        problem = "its encoder reads the text that its decoder answers"
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = "it is no language model"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        problem = "it reads text in both directions"
+    if problem is not None:
+        raise UserError(
+            f"--model {name}: a model of the type {config.model_type} cannot be trained here, {problem}; choose an "
+            "image-text-to-text or a causal language model"
+        )
+    return AutoModelForCausalLM
+
+
+def _from_config(
+    auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    try:
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise _explained(error, name, attn_implementation) from None
 
 
 def require_quantization(quantize: str) -> None:
@@ -98,10 +135,14 @@ def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         check_no_adapter(name)
-        if isinstance(error, ImportError) and (attention := kwargs.get("attn_implementation")):
-            remedy = "choose sdpa, or install requirements-gpu.txt"
-            raise UserError(f"--attn_implementation {attention}: {brief_error(error)}; {remedy}") from None
-        raise UserError(f"--model {name}: cannot be loaded ({error})") from None
+        raise _explained(error, name, kwargs.get("attn_implementation")) from None
+
+
+def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:
+    if attn_implementation is not None and "attention" in brief_error(error).lower():
+        remedy = "choose eager" if attn_implementation == "sdpa" else "choose sdpa, or install requirements-gpu.txt"
+        return UserError(f"--attn_implementation {attn_implementation}: {brief_error(error)}; {remedy}")
+    return UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())})")
 
 
 def check_no_adapter(name: str) -> None:

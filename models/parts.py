@@ -6,16 +6,30 @@ from transformers import PreTrainedModel
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder that reads text, without the head that makes logits."""
-    decoder = model
-    while isinstance(inner := decoder.get_decoder(), PreTrainedModel) and inner is not decoder:
+    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    while inner := _child_with(decoder, embeddings):
         decoder = inner  # Llama 4's is a language model with a head, around the decoder itself
     return decoder
 
 
+def _child_with(model: nn.Module, embeddings: nn.Module) -> PreTrainedModel | None:
+    children = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    return next((child for child in children if any(part is embeddings for part in child.modules())), None)
+
+
 def vision_tower(model: PreTrainedModel) -> nn.Module | None:
     """The module that encodes images; None for a model that reads text alone, or images without a tower."""
-    tower = model.get_encoder("image")
-    return None if tower is model or tower is model.base_model else tower
+    return _encoder(model, "image")
+
+
+def towers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that encode what is not text."""
+    return [tower for modality in ("image", "audio") if (tower := _encoder(model, modality)) is not None]
+
+
+def _encoder(model: PreTrainedModel, modality: str) -> nn.Module | None:
+    encoder = model.get_encoder(modality)
+    return None if encoder is model or encoder is model.base_model else encoder
 
 
 def path_of(model: nn.Module, part: nn.Module) -> str:
@@ -24,3 +38,8 @@ def path_of(model: nn.Module, part: nn.Module) -> str:
         if module is part:
             return path
     raise ValueError(f"{type(model).__name__} has no such {type(part).__name__} in it")
+
+
+def unused_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that the loss does not depend on, and that therefore cannot be trained."""
+    return model.base_model.unused_modules() if hasattr(model.base_model, "unused_modules") else []
