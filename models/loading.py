@@ -168,11 +168,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a model's files into a UserError."""
     try:
         yield
-    except (
-        *LOADING_ERRORS,
-        AttributeError,
-        TypeError,
-    ) as error:  # the last two: odd files
+    except (*LOADING_ERRORS, AttributeError, TypeError) as error:  # the last two: settings of another form
         check_no_adapter(name)
         raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 
