@@ -28,7 +28,7 @@ from data.images import MOVED
 from data.loader import build_loader
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
-from models.loading import load_processor, num_positions
+from models.loading import check_is_no_preset, load_processor, num_positions
 from step import build_accelerator, build_model, build_optimizer, check_model, training_step
 from training.checkpoints import (
     Checkpoints,
@@ -182,6 +182,7 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
 
 def build_processor(config: TrainConfig) -> ProcessorMixin:
     """The model's processor, with `--image_aspect_ratio` if that is given. The run saves the processor with it."""
+    check_is_no_preset(config.model)
     processor = load_processor(config.model)
     if config.image_aspect_ratio is None:
         config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json

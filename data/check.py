@@ -28,7 +28,7 @@ from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
 from data.turn_ends import missing_turn_end
 from mgm.processing_mgm import ROLES
-from models.loading import load_processor
+from models.loading import check_is_no_preset, load_processor
 from utils import UserError, check_minimum, flag, run_script
 
 
@@ -109,6 +109,7 @@ def find_notes(records: datasets.Dataset) -> dict[str, int]:
 
 def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
     """How many records --max_seq_len cuts, how many it leaves out, and whether replies have an end of turn."""
+    check_is_no_preset(config.model)
     processor = load_processor(config.model)
     lacks_turn_end = missing_turn_end(config.model, processor, records[0]) is not None
     measured = measure_lengths(records, processor, config.max_seq_len)

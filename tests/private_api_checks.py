@@ -15,11 +15,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers as tf
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from tiny_families import tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +36,7 @@ from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, ker
 from memory.known import READERS
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
+from models.processors import VideoSettings
 from utils import UserError
 
 
@@ -45,6 +48,24 @@ def small_gemma(**config: object) -> GemmaForCausalLM:
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
     torch.manual_seed(0)
     return GemmaForCausalLM(GemmaConfig(num_attention_heads=2, num_key_value_heads=1, **(sizes | config))).eval()
+
+
+def check_video_settings() -> None:
+    """A processor takes them for a video processor and saves what they hold."""
+    images, tokenizer = tf.Qwen2VLImageProcessorPil(), tiny_tokenizer(image_token="<image>", video_token="<video>")
+    processor = tf.Qwen2VLProcessor(images, tokenizer, VideoSettings({"fps": 3}))
+    assert processor.to_dict()["video_processor"] == {"fps": 3}
+
+
+def check_pixtral_resize() -> None:
+    """Both files have the same function."""
+    folder = Path(tf.__file__).parent / "models/pixtral"
+    bodies = []
+    for name in ("image_processing_pixtral.py", "image_processing_pil_pixtral.py"):
+        tree = ast.parse((folder / name).read_text())
+        named = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        bodies.append(ast.dump(named["get_resize_output_image_size"]))
+    assert bodies[0] == bodies[1], "they differ"
 
 
 @contextmanager
