@@ -30,9 +30,10 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from utils import UserError
+from utils import UserError, brief_error
 
 
+FILES = "processor_config.json or preprocessor_config.json"
 NO_REMOTE_CODE = {"trust_remote_code": False}  # the default, None, asks a question on the terminal
 
 # PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
@@ -98,10 +99,7 @@ def find_class(name: str, config: PreTrainedConfig | None) -> type[ProcessorMixi
     if chosen is None and type(config) in PROCESSOR_MAPPING:
         chosen = processor_class(PROCESSOR_MAPPING[type(config)].__name__)
     if chosen is None:
-        raise UserError(
-            f"--model {name}: there is no processor in it that transformers knows: processor_config.json, "
-            "preprocessor_config.json and the tokenizer's files must lie beside config.json"
-        )
+        raise UserError(f"--model {name}: there is no processor in it that transformers knows ({FILES})")
     return chosen
 
 
@@ -142,7 +140,11 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
     """The tokenizer of a folder or a hub id, which can pad. Raises UserError if it has no tokenizer.json."""
     # Mistral's own tokenizer, which is taken where mistral-common is installed, knows no offsets.
     auto = {"mistral_format": False, **NO_REMOTE_CODE} if tokenizer_class is AutoTokenizer else {}
-    tokenizer = tokenizer_class.from_pretrained(name, **auto)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(name, **auto)
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"{brief_error(error)}; tokenizer.json and tokenizer_config.json must be beside config.json"
+        raise UserError(f"--model {name}: its tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no tokenizer.json, and no other kind is supported")
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
@@ -153,6 +155,8 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
 def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", config=config, **NO_REMOTE_CODE)
+    except OSError:
+        raise UserError(f"--model {name}: there are no image settings in it ({FILES})") from None
     except (ValueError, ImportError) as error:
         if is_torchvision_available() or "torchvision" not in str(error):
             raise
