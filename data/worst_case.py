@@ -107,9 +107,8 @@ def worst_case_questions(processor: ProcessorMixin | None, config: StepConfig, r
     if rows > 1:
         batch["attention_mask"][-1, 0] = 0
         if length > image_length:  # the last row's tokens stand one further to the right, behind the padding
-            for name in per_token(batch):
-                batch[name][-1, 1:] = batch[name][-1, :-1].clone()
-            batch["attention_mask"][-1, 0] = 0
+            for name in set(per_token(batch)) - {"attention_mask"}:
+                batch[name][-1] = batch[name][-1].roll(1, dims=0)
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORE_INDEX)
     if processor is not None:
         set_token_types(processor, batch)

@@ -290,6 +290,8 @@ APIS = [
             ("_scaled_dot_product_attention_math", "the attention of a GPU"),
             ("_scaled_dot_product_flash_attention_backward", "has a workspace on a GPU"),
             ("_scaled_dot_product_efficient_attention_backward", "has a workspace on a GPU"),
+            ("_scaled_dot_product_flash_attention_for_cpu", "has a workspace on a CPU"),
+            ("_scaled_dot_product_flash_attention_for_cpu_backward", "has a workspace on a CPU"),
             ("_softmax_backward_data", "has a workspace on a GPU"),
         )
     ],
