@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
-from models.loading import load_processor
+from models.loading import check_is_no_preset, load_processor
 from models.lora import freeze_unused
 from utils import UserError, name_some
 
@@ -60,5 +60,6 @@ def load_adapter(model: nn.Module, adapter: str) -> PeftModel:
 
 def load_trained_processor(model: str, adapter: str | None) -> ProcessorMixin:
     """The processor in the adapter's folder, with which it was trained; without one, the model's."""
+    check_is_no_preset(model)
     has_own = adapter is not None and (Path(adapter) / PROCESSOR_NAME).is_file()
     return load_processor(adapter if has_own else model)

@@ -4,26 +4,38 @@ import json
 import math
 import pickle
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.modeling_utils import set_quantized_state
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
+from chat.text_processor import TextProcessor
 from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
-from mgm import PRESETS
+from models.parts import language_model, path_of
+from models.presets import PRESETS
+from models.processors import give_chat_template, read_processor, read_tokenizer
 from utils import UserError, brief_error
+
+
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError)
 
 
 def is_preset(name: str) -> bool:
@@ -31,11 +43,55 @@ def is_preset(name: str) -> bool:
     return name in PRESETS and not Path(name).is_dir()
 
 
+def is_text_only(config: PreTrainedConfig) -> bool:
+    """Whether the model of this config reads no images."""
+    return type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset, a folder or a hub id. Raises UserError if there is none."""
+    """The configuration of a preset, a folder or a hub id.
+
+    Raises:
+        UserError: there is none, or transformers has no model for it that writes text token by token.
+    """
     if is_preset(name):
-        return PRESETS[name]()
-    return _from_pretrained(AutoConfig, name)
+        return PRESETS[name].config()
+    check_exists(name)
+    with errors_in_one_line(name):
+        check_model_type(name, PreTrainedConfig.get_config_dict(name)[0])
+        config = AutoConfig.from_pretrained(name)
+    check_writes_text(name, config)
+    return config
+
+
+def check_writes_text(name: str, config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that does not write text token by token, after all that it has read."""
+    kind = f"--model {name}: a model of the type {config.model_type}"
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise UserError(f"{kind} has an encoder and a decoder for text, choose one with a decoder alone")
+    if is_text_only(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"--model {name}: transformers has no vision-language model and no causal language model of the type "
+            f"{config.model_type}"
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        raise UserError(f"{kind} reads text in both directions, choose a causal language model")
+
+
+def check_model_type(name: str, settings: dict[str, Any]) -> None:
+    """Raise UserError if transformers does not know a config.json's model type. Code in the folder is not run."""
+    if not settings:  # transformers reads a file that is missing as an empty one
+        check_no_adapter(name)
+        raise UserError(f"--model {name}: cannot be loaded (there is no config.json in it)")
+    model_type = settings.get("model_type")
+    if model_type is None:
+        raise UserError(f"--model {name}: its config.json has no model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    unknown = f"transformers {transformers.__version__} has no model of the type {model_type}"
+    if "auto_map" in settings:
+        raise UserError(f"--model {name}: {unknown}, and code that comes with a model (auto_map) is not run")
+    raise UserError(f"--model {name}: {unknown}")
 
 
 def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize: str = "none") -> PreTrainedModel:
@@ -44,15 +100,19 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     With `quantize` nf4 the language model's linear layers hold 4 bits per weight, and compute in `dtype`.
     """
     config = load_config(name)
-    has_vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    auto_class = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
+        with torch.device("meta"), set_quantized_state():
+            skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
+        language_path = path_of(skeleton, language_model(skeleton))
     if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
-            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        return quantize_language_model(model, dtype) if is_quantized else model
+            model = _from_config(auto_class, name, config, dtype, attn_implementation)
+        if is_quantized:
+            quantize_language_model(model, language_path, dtype)
+        return model
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -60,14 +120,24 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
-        quantization_config=nf4_config(dtype) if is_quantized else None,
+        quantization_config=nf4_config(dtype, language_path) if is_quantized else None,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"--model {name}: the weights do not fit the config ({found})")
     keep_layout(model)
+    remove_hook_from_submodules(model)  # of a quantized model, to move inputs to the one device where they are
     return model
+
+
+def _from_config(
+    auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    try:
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise _explained(error, name, attn_implementation) from None
 
 
 def require_quantization(quantize: str) -> None:
@@ -82,26 +152,68 @@ def require_quantization(quantize: str) -> None:
 
 
 def load_processor(name: str) -> ProcessorMixin:
-    """The processor of a folder or a hub id. Raises UserError if there is none."""
+    """The processor of a preset, a folder or a hub id, with a chat template; a text-only model's is a TextProcessor.
+
+    A preset's has a tokenizer that reads single bytes, with the model's own special tokens.
+
+    Raises:
+        UserError: there is no processor or no chat template, or a package is missing.
+    """
+    if is_preset(name):
+        return PRESETS[name].processor()
+    check_exists(name)
+    folder = Path(name)
+    # An adapter's folder holds the processor with which it was trained, but no config.
+    has_config = not (folder / PROCESSOR_NAME).is_file() or (folder / CONFIG_NAME).is_file()
+    config = load_config(name) if has_config else None
+    with errors_in_one_line(name):
+        if config is not None and is_text_only(config):
+            processor = TextProcessor(read_tokenizer(name))
+        else:
+            processor = read_processor(name, config)
+        give_chat_template(name, processor, config)
+    return processor
+
+
+def check_is_no_preset(name: str) -> None:
+    """Raise UserError for a preset: there is nothing in it to train or to ask."""
     if is_preset(name):
         raise UserError(
-            f"--model {name}: there is no such folder here, and the preset of that name has no tokenizer; make the "
-            "folder with convert_mgm.py"
+            f"--model {name}: there is no such folder here, and the preset of that name has neither weights nor a "
+            "tokenizer; give a model's folder or hub id, or make MGM's folder with convert_mgm.py"
         )
-    return _from_pretrained(AutoProcessor, name)
+
+
+def check_exists(name: str) -> None:
+    """Raise UserError if `name` is neither a folder nor written like a hub id."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
+
+
+@contextmanager
+def errors_in_one_line(name: str) -> Iterator[None]:
+    """Turn what transformers raises while it reads a model's files into a UserError."""
+    try:
+        yield
+    except (*LOADING_ERRORS, AttributeError, TypeError) as error:  # the last two: settings of another form
+        check_no_adapter(name)
+        raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 
 
 def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
+    check_exists(name)
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
+    except LOADING_ERRORS as error:
         check_no_adapter(name)
-        if isinstance(error, ImportError) and (attention := kwargs.get("attn_implementation")):
-            remedy = "choose sdpa, or install requirements-gpu.txt"
-            raise UserError(f"--attn_implementation {attention}: {brief_error(error)}; {remedy}") from None
-        raise UserError(f"--model {name}: cannot be loaded ({error})") from None
+        raise _explained(error, name, kwargs.get("attn_implementation")) from None
+
+
+def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:
+    if attn_implementation is not None and "attention" in brief_error(error).lower():
+        remedy = "choose eager" if attn_implementation == "sdpa" else "choose sdpa, or install requirements-gpu.txt"
+        return UserError(f"--attn_implementation {attn_implementation}: {brief_error(error)}; {remedy}")
+    return UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())})")
 
 
 def check_no_adapter(name: str) -> None:

@@ -15,25 +15,29 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers as tf
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from tiny_families import tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin, masking_utils
+from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
 
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
 from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
 from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
+from memory.partly_fake import PartlyFakeMode
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
+from models.processors import VideoSettings
 from utils import UserError
 
 
@@ -45,6 +49,24 @@ def small_gemma(**config: object) -> GemmaForCausalLM:
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
     torch.manual_seed(0)
     return GemmaForCausalLM(GemmaConfig(num_attention_heads=2, num_key_value_heads=1, **(sizes | config))).eval()
+
+
+def check_video_settings() -> None:
+    """A processor takes them for a video processor and saves what they hold."""
+    images, tokenizer = tf.Qwen2VLImageProcessorPil(), tiny_tokenizer(image_token="<image>", video_token="<video>")
+    processor = tf.Qwen2VLProcessor(images, tokenizer, VideoSettings({"fps": 3}))
+    assert processor.to_dict()["video_processor"] == {"fps": 3}
+
+
+def check_pixtral_resize() -> None:
+    """Both files have the same function."""
+    folder = Path(tf.__file__).parent / "models/pixtral"
+    bodies = []
+    for name in ("image_processing_pixtral.py", "image_processing_pil_pixtral.py"):
+        tree = ast.parse((folder / name).read_text())
+        named = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        bodies.append(ast.dump(named["get_resize_output_image_size"]))
+    assert bodies[0] == bodies[1], "they differ"
 
 
 @contextmanager
@@ -64,11 +86,6 @@ def must_call(owner: object, *names: str) -> Iterator[None]:
     with patch.multiple(owner, **{name: noting(name) for name in names}):
         yield
     assert called == set(names), f"no longer called: {', '.join(sorted(set(names) - called))}"
-
-
-def check_masks() -> None:
-    with must_call(masking_utils, "is_tracing", "fast_all"):
-        small_gemma()(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
 
 
 def check_generation() -> None:
@@ -143,7 +160,8 @@ def check_dora() -> None:
 
 
 def check_peft_asks_for_4_bits() -> None:
-    model = quantize_language_model(small_gemma(), torch.float32)
+    model = small_gemma()
+    quantize_language_model(model, "model", torch.float32)
     peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert any(isinstance(module, LoraLinear4bit) for module in peft_model.modules()), "PEFT asks otherwise"
 
@@ -170,7 +188,7 @@ def check_gemm_4bit() -> None:
 
 
 def check_skip_modules() -> None:
-    assert nf4_config(torch.float32).llm_int8_skip_modules, "the towers would be quantized"
+    assert nf4_config(torch.float32, "model").llm_int8_skip_modules, "the towers would be quantized"
 
 
 class Operators(TorchDispatchMode):
@@ -232,6 +250,24 @@ def check_fake_devices() -> None:
         device, host = torch.empty(2, device="cpu:0"), torch.empty(2, device="cpu")
         assert device.device == torch.device("cpu:0") != host.device
         assert device.to("cpu").device == host.device
+
+
+def check_grouped_mm() -> None:
+    """The real kernel takes fp32, and its output has the form that is made up for it."""
+    x, weights, ends = torch.ones(8, 16), torch.ones(2, 16, 32), torch.tensor([3, 8], dtype=torch.int32)
+    real = torch.ops.aten._grouped_mm.default(x, weights, ends)
+    with PartlyFakeMode() as fake_mode:
+        made_up = torch.ops.aten._grouped_mm.default(fake_mode.from_tensor(x), weights, ends)
+    assert (made_up.shape, made_up.stride(), made_up.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def check_partly_fake() -> None:
+    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator."""
+    written = [argument.alias_info is not None for argument in torch.ops.aten.add_.Tensor._schema.arguments]
+    assert written == [True, False, False]
+    with PartlyFakeMode() as fake_mode:
+        x, mask = fake_mode.from_tensor(torch.ones(3, 2)), torch.tensor([True, False, True])
+        assert x[mask].shape == torch.ops.aten._unsafe_index.Tensor(x, [mask]).shape == (2, 2)
 
 
 def check_checkpoint_keeps_random_state() -> None:

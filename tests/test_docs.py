@@ -38,7 +38,7 @@ def test_every_file_is_on_the_layout_page():
     links = re.findall(r"^\| \[([\w/]+\.py)\]\(\.\./([\w/]+\.py)\)", (ROOT / "docs/layout.md").read_text(), flags=re.M)
     assert all(f"/{path}".endswith(f"/{name}") for name, path in links)
     listed = [path for _, path in links]
-    folders = ("layers", "mgm", "models", "data", "memory", "evaluation", "training", "conversion")
+    folders = ("layers", "chat", "mgm", "models", "data", "memory", "evaluation", "training", "conversion")
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     assert sorted(listed) == sorted(str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py")
 

@@ -234,7 +234,7 @@ def fail(capsys, monkeypatch, *words: str) -> str:
         ("--dataset missing.json", ["missing.json", "no such file"]),
         ("--dataset pyproject.toml", ["pyproject.toml"]),
         ("--model no/such/folder", ["no/such/folder", "no such folder"]),
-        ("--model tiny", ["--model tiny", "no tokenizer"]),
+        ("--model tiny", ["--model tiny", "neither weights nor a tokenizer"]),
         ("--adapter missing", ["--adapter missing", "adapter_config.json"]),
         ("--batch_size 0", ["--batch_size 0", "at least 1"]),
         ("--limit -1", ["--limit -1"]),

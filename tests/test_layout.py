@@ -17,6 +17,7 @@ FLOORS = (
     ("step",),
     ("models",),
     ("mgm",),
+    ("chat",),
     ("layers",),
     ("utils", "child_processes", "quiet"),
 )

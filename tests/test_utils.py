@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.config import ModelConfig, resolve_mixed_precision
-from models.loading import load_config, load_model, load_processor
+from models.loading import check_is_no_preset, load_config, load_model, load_processor
 from utils import UserError, check_writable, markdown_table, parse_config
 
 
@@ -185,13 +185,13 @@ def test_mixed_precision_is_what_the_machine_can(monkeypatch, has_gpu, has_bf16,
 
 
 def test_a_model_that_is_not_there():
-    """Neither preset nor folder nor hub id, a preset's processor, and a folder without a model."""
+    """Neither preset nor folder nor hub id, a preset where weights are needed, and a folder without a model."""
     with pytest.raises(UserError, match="--model no/such/folder: no such folder, and the presets are tiny, mgm-1"):
         load_model("no/such/folder", torch.float32, "sdpa")
     with pytest.raises(
-        UserError, match="--model tiny: there is no such folder here, and the preset of that name has no tokenizer"
+        UserError, match="--model tiny: there is no such folder here, and the preset of that name has neither weights"
     ):
-        load_processor("tiny")
+        check_is_no_preset("tiny")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_model(str(ROOT / "tests"), torch.float32, "sdpa")
 
