@@ -29,7 +29,7 @@ from data.loader import build_loader
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import check_is_no_preset, load_processor, num_positions
-from step import build_accelerator, build_model, build_optimizer, check_positions, training_step
+from step import build_accelerator, build_model, build_optimizer, check_model, training_step
 from training.checkpoints import (
     Checkpoints,
     Position,
@@ -65,7 +65,7 @@ def main(config: TrainConfig) -> dict | None:
         config.max_grad_norm,
         config.output_dir,
     )
-    check_positions(config)
+    check_model(config)
     processor = build_processor(config)
     set_seed(config.seed)
 

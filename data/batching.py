@@ -17,8 +17,9 @@ from data.batch import Batch
 from data.cache import naming_the_cache
 from data.dataset import FILLER
 from data.sharing import share
+from layers.chunked_loss import find_label_positions
 from mgm.chat_templates import Span
-from mgm.label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
+from mgm.label_mask import CutImage, count_fitting_tokens, find_label_tokens
 from mgm.processing_mgm import MGMProcessor
 from utils import UserError, brief_error
 

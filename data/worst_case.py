@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig
 
-from layers.chunked_loss import IGNORE_INDEX
+from layers.chunked_loss import FIRST_LABEL, IGNORE_INDEX
 from mgm.configuration_mgm import MGMConfig
-from mgm.label_mask import FIRST_LABEL
 from step import StepConfig
 
 

@@ -2,20 +2,15 @@
 
 A token carries a label if it starts inside a reply, is not an image, is not cut off, and is not the first of its
 sample: no token comes before that one to predict it. `chat_templates` finds the replies. The processor and the counter
-of label tokens both call `count_fitting_tokens` and `find_label_tokens`. The collators and the model's loss call
-`find_label_positions`.
+of label tokens both call `count_fitting_tokens` and `find_label_tokens`.
 """
 
 from bisect import bisect_left
 
-import torch
 from tokenizers import Encoding
 
-from layers.chunked_loss import IGNORE_INDEX
+from layers.chunked_loss import FIRST_LABEL
 from mgm.chat_templates import Span
-
-
-FIRST_LABEL = 1  # no token predicts position 0
 
 
 class CutImage(ValueError):
@@ -70,13 +65,3 @@ def find_label_tokens(
 
     in_replies = [kept[first_token(begin) : first_token(end)] for begin, end in replies]
     return [index for indices in in_replies for index in indices if input_ids[index] != image_token_id]
-
-
-def find_label_positions(labels: torch.LongTensor) -> torch.LongTensor:
-    """The flat positions (row * T + column) of the labels [B, T] that enter the loss.
-
-    On a GPU this waits for the device, since the result's length depends on the data: collators call it on the CPU.
-    """
-    has_label = labels != IGNORE_INDEX
-    has_label[:, :FIRST_LABEL] = False
-    return has_label.flatten().nonzero().squeeze(1)

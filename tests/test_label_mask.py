@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers import Encoding
 
-from layers.chunked_loss import IGNORE_INDEX
-from mgm.label_mask import CutImage, count_fitting_tokens, find_label_positions, find_label_tokens
+from layers.chunked_loss import IGNORE_INDEX, find_label_positions
+from mgm.label_mask import CutImage, count_fitting_tokens, find_label_tokens
 from models.loading import load_processor
 
 
