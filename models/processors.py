@@ -8,7 +8,6 @@ the folder's video settings are kept and saved again, so that a saved folder loa
 import importlib
 import sys
 from typing import Any
-from unittest import mock
 
 import transformers
 from transformers import (
@@ -116,9 +115,12 @@ def processor_class(name: str) -> type[ProcessorMixin] | None:
 def _pixtral_processor() -> type[ProcessorMixin]:
     """It imports one function from the image processor that needs torchvision: the other one has the same function."""
     package = "transformers.models.pixtral"
-    instead = importlib.import_module(f"{package}.image_processing_pil_pixtral")
-    with mock.patch.dict(sys.modules, {f"{package}.image_processing_pixtral": instead}):
+    missing = f"{package}.image_processing_pixtral"
+    sys.modules[missing] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    try:
         return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[missing]
 
 
 def _read_piece(attribute: str, name: str, chosen: type[ProcessorMixin], config: PreTrainedConfig | None) -> Any:

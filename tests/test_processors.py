@@ -83,6 +83,7 @@ def test_a_familys_processor(folder, request):
     processor.save_pretrained(folder.parent / "saved")
     shutil.copy(folder / "config.json", folder.parent / "saved")
     again = load_processor(str(folder.parent / "saved"))
+    assert type(again) is type(processor)
     assert again.to_dict() == processor.to_dict() and again.chat_template == processor.chat_template
     assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     encoded = encode(again)
