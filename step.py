@@ -14,25 +14,28 @@ from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from layers.model_loss import use_model_loss
 from layers.quantization import QUANTIZATIONS
 from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
+from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
-from models.loading import load_model, num_positions
+from models.family import family_of
+from models.loading import load_config, load_model, num_positions
 from models.lora import (
     ALL_LINEAR,
     check_beside_lora,
+    default_modules,
     freeze_unused,
     lora_pattern,
-    lora_targets,
+    report_layers_without_lora,
     select_modules,
     trained_parameters,
 )
+from models.parts import language_model
 from utils import UserError, check_choice, check_minimum, flag, free_on_resume, name_some
 
 
-VISION_LANGUAGE_MODULES = ["multi_modal_projector", "patch_info_mining"]
-LANGUAGE_MODULES = ["language_model", "lm_head"]
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
 
 
@@ -48,12 +51,13 @@ class StepConfig(ModelConfig):
         default_factory=lambda: ["q_proj", "v_proj", "o_proj"],
         metadata={"help": "linear layers of the language model that get LoRA, by name, or all-linear"},
     )
+    lora_vision_tower: bool = flag(False, "LoRA also on the vision tower's linear layers of those names")
     use_dora: bool = flag(False, "DoRA: train the weights' magnitudes separately (arXiv:2402.09353)")
     use_rslora: bool = flag(False, "scale the adapter by alpha / sqrt(r) instead (arXiv:2312.03732)")
     quantize: str = flag("none", "none | nf4: the frozen language model in 4 bits, by bitsandbytes")
     trainable_modules: list[str] | None = flag(
         None,
-        "modules to train in full; default: projector, mining, with --lora_r 0 the language model",
+        "modules to train in full; default: MGM's projector and mining, with --lora_r 0 the language model",
     )
     loss: str = free_on_resume("chunked", "chunked: logits of some tokens at a time | full: of all tokens at once")
     max_seq_len: int = flag(2048, "the longest row, in tokens, image positions included")
@@ -96,16 +100,10 @@ class StepConfig(ModelConfig):
         if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
             others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
             raise UserError(f"--lora_target_modules {ALL_LINEAR}: it stands alone, leave out {others}")
-        needs_adapter = {"use_dora": self.use_dora, "use_rslora": self.use_rslora, "quantize": self.quantize != "none"}
+        needs_adapter = {name: getattr(self, name) for name in ("use_dora", "use_rslora", "lora_vision_tower")}
+        needs_adapter["quantize"] = self.quantize != "none"
         for name in [name for name, is_set in needs_adapter.items() if is_set and not self.lora_r]:
             raise UserError(f"--{name} {getattr(self, name)}: --lora_r 0 trains no adapter, choose a rank above 0")
-
-    @property
-    def modules_trained_in_full(self) -> list[str]:
-        """`trainable_modules`, or its default, which depends on the rank."""
-        if self.trainable_modules is not None:
-            return self.trainable_modules
-        return VISION_LANGUAGE_MODULES + ([] if self.lora_r else LANGUAGE_MODULES)
 
     @property
     def step_flags(self) -> dict[str, Any]:
@@ -143,13 +141,25 @@ def build_accelerator(
     return accelerator
 
 
-def check_positions(config: StepConfig) -> None:
-    """Raise UserError where rows may be longer than the language model has positions for."""
-    positions = num_positions(config.model)
+def check_model(config: StepConfig) -> None:
+    """Raise UserError for what the model's family cannot do: rows longer than it has positions for, a precision in
+    which its activations overflow, packing."""
+    positions, model_config = num_positions(config.model), load_config(config.model)
     if config.max_seq_len > positions:
         raise UserError(
             f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
             f"(max_position_embeddings); choose --max_seq_len {positions} or less"
+        )
+    family = family_of(model_config)
+    if config.mixed_precision in family.refused_precisions:
+        choices = " or ".join(name for name in MIXED_PRECISIONS if name not in family.refused_precisions)
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision}: activations of {model_config.model_type} overflow in it, "
+            f"choose {choices}"
+        )
+    if config.packing and not family.packs:
+        raise UserError(
+            f"--packing true: nobody has shown that {model_config.model_type} keeps packed samples apart, leave it out"
         )
 
 
@@ -164,19 +174,22 @@ def build_model(
     if is_deepspeed and config.use_dora and config.quantize != "none":
         raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
     dtype = MIXED_PRECISIONS[config.mixed_precision]
-    model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
-    model.chunked_loss = config.loss == "chunked"
+    base = model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
+    use_model_loss(base, config.loss == "chunked")
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
-        )
-    modules = select_modules(model, config.modules_trained_in_full)
-    targets = lora_targets(config.lora_target_modules, getattr(model.model, "language_model", model.model))
-    model.requires_grad_(False)
-    if config.lora_r:
-        check_beside_lora(model, modules, targets, config.modules_trained_in_full)
+        checkpoint_layers(base, config.checkpoint_every_n_layers)
+    names = config.trainable_modules
+    if names is None:
+        names = default_modules(base, has_adapter=config.lora_r > 0)
+    modules = select_modules(base, names)
+    pattern = lora_pattern(base, config.lora_target_modules, config.lora_vision_tower) if config.lora_r else None
+    base.requires_grad_(False)
+    if pattern is not None:
+        check_beside_lora(base, modules, pattern, names)
+        report_layers_without_lora(base, pattern, report)
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(model, lora_config(config, targets, list(modules)))
+        model = get_peft_model(base, lora_config(config, pattern, list(modules)))
+        without_input_gradients(base)
     else:
         for module in modules.values():
             module.requires_grad_(True)
@@ -186,8 +199,9 @@ def build_model(
     if unused:
         report(f"Not trained, because the loss does not depend on it: {name_some(unused)}")
     if not trained_parameters(model):
-        raise UserError(f"--trainable_modules {' '.join(config.modules_trained_in_full)}: nothing is left to train")
-    tile_frozen_mlps(model, config.mlp_tiles)
+        raise UserError(f"--trainable_modules {' '.join(names)}: nothing is left to train")
+    keep_frozen_towers_in_eval(base)
+    tile_frozen_mlps(language_model(base), config.mlp_tiles)
     recompute_activations(model)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
@@ -195,15 +209,14 @@ def build_model(
     return model
 
 
-def lora_config(config: StepConfig, targets: list[str], modules: list[str]) -> LoraConfig:
-    """LoRA on the language model alone, and `modules`, by whole paths, in full: PEFT matches names by their end, and
-    CLIP has a q_proj too."""
+def lora_config(config: StepConfig, pattern: str, modules: list[str]) -> LoraConfig:
+    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
-        target_modules=lora_pattern(targets),
+        target_modules=pattern,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=modules,

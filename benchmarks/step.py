@@ -27,20 +27,18 @@ import transformers
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GemmaConfig, GemmaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import step
 from benchmarks.rows import machine
-from chat.label_mask import find_label_positions
 from child_processes import process_pool
-from layers.chunked_loss import IGNORE_INDEX, LanguageModelHead
+from layers.chunked_loss import IGNORE_INDEX, find_label_positions
+from layers.model_loss import use_model_loss
 from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
 from memory.cpu_profile import memory_events, profile_memory, rise, storage_bytes
 from memory.launch import launched
 from memory.strategy import Strategy
 from mgm.configuration_mgm import mgm_2b
-from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.config import MIXED_PRECISIONS
 from models.loading import load_processor
 from models.lora import trained_parameters
@@ -101,26 +99,11 @@ class Step:
 
 
 class OurLanguageModel(GemmaForCausalLM):
-    """A bare language model with MGM's head, which computes the loss as MGM does."""
+    """A bare language model with the loss that train.py takes."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        labels: torch.LongTensor,
-        label_positions: torch.LongTensor,
-        num_items_in_batch: int,
-    ) -> CausalLMOutputWithPast:
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        loss = MGMForConditionalGeneration.loss_without_logits(
-            self, outputs.last_hidden_state, labels, label_positions, num_items_in_batch
-        )
-        return CausalLMOutputWithPast(loss=loss)
+        use_model_loss(self, chunked=True)
 
 
 def make_row(config: StepBenchmarkConfig) -> dict[str, list[int]]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from chat.label_mask import find_label_positions
-from layers.chunked_loss import IGNORE_INDEX
+from layers.chunked_loss import IGNORE_INDEX, find_label_positions
 
 
 NOT_FOR_FORWARD = ("offset_mapping", "text_replacement_offsets", "labels", "num_crops")

@@ -8,7 +8,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from chat.arguments import cut, forward_arguments, set_token_types
 from chat.expansion import processed, rendered
-from chat.image_text import ShortText, image_text, shortened
+from chat.image_text import SIZES, ShortText, image_text, shortened
 from chat.images import Size
 from chat.label_mask import CutImage, count_fitting_tokens, find_label_tokens, tokens_of
 from chat.render import Messages
@@ -59,6 +59,7 @@ def count_tokens(
     conversations: list[Messages],
     image_sizes: list[list[Size]] | None = None,
     max_length: int | None = None,
+    add_generation_prompt: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each conversation, and how many of those that fit into `max_length` carry a label: 0 if an image would
     be cut. No image is opened.
@@ -69,16 +70,37 @@ def count_tokens(
     Raises:
         ValueError: the template fails.
     """
-    texts, replies = rendered(processor, conversations)
+    short = shortened_conversations(processor, conversations, image_sizes, add_generation_prompt)
+    counts = [_count(*pair, max_length) for pair in zip(encodings_of(processor, short), short, strict=True)]
+    num_tokens, num_label_tokens = np.array(counts).T
+    return num_tokens, num_label_tokens
+
+
+def learned_tokens(processor: ProcessorMixin, conversation: Messages) -> list[list[int]]:
+    """The tokens that carry labels, a list for each reply. No image is needed. Raises what count_tokens raises."""
+    sizes = [SIZES[0]] * sum(part["type"] == "image" for message in conversation for part in message["content"])
+    (short,) = shortened_conversations(processor, [conversation], [sizes])
+    (encoding,) = encodings_of(processor, [short])
+    indices = [find_label_tokens(encoding, [reply], 0, len(encoding)) for reply in short.replies]
+    return [[encoding.ids[index] for index in own] for own in indices]
+
+
+def shortened_conversations(
+    processor: ProcessorMixin,
+    conversations: list[Messages],
+    image_sizes: list[list[Size]] | None,
+    add_generation_prompt: bool = False,
+) -> list[ShortText]:
+    texts, replies = rendered(processor, conversations, add_generation_prompt)
     sizes = [None] * len(texts) if image_sizes is None else image_sizes
-    short = [shortened(processor, *each) for each in zip(texts, replies, sizes, strict=True)]
+    return [shortened(processor, *each) for each in zip(texts, replies, sizes, strict=True)]
+
+
+def encodings_of(processor: ProcessorMixin, short: list[ShortText]) -> list[Encoding]:
     tokenizer = processor.tokenizer.backend_tokenizer
     tokenizer.no_truncation()  # as the transformers tokenizer does before each call
     tokenizer.no_padding()
-    encodings = tokenizer.encode_batch([each.text for each in short], add_special_tokens=False)
-    counts = [_count(*pair, max_length) for pair in zip(encodings, short, strict=True)]
-    num_tokens, num_label_tokens = np.array(counts).T
-    return num_tokens, num_label_tokens
+    return tokenizer.encode_batch([each.text for each in short], add_special_tokens=False)
 
 
 def _count(encoding: Encoding, short: ShortText, max_length: int | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@ are the same whatever stands beside it. Before and after these may be text, as G
 joins with its neighbours': that part is kept, and tokenized with them.
 """
 
+import hashlib
 import weakref
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ class ShortText:
     images: list[tuple[int, int, int]]  # the characters of each image, [begin, end), and its `num_inside`
 
 
-_rules: weakref.WeakKeyDictionary[ProcessorMixin, ImageRule] = weakref.WeakKeyDictionary()
+_identities: weakref.WeakKeyDictionary[ProcessorMixin, str] = weakref.WeakKeyDictionary()
+_rules: dict[str, ImageRule] = {}
 
 
 def image_text(processor: ProcessorMixin, size: Size | None, num_images: int = 1) -> ImageText:
@@ -117,9 +119,19 @@ def shortened(processor: ProcessorMixin, text: str, replies: list[Span], sizes: 
 
 def rule_of(processor: ProcessorMixin) -> ImageRule:
     """The processor's rule, found by trials."""
-    if processor not in _rules:
-        _rules[processor] = _find_rule(processor)
-    return _rules[processor]
+    key = identity(processor)
+    if key not in _rules:
+        _rules[key] = _find_rule(processor)
+    return _rules[key]
+
+
+def identity(processor: ProcessorMixin) -> str:
+    """Names all of a processor's settings that decide what it writes for images: of a copy, too."""
+    if processor not in _identities:
+        tokens = sorted((token_id, str(token)) for token_id, token in processor.tokenizer.added_tokens_decoder.items())
+        settings = f"{type(processor).__qualname__} {processor.to_json_string()} {tokens}"
+        _identities[processor] = hashlib.sha256(settings.encode()).hexdigest()
+    return _identities[processor]
 
 
 def _find_rule(processor: ProcessorMixin) -> ImageRule:

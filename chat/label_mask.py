@@ -2,19 +2,15 @@
 
 A token carries a label if it starts inside a reply, is not cut off, and is not the first of its sample: no token comes
 before that one to predict it. `chat/render.py` finds the replies. What makes batches and what counts label tokens both
-call `count_fitting_tokens` and `find_label_tokens`. The collators and the model's loss call `find_label_positions`.
+call `count_fitting_tokens` and `find_label_tokens`.
 """
 
 from bisect import bisect_left
 
-import torch
 from tokenizers import Encoding
 
 from chat.render import Span
-from layers.chunked_loss import IGNORE_INDEX
-
-
-FIRST_LABEL = 1  # no token predicts position 0
+from layers.chunked_loss import FIRST_LABEL
 
 
 class CutImage(ValueError):
@@ -72,13 +68,3 @@ def tokens_of(encoding: Encoding, begin: int, end: int, within: range) -> range:
         return bisect_left(within, character, key=lambda index: encoding.token_to_chars(index)[0])
 
     return within[first_token(begin) : first_token(end)]
-
-
-def find_label_positions(labels: torch.LongTensor) -> torch.LongTensor:
-    """The flat positions (row * T + column) of the labels [B, T] that enter the loss.
-
-    On a GPU this waits for the device, since the result's length depends on the data: collators call it on the CPU.
-    """
-    has_label = labels != IGNORE_INDEX
-    has_label[:, :FIRST_LABEL] = False
-    return has_label.flatten().nonzero().squeeze(1)

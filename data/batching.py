@@ -1,84 +1,25 @@
-"""From conversations to batches: the length of each sample, the samples of each update, and their collation."""
+"""From conversations to batches: the samples of each update, and their collation."""
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.fingerprint import Hasher
 from transformers import ProcessorMixin
 
 from chat.arguments import find_positions
-from chat.encoding import count_tokens, encode
-from chat.expansion import rendered
+from chat.encoding import encode
 from chat.images import shrink
 from chat.messages import messages_for
-from chat.render import TEMPLATE_ERRORS, Messages
 from data.batch import Batch
-from data.cache import naming_the_cache
 from data.dataset import FILLER
 from data.sharing import share
-from utils import UserError, brief_error
 
 
-# Of the cached counts. Raise it when label_mask, chat_templates or processing_mgm change them.
-LENGTHS_VERSION = 1
-RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
-MAX_PROCESSES = 16
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
 Sample = dict[str, Any] | list[dict[str, Any]]  # of a ConversationDataset; packed: a row of them
-
-
-def measure_lengths(dataset: datasets.Dataset, processor: ProcessorMixin, max_length: int) -> datasets.Dataset:
-    """Add `num_tokens` (before truncation) and `num_label_tokens` (after it) to every record.
-
-    A record has 0 label tokens if truncation would cut one of its images or leaves nothing of its replies. The counts
-    are cached, without the conversations. The cache's key covers all that they depend on, the code by LENGTHS_VERSION.
-    """
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
-    with naming_the_cache():
-        lengths = dataset.map(
-            lambda batch: count_batch(batch, processor, max_length),
-            batched=True,
-            batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
-            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
-            remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-            new_fingerprint=Hasher.hash((*dependencies, max_length, LENGTHS_VERSION)),
-            desc="Measuring lengths",
-        )
-    return datasets.concatenate_datasets([dataset, lengths], axis=1)
-
-
-def count_batch(batch: dict[str, list], processor: ProcessorMixin, max_length: int) -> dict[str, np.ndarray]:
-    """`count_tokens` of some records. Raises UserError for the first that the model cannot take."""
-    conversations = [messages_for(processor, turns) for turns in batch["conversations"]]
-    try:
-        num_tokens, num_label_tokens = count_tokens(processor, conversations, max_length=max_length)
-    except TEMPLATE_ERRORS:
-        for record_id, messages in zip(batch["id"], conversations, strict=True):
-            check_countable(processor, record_id, messages)
-        raise
-    return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
-
-
-def check_countable(processor: ProcessorMixin, record_id: str, messages: Messages) -> None:
-    """Raise UserError, naming the record, if its conversation cannot be rendered or its replies are not text."""
-    try:
-        rendered(processor, [messages])
-    except TEMPLATE_ERRORS as error:
-        has_system = messages[0]["role"] == "system"
-        remedy = "; move the system turn's text into the first human turn" if has_system else ""
-        reason = f"the model's chat template fails: {brief_error(error)}{remedy}"
-        raise UserError(f"record {record_id}: {reason}") from None
-    try:
-        count_tokens(processor, [messages])
-    except ValueError as error:
-        raise UserError(f"record {record_id}: {error}") from None
 
 
 class MicroBatch(list):
@@ -207,17 +148,6 @@ def return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of numbers as an array, without a Python object for each."""
-    return dataset.select_columns(name).with_format("numpy")[:][name]
-
-
-def count_cut(records: datasets.Dataset, max_length: int) -> int:
-    """How many measured records lose the end of their replies at `max_length` tokens, and an end of turn with it."""
-    num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
-    return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
 
 
 class TrainCollator:

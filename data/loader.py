@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
-from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler, column_values
+from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset
+from data.lengths import column_values
 from data.packing import PackedCollator, PackedDataset, pack
 from data.sharing import PREFETCH_FACTOR, workers_that_fit
 from data.skipping import CheckedCollator, CheckedUpdates
@@ -49,7 +50,7 @@ def build_loader(
     collator = BatchCollator(collator_class(processor, config.max_seq_len, config.max_image_pixels))
     if skips_bad:
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
-    longest = longest_row(records, num_tokens, processor)
+    longest = longest_row(records, num_tokens, processor, config.max_image_pixels)
     batch_bytes = largest_batch_bytes(processor, config, longest)
     num_workers = workers_that_fit(config.dataloader_num_workers, batch_bytes, num_processes)
     loader = DataLoader(

@@ -1,5 +1,6 @@
 """The largest batch that the data can bring. A prediction, a measurement and a run's rehearsal all use it."""
 
+import math
 from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,6 +16,7 @@ from chat.encoding import num_image_tokens
 from chat.expansion import processed
 from chat.image_text import takes_images
 from chat.images import Size, blank_image, shrunk_size
+from data.sizes import IMAGE_SIZES
 from layers.chunked_loss import IGNORE_INDEX
 from step import StepConfig
 
@@ -33,13 +35,29 @@ class Row:
     image_size: Size = PHOTO  # of each image as the data has it, before max_image_pixels
 
 
-def longest_row(records: datasets.Dataset, num_tokens: np.ndarray, processor: ProcessorMixin) -> Row:
-    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold."""
+def longest_row(
+    records: datasets.Dataset, num_tokens: np.ndarray, processor: ProcessorMixin, max_image_pixels: int = 0
+) -> Row:
+    """The longest row, given all rows' tokens, with as many images as any record has and the row can hold, each as
+    large as the largest."""
     longest = int(num_tokens.max())
     num_images = pc.max(pc.list_value_length(records.data.column("images"))).as_py() or 0
-    if num_images:
-        num_images = min(num_images, longest // num_image_tokens(processor, PHOTO))
-    return Row(longest, num_images)
+    if num_images == 0:
+        return Row(longest, 0)
+    sizes = {PHOTO}  # nobody has read them where they do not matter
+    if IMAGE_SIZES in records.column_names:
+        sizes = {tuple(size) for row in records.select_columns(IMAGE_SIZES)[IMAGE_SIZES] for size in row}
+    return fitting_row(processor, longest, num_images, sizes, max_image_pixels)
+
+
+def fitting_row(
+    processor: ProcessorMixin, num_tokens: int, num_images: int, sizes: set[Size], max_image_pixels: int
+) -> Row:
+    """A row of so many tokens, with images of the size that has most pixels when the processor sees it: as many as
+    `num_images` and as there is room for."""
+    size = max(sizes, key=lambda size: (math.prod(shrunk_size(size, max_image_pixels)), size))
+    image_tokens = num_image_tokens(processor, shrunk_size(size, max_image_pixels), num_images)
+    return Row(num_tokens, min(num_images, num_tokens // image_tokens), size)
 
 
 def with_few_micro_batches(config: Config) -> Config:

@@ -1,10 +1,11 @@
 """The frozen language model in 4 bits (QLoRA, arXiv:2305.14314): bitsandbytes' NF4 with double quantization.
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=nf4_config(torch.bfloat16))
-    model = quantize_language_model(model, torch.bfloat16)    # of a preset, or a model on `meta`
+    model = auto_class.from_pretrained(folder, quantization_config=nf4_config(torch.bfloat16, "model.language_model"))
+    quantize_language_model(model, "model.language_model", torch.bfloat16)    # of a preset, or a model on `meta`
 
 Two values of a linear layer's weight share a byte, 64 values share a one-byte scale, and 256 scales share an fp32
-scale: 4.127 bits a weight. Towers, mining, projector, embeddings and head are not quantized.
+scale: 4.127 bits a weight. Towers, projectors, embeddings and head are not quantized, nor are experts that lie in one
+tensor.
 """
 
 import copy
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 
 QUANTIZATIONS = ("none", "nf4")
-# The path of a language model's layers: without vision towers, and with them.
-LANGUAGE_LAYERS = r"(?:model\.layers|.*\blanguage_model)"
 
 
 def check_quantization() -> None:
@@ -38,19 +38,20 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """For `from_pretrained`, which then loads the model to the device that computes."""
+def nf4_config(compute_dtype: torch.dtype, language_model: str) -> BitsAndBytesConfig:
+    """For `from_pretrained`, which then loads the model to the device that computes. `language_model`: its path."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[rf"(?!{LANGUAGE_LAYERS}\.).*"],  # despite its name it also applies to 4 bits
+        llm_int8_skip_modules=[rf"(?!{re.escape(language_model)}\.).*"],  # despite its name it also applies to 4 bits
     )
 
 
-def quantize_language_model(model: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """Replace the language model's linear layers, as `from_pretrained` does with `nf4_config`.
+def quantize_language_model(model: PreTrainedModel, language_model: str, compute_dtype: torch.dtype) -> None:
+    """Replace the linear layers of the language model, which has this path, as `from_pretrained` does with
+    `nf4_config`.
 
     Layers on `meta` stay there: memory is predicted from such a model.
     """
@@ -58,22 +59,22 @@ def quantize_language_model(model: PreTrainedModel, compute_dtype: torch.dtype) 
 
     with torch.device("cpu"):  # it is computed from data, which tensors on `meta` lack
         name2qmap.setdefault("dynamic", create_dynamic_map())
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and re.match(rf"{LANGUAGE_LAYERS}\.", path):
+    for path, module in list(model.get_submodule(language_model).named_modules(prefix=language_model)):
+        if type(module) is nn.Linear or isinstance(module, Conv1D):
             model.set_submodule(path, quantize_linear(module, compute_dtype))
     model.is_loaded_in_4bit = True  # PEFT reads it
     keep_layout(model)
-    return model
 
 
-def quantize_linear(linear: nn.Linear, compute_dtype: torch.dtype) -> "Linear4bit":
+def quantize_linear(linear: nn.Linear | Conv1D, compute_dtype: torch.dtype) -> "Linear4bit":
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     settings = {"compress_statistics": True, "quant_type": "nf4"}
-    weight = linear.weight.detach() if linear.weight.is_meta else linear.weight.detach().to(compute_device())
+    weight = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
+    weight = weight.contiguous() if weight.is_meta else weight.contiguous().to(compute_device())
     packed, state = quantize_4bit(weight, **settings)
-    layer = Linear4bit(linear.in_features, linear.out_features, False, compute_dtype, **settings, device="meta")
+    layer = Linear4bit(weight.shape[1], weight.shape[0], False, compute_dtype, **settings, device="meta")
     layer.weight = Params4bit(packed, False, state, **settings, module=layer, bnb_quantized=True)
     layer.quant_state = state
     layer.bias = linear.bias

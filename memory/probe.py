@@ -13,7 +13,7 @@ from memory.explain import suggest
 from memory.measure import measure
 from memory.placed import PlacedRecord
 from memory.predict import summarize, trace_step
-from step import check_positions
+from step import check_model
 from utils import run_script
 
 
@@ -25,7 +25,7 @@ def probe(config: ProbeConfig) -> dict:
 def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
     """What probe returns, and the record of the step from which the prediction comes; None: nothing was predicted."""
     start = time.monotonic()
-    check_positions(config)
+    check_model(config)
     result, record = {"mode": config.mode, "model": config.model, "config": asdict(config)}, None
     if config.mode != "measure":
         record = trace_step(config)

@@ -11,8 +11,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from chat.label_mask import find_label_positions
 from layers.chunked_loss import LanguageModelHead
+from layers.model_loss import own_loss
 from mgm.configuration_mgm import MGMConfig
 from mgm.patch_info_mining import MGMPatchInfoMining
 
@@ -233,6 +233,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         )
         return input_ids, model_kwargs | images
 
+    @own_loss
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -244,20 +245,16 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
         pixel_values_aux: torch.FloatTensor | None = None,
         image_positions: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        label_positions: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`loss` if there are labels; `logits` [B, T, vocab] except in training with labels.
 
-        The loss is the mean over label tokens, or their sum / `num_items_in_batch` where that is given.
-
-        `image_positions` and `label_positions` are the flat positions (row * T + column) of the image tokens and of
-        the tokens with a label. Without them they are looked up in `input_ids` and `labels`, which makes the CPU wait
-        for the GPU.
+        `image_positions` are the flat positions (row * T + column) of the image tokens. Without them they are looked
+        up in `input_ids`, which makes the CPU wait for the GPU. `label_positions` and `num_items_in_batch` are
+        `own_loss`'s.
         """
-        if self.training or labels is not None:  # with a cache transformers does not look for packed samples
+        if self.training:
             kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
@@ -270,38 +267,17 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
             image_positions=image_positions,
             **kwargs,
         )
-        loss, logits = None, None
-        if labels is not None and self.training and self.chunked_loss:
-            loss = self.loss_without_logits(outputs.last_hidden_state, labels, label_positions, num_items_in_batch)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                vocab_size = self.config.text_config.vocab_size
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-                )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
         return CausalLMOutputWithPast(
             loss=loss,
-            # Training needs no logits, and accelerate's mixed-precision wrapper would copy them to fp32.
-            logits=None if self.training and labels is not None else logits,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def loss_without_logits(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.LongTensor,
-        label_positions: torch.LongTensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """What `loss_function` makes of the logits of [B, T, D], from the positions before a label alone."""
-        if label_positions is None:
-            label_positions = find_label_positions(labels)
-        hidden_states = hidden_states.flatten(0, 1).index_select(0, label_positions - 1)
-        loss_sum = self.lm_head(hidden_states, labels.flatten().index_select(0, label_positions))
-        return loss_sum / (max(len(label_positions), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
 @contextmanager

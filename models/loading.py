@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -27,6 +29,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from chat.text_processor import TextProcessor
 from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
+from models.parts import language_model, path_of
 from models.presets import PRESETS
 from models.processors import give_chat_template, read_processor, read_tokenizer
 from utils import UserError, brief_error
@@ -49,7 +52,7 @@ def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a preset, a folder or a hub id.
 
     Raises:
-        UserError: there is none, or transformers has no model for it that writes text.
+        UserError: there is none, or transformers has no model for it that writes text token by token.
     """
     if is_preset(name):
         return PRESETS[name].config()
@@ -57,12 +60,22 @@ def load_config(name: str) -> PreTrainedConfig:
     with errors_in_one_line(name):
         check_model_type(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name)
+    check_writes_text(name, config)
+    return config
+
+
+def check_writes_text(name: str, config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that does not write text token by token, after all that it has read."""
+    kind = f"--model {name}: a model of the type {config.model_type}"
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise UserError(f"{kind} has an encoder and a decoder for text, choose one with a decoder alone")
     if is_text_only(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"--model {name}: transformers has no vision-language model and no causal language model of the type "
             f"{config.model_type}"
         )
-    return config
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        raise UserError(f"{kind} reads text in both directions, choose a causal language model")
 
 
 def check_model_type(name: str, settings: dict[str, Any]) -> None:
@@ -91,10 +104,15 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
+        with torch.device("meta"), set_quantized_state():
+            skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
+        language_path = path_of(skeleton, language_model(skeleton))
     if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
-            model = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        return quantize_language_model(model, dtype) if is_quantized else model
+            model = _from_config(auto_class, name, config, dtype, attn_implementation)
+        if is_quantized:
+            quantize_language_model(model, language_path, dtype)
+        return model
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -102,14 +120,24 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
-        quantization_config=nf4_config(dtype) if is_quantized else None,
+        quantization_config=nf4_config(dtype, language_path) if is_quantized else None,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise UserError(f"--model {name}: the weights do not fit the config ({found})")
     keep_layout(model)
+    remove_hook_from_submodules(model)  # of a quantized model, to move inputs to the one device where they are
     return model
+
+
+def _from_config(
+    auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    try:
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise _explained(error, name, attn_implementation) from None
 
 
 def require_quantization(quantize: str) -> None:
@@ -167,7 +195,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a model's files into a UserError."""
     try:
         yield
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AttributeError, TypeError) as error:  # the last two: settings of another form
         check_no_adapter(name)
         raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 
@@ -178,10 +206,14 @@ def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, **kwargs)
     except LOADING_ERRORS as error:
         check_no_adapter(name)
-        if isinstance(error, ImportError) and (attention := kwargs.get("attn_implementation")):
-            remedy = "choose sdpa, or install requirements-gpu.txt"
-            raise UserError(f"--attn_implementation {attention}: {brief_error(error)}; {remedy}") from None
-        raise UserError(f"--model {name}: cannot be loaded ({error})") from None
+        raise _explained(error, name, kwargs.get("attn_implementation")) from None
+
+
+def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:
+    if attn_implementation is not None and "attention" in brief_error(error).lower():
+        remedy = "choose eager" if attn_implementation == "sdpa" else "choose sdpa, or install requirements-gpu.txt"
+        return UserError(f"--attn_implementation {attn_implementation}: {brief_error(error)}; {remedy}")
+    return UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())})")
 
 
 def check_no_adapter(name: str) -> None:

@@ -2,35 +2,78 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from layers.quantization import LANGUAGE_LAYERS, is_quantized, num_values
+from layers.quantization import is_quantized, num_values
+from models.family import family_of
+from models.parts import language_model, path_of, unused_modules, vision_tower
 from utils import UserError
 
 
 ALL_LINEAR = "all-linear"  # PEFT's word
+LINEAR_LAYERS = (nn.Linear, Conv1D)  # the latter is GPT-2's, with a transposed weight
 
 
-def lora_targets(names: list[str], language_model: nn.Module) -> list[str]:
-    """The names of the layers that get LoRA; `all-linear` stands for all. Raises UserError for an unknown name."""
-    modules = language_model.named_modules()
-    known = sorted({path.rpartition(".")[2] for path, module in modules if isinstance(module, nn.Linear)})
-    if names == [ALL_LINEAR]:
-        return known
-    for name in names:
-        if name not in known:
-            choices = f"{', '.join(known)} or {ALL_LINEAR}"
+def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> str:
+    """A pattern of the paths of the layers that get LoRA: the language model's linear layers of these names.
+
+    PEFT matches plain names by their end, and a vision tower may have a q_proj too.
+
+    Args:
+        has_tower: the vision tower's layers of these names as well.
+
+    Raises:
+        UserError: a name that no layer has, or a tower without any of the layers.
+    """
+    parts = [language_model(model)]
+    if has_tower:
+        tower = vision_tower(model)
+        if tower is None:
+            raise UserError(f"--lora_vision_tower true: {type(model).__name__} has no vision tower")
+        parts.append(tower)
+    choices = [linear_names(model, part) for part in parts]
+    chosen = [known if names == [ALL_LINEAR] else [n for n in names if n in known] for known in choices]
+    for name in names if names != [ALL_LINEAR] else []:
+        if not any(name in known for known in choices):
             raise UserError(
-                f"--lora_target_modules {name}: {type(language_model).__name__} has no such layer, choose {choices}"
+                f"--lora_target_modules {name}: {type(parts[0]).__name__} has no such layer, choose "
+                f"{_or_all(sorted({each for known in choices for each in known}))}"
             )
-    return names
+    for part, known, found in zip(parts, choices, chosen, strict=True):
+        if not found:
+            flag = "--lora_vision_tower true, " if part is not parts[0] else ""
+            raise UserError(
+                f"{flag}--lora_target_modules {' '.join(names)}: {type(part).__name__} has no such layer, choose "
+                f"{_or_all(known)}"
+            )
+    patterns = [
+        rf"{re.escape(path_of(model, part))}\.(?:.*\.)?(?:{'|'.join(map(re.escape, found))})"
+        for part, found in zip(parts, chosen, strict=True)
+    ]
+    return "|".join(patterns)
 
 
-def lora_pattern(targets: list[str]) -> str:
-    return rf"{LANGUAGE_LAYERS}\..*\.({'|'.join(map(re.escape, targets))})"
+def _or_all(names: list[str]) -> str:
+    return f"{', '.join(names)} or {ALL_LINEAR}" if names else "another model: it has no linear layer"
+
+
+def linear_names(model: PreTrainedModel, part: nn.Module) -> list[str]:
+    """The names of a part's linear layers: a path's last piece, and the one before it where that is a number."""
+    head, refused = model.get_output_embeddings(), family_of(model.config).layers_without_lora
+    names = set()
+    for path, module in part.named_modules():
+        # The output projection of nn.MultiheadAttention is never called: its weight is read.
+        is_called = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if isinstance(module, LINEAR_LAYERS) and is_called and module is not head:
+            *before, name = path.rsplit(".", 2)[-2:]
+            names.add(".".join([*before, name]) if name.isdecimal() else name)
+    return sorted(names - set(refused))
 
 
 def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
@@ -55,16 +98,25 @@ def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     return {path: module for path, module in found.items() if not any(path.startswith(f"{p}.") for p in found)}
 
 
-def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: list[str], names: list[str]) -> None:
+def default_modules(model: PreTrainedModel, has_adapter: bool) -> list[str]:
+    """The modules trained in full unless a flag names others: the family's, without LoRA also the language model."""
+    names = list(family_of(model.config).trainable_modules)
+    if has_adapter:
+        return names
+    head = model.get_output_embeddings()
+    return names + [path_of(model, part) for part in (language_model(model), head) if part is not None]
+
+
+def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], pattern: str, names: list[str]) -> None:
     """Raise UserError if one of the `modules`, chosen by `names`, also has LoRA, or shares a weight with another.
 
     PEFT trains a copy of each module. If a head shares its weight with the embedding, its copy would be a second
     weight, and a checkpoint of such a model holds only one.
     """
-    pattern = re.compile(lora_pattern(targets))
+    has_lora = re.compile(pattern).fullmatch
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in modules.items():
-        inside = next((p for p, _ in module.named_modules(prefix=path) if pattern.fullmatch(p)), None)
+        inside = next((p for p, _ in module.named_modules(prefix=path) if has_lora(p)), None)
         own = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
         problem = None
         if inside is not None:
@@ -75,6 +127,20 @@ def check_beside_lora(model: nn.Module, modules: dict[str, nn.Module], targets: 
             raise UserError(f"--trainable_modules {' '.join(names)}: {problem}: leave it out or choose --lora_r 0")
 
 
+def report_layers_without_lora(model: PreTrainedModel, pattern: str, report: Callable[[str], None]) -> None:
+    """Tell `report` of the language model's layers that have no layer of the names chosen: hybrid models have several
+    kinds of attention."""
+    has_lora = re.compile(pattern).fullmatch
+    decoder = language_model(model)
+    prefix = path_of(model, decoder)
+    for name, layers in decoder.named_children():
+        paths = [[p for p, _ in x.named_modules(prefix=f"{prefix}.{name}.{i}")] for i, x in layers.named_children()]
+        found = [any(map(has_lora, each)) for each in paths]
+        if isinstance(layers, nn.ModuleList) and any(found) and not all(found):
+            names = ", ".join(linear_names(model, layers[found.index(False)]))
+            report(f"LoRA is on {sum(found)} of {len(found)} layers: the others have {names}, see {ALL_LINEAR}")
+
+
 def freeze_unused(model: nn.Module) -> list[str]:
     """Freeze what cannot get a gradient, because DDP would wait for one. Returns the paths of the frozen modules."""
     base = model
@@ -83,9 +149,8 @@ def freeze_unused(model: nn.Module) -> list[str]:
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):  # its copy runs, but --lora_bias all unfroze the original too
                 module.original_module.requires_grad_(False)
-    unused = getattr(base.model, "unused_modules", list)()
     paths = {id(module): path for path, module in base.named_modules()}
-    found = [module for module in unused if trained_parameters(module)]
+    found = [module for module in unused_modules(base) if trained_parameters(module)]
     for module in found:
         module.requires_grad_(False)
     return [paths[id(module)].replace(".modules_to_save.default", "") for module in found]

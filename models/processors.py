@@ -8,7 +8,6 @@ the folder's video settings are kept and saved again, so that a saved folder loa
 import importlib
 import sys
 from typing import Any
-from unittest import mock
 
 import transformers
 from transformers import (
@@ -30,21 +29,12 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from utils import UserError
+from models.family import family_of
+from utils import UserError, brief_error
 
 
+FILES = "processor_config.json or preprocessor_config.json"
 NO_REMOTE_CODE = {"trust_remote_code": False}  # the default, None, asks a question on the terminal
-
-# PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
-PALIGEMMA = (
-    "{% for message in messages %}{% if message['content'] is string %}{% set text = message['content'] %}"
-    "{% else %}{% set parts = message['content'] %}"
-    "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
-    "{{ '<image>' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
-    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
-)
-CHAT_TEMPLATES = {"paligemma": PALIGEMMA}  # of families that have none, by model type
 
 
 class VideoSettings(VideoProcessorMixin):
@@ -98,10 +88,7 @@ def find_class(name: str, config: PreTrainedConfig | None) -> type[ProcessorMixi
     if chosen is None and type(config) in PROCESSOR_MAPPING:
         chosen = processor_class(PROCESSOR_MAPPING[type(config)].__name__)
     if chosen is None:
-        raise UserError(
-            f"--model {name}: there is no processor in it that transformers knows: processor_config.json, "
-            "preprocessor_config.json and the tokenizer's files must lie beside config.json"
-        )
+        raise UserError(f"--model {name}: there is no processor in it that transformers knows ({FILES})")
     return chosen
 
 
@@ -118,9 +105,12 @@ def processor_class(name: str) -> type[ProcessorMixin] | None:
 def _pixtral_processor() -> type[ProcessorMixin]:
     """It imports one function from the image processor that needs torchvision: the other one has the same function."""
     package = "transformers.models.pixtral"
-    instead = importlib.import_module(f"{package}.image_processing_pil_pixtral")
-    with mock.patch.dict(sys.modules, {f"{package}.image_processing_pixtral": instead}):
+    missing = f"{package}.image_processing_pixtral"
+    sys.modules[missing] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    try:
         return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[missing]
 
 
 def _read_piece(attribute: str, name: str, chosen: type[ProcessorMixin], config: PreTrainedConfig | None) -> Any:
@@ -142,7 +132,11 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
     """The tokenizer of a folder or a hub id, which can pad. Raises UserError if it has no tokenizer.json."""
     # Mistral's own tokenizer, which is taken where mistral-common is installed, knows no offsets.
     auto = {"mistral_format": False, **NO_REMOTE_CODE} if tokenizer_class is AutoTokenizer else {}
-    tokenizer = tokenizer_class.from_pretrained(name, **auto)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(name, **auto)
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"{brief_error(error)}; tokenizer.json and tokenizer_config.json must be beside config.json"
+        raise UserError(f"--model {name}: its tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no tokenizer.json, and no other kind is supported")
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
@@ -153,6 +147,8 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
 def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", config=config, **NO_REMOTE_CODE)
+    except OSError:
+        raise UserError(f"--model {name}: there are no image settings in it ({FILES})") from None
     except (ValueError, ImportError) as error:
         if is_torchvision_available() or "torchvision" not in str(error):
             raise
@@ -180,7 +176,7 @@ def give_chat_template(name: str, processor: ProcessorMixin, config: PreTrainedC
     found = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default")
-    processor.chat_template = found or CHAT_TEMPLATES.get(getattr(config, "model_type", None))
+    processor.chat_template = found or (family_of(config).chat_template if config is not None else None)
     if processor.chat_template is None:
         raise UserError(
             f"--model {name}: it has no chat template; take the model's instruction-tuned form, or write a "

@@ -160,7 +160,8 @@ def check_dora() -> None:
 
 
 def check_peft_asks_for_4_bits() -> None:
-    model = quantize_language_model(small_gemma(), torch.float32)
+    model = small_gemma()
+    quantize_language_model(model, "model", torch.float32)
     peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert any(isinstance(module, LoraLinear4bit) for module in peft_model.modules()), "PEFT asks otherwise"
 
@@ -187,7 +188,7 @@ def check_gemm_4bit() -> None:
 
 
 def check_skip_modules() -> None:
-    assert nf4_config(torch.float32).llm_int8_skip_modules, "the towers would be quantized"
+    assert nf4_config(torch.float32, "model").llm_int8_skip_modules, "the towers would be quantized"
 
 
 class Operators(TorchDispatchMode):

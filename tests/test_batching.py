@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from tiny_files import load_conversations
 from torch.utils.data import DataLoader, Dataset
 
-import data.batching
+import data.lengths
 from chat.encoding import count_tokens
 from chat.messages import messages_for
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import FILLER, open_dataset
 from data.demo import ensure_demo
+from data.lengths import column_values, measure_lengths
 from layers.chunked_loss import IGNORE_INDEX
 from models.loading import load_processor
 from utils import UserError
@@ -278,8 +279,8 @@ def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     """Two processes with one; what they cached serves any number. The cache holds the two columns alone."""
     messages = [messages_for(processor, turns) for turns in odd_records["conversations"]]
     expected = dict(zip(NAMES, count_tokens(processor, messages, max_length=40), strict=True))
-    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 25)
-    monkeypatch.setattr(data.batching.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(data.lengths, "RECORDS_PER_PROCESS", 25)
+    monkeypatch.setattr(data.lengths.os, "cpu_count", lambda: 8)
     lengths = measure_lengths(odd_records, processor, 40)
     caches = {Path(file["filename"]) for file in lengths.cache_files}
     assert sorted(path.name.partition("_")[2] for path in caches if "_of_" in path.name) == [
@@ -291,16 +292,16 @@ def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     )
     for name in expected:
         assert (column_values(lengths, name) == expected[name]).all()
-    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 1000)
-    monkeypatch.setattr(data.batching, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
+    monkeypatch.setattr(data.lengths, "RECORDS_PER_PROCESS", 1000)
+    monkeypatch.setattr(data.lengths, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
     assert measure_lengths(odd_records, processor, 40)["num_tokens"][:] == lengths["num_tokens"][:]
 
 
 def test_a_new_version_counts_again(odd_records, processor, monkeypatch):
     """A cache that older code filled is not used once the version of the counts is raised."""
     measure_lengths(odd_records, processor, 41)
-    monkeypatch.setattr(data.batching, "LENGTHS_VERSION", data.batching.LENGTHS_VERSION + 1)
-    monkeypatch.setattr(data.batching, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
+    monkeypatch.setattr(data.lengths, "LENGTHS_VERSION", data.lengths.LENGTHS_VERSION + 1)
+    monkeypatch.setattr(data.lengths, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
     with pytest.raises(BaseException, match="counted again"):
         measure_lengths(odd_records, processor, 41)
 

@@ -64,7 +64,8 @@ def test_a_folder_and_a_preset_are_quantized_alike():
     """transformers, while it reads a folder, and our own way for what is built: the same layers, bit for bit; all of
     the language model's linear layers and nothing else."""
     read = load_model(MODEL, torch.float32, "sdpa", "nf4")
-    built = quantize_language_model(load_model(MODEL, torch.float32, "sdpa"), torch.float32)
+    built = load_model(MODEL, torch.float32, "sdpa")
+    quantize_language_model(built, "model.language_model", torch.float32)
     layers = quantized_layers(read)
     names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
     names += " mlp.gate_proj mlp.up_proj mlp.down_proj"
