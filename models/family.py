@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 
+# PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
+PALIGEMMA = (
+    "{% for message in messages %}{% if message['content'] is string %}{% set text = message['content'] %}"
+    "{% else %}{% set parts = message['content'] %}"
+    "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+    "{{ '<image>' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
+    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets a family apart. The defaults are those of every family that the table does not name."""
@@ -30,6 +41,7 @@ class Family:
 PACKS = Family(packs=True)
 
 FAMILIES = {
+    "paligemma": Family(chat_template=PALIGEMMA),
     "mgm": Family(
         trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
     ),

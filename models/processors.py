@@ -29,22 +29,12 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from models.family import family_of
 from utils import UserError, brief_error
 
 
 FILES = "processor_config.json or preprocessor_config.json"
 NO_REMOTE_CODE = {"trust_remote_code": False}  # the default, None, asks a question on the terminal
-
-# PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
-PALIGEMMA = (
-    "{% for message in messages %}{% if message['content'] is string %}{% set text = message['content'] %}"
-    "{% else %}{% set parts = message['content'] %}"
-    "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
-    "{{ '<image>' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
-    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
-)
-CHAT_TEMPLATES = {"paligemma": PALIGEMMA}  # of families that have none, by model type
 
 
 class VideoSettings(VideoProcessorMixin):
@@ -186,7 +176,7 @@ def give_chat_template(name: str, processor: ProcessorMixin, config: PreTrainedC
     found = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default")
-    processor.chat_template = found or CHAT_TEMPLATES.get(getattr(config, "model_type", None))
+    processor.chat_template = found or (family_of(config).chat_template if config is not None else None)
     if processor.chat_template is None:
         raise UserError(
             f"--model {name}: it has no chat template; take the model's instruction-tuned form, or write a "
