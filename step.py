@@ -20,7 +20,7 @@ from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
 from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
-from models.family import family_of
+from models.family import family_of, packs
 from models.loading import load_config, load_model, num_positions
 from models.lora import (
     ALL_LINEAR,
@@ -157,7 +157,7 @@ def check_model(config: StepConfig) -> None:
             f"--mixed_precision {config.mixed_precision}: activations of {model_config.model_type} overflow in it, "
             f"choose {choices}"
         )
-    if config.packing and not family.packs:
+    if config.packing and not packs(model_config):
         raise UserError(
             f"--packing true: nobody has shown that {model_config.model_type} keeps packed samples apart, leave it out"
         )

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from layers.quantization import is_quantized, num_values
@@ -17,7 +18,8 @@ from utils import UserError
 
 
 ALL_LINEAR = "all-linear"  # PEFT's word
-LINEAR_LAYERS = (nn.Linear, Conv1D)  # the latter is GPT-2's, with a transposed weight
+# The second is GPT-2's, with a transposed weight. Others are subclasses, such as routers, which return something else.
+LINEAR_LAYERS = (nn.Linear, Conv1D, FalconLinear)
 
 
 def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> str:
@@ -68,9 +70,8 @@ def linear_names(model: PreTrainedModel, part: nn.Module) -> list[str]:
     head, refused = model.get_output_embeddings(), family_of(model.config).layers_without_lora
     names = set()
     for path, module in part.named_modules():
-        # The output projection of nn.MultiheadAttention is never called: its weight is read.
-        is_called = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if isinstance(module, LINEAR_LAYERS) and is_called and module is not head:
+        is_linear = type(module) in LINEAR_LAYERS or (isinstance(module, nn.Linear) and is_quantized(module))
+        if is_linear and module is not head:
             *before, name = path.rsplit(".", 2)[-2:]
             names.add(".".join([*before, name]) if name.isdecimal() else name)
     return sorted(names - set(refused))
