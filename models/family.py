@@ -36,6 +36,8 @@ class Family:
     keeps_input_gradients: bool = False
     # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
     layers_without_lora: tuple[str, ...] = ()
+    # Of a family whose processor ships none.
+    chat_template: str | None = None
 
 
 PACKS = Family(packs=True)
