@@ -4,8 +4,9 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,20 @@ def _from_config(
     auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     try:
-        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return _with_attention(partial(auto_class.from_config, config, dtype=dtype), attn_implementation)
     except (ValueError, ImportError) as error:
         raise _explained(error, name, attn_implementation) from None
+
+
+def _with_attention(make: Callable[..., Any], attn_implementation: str) -> Any:
+    """`make(attn_implementation=...)`. Where a part of the model has no sdpa (Gemma 2, an audio tower) it gets eager,
+    and the others sdpa: that is what transformers does by itself when it is not told."""
+    try:
+        return make(attn_implementation=attn_implementation)
+    except ValueError as error:
+        if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return make(attn_implementation=None)
 
 
 def require_quantization(quantize: str) -> None:
@@ -200,13 +212,14 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 
 
-def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
+def _from_pretrained(auto_class: type, name: str, attn_implementation: str | None = None, **kwargs: Any) -> Any:
     check_exists(name)
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        make = partial(auto_class.from_pretrained, name, **kwargs)
+        return _with_attention(make, attn_implementation) if attn_implementation else make()
     except LOADING_ERRORS as error:
         check_no_adapter(name)
-        raise _explained(error, name, kwargs.get("attn_implementation")) from None
+        raise _explained(error, name, attn_implementation) from None
 
 
 def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:
