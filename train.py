@@ -26,7 +26,7 @@ from data.dataset import ConversationDataset, digest_records, open_dataset
 from data.demo import ensure_demo
 from data.images import MOVED
 from data.lengths import column_values, count_cut, with_lengths
-from data.loader import build_loader
+from data.loader import build_loader, sample_with_images
 from data.sizes import with_image_sizes
 from data.spot_check import check_lengths, learned_text
 from data.turn_ends import missing_turn_end
@@ -123,7 +123,8 @@ def main(config: TrainConfig) -> dict | None:
         model.train()
         if config.rehearse:
             rows = (longest, held_out.longest)
-            rehearse(accelerator, model, processor, state, config, *rows, announce=out_of_memory.at)
+            sample = sample_with_images(config, train_dataset, processor)
+            rehearse(accelerator, model, processor, state, config, *rows, sample, announce=out_of_memory.at)
         if checkpoint is None:
             out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)

@@ -72,3 +72,11 @@ def largest_batch_bytes(processor: ProcessorMixin, config: StepConfig, longest: 
     one_row.per_device_train_batch_size = 1
     row_bytes = sum(tensor.nbytes for tensor in worst_case_batch(processor, one_row, longest).values())
     return row_bytes * config.per_device_train_batch_size
+
+
+def sample_with_images(
+    config: StepConfig, dataset: ConversationDataset, processor: ProcessorMixin
+) -> dict[str, torch.Tensor]:
+    """Forward's arguments for one real sample: the first that has images, if any has."""
+    index = next((i for i, images in enumerate(dataset.records["images"]) if images), 0)
+    return TrainCollator(processor, config.max_seq_len, config.max_image_pixels)([dataset[index]])

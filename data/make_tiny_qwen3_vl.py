@@ -9,9 +9,6 @@ import random
 from dataclasses import dataclass
 
 import torch
-from chat.encoding import encode
-from chat.messages import to_messages
-from models.presets import qwen_processor
 from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -20,6 +17,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from chat.encoding import encode
+from chat.messages import to_messages
 from data.demo import IMAGE_SIDE, draw_number
 from data.make_tiny_mgm import (
     NO_DIGIT,
@@ -34,6 +33,7 @@ from data.make_tiny_mgm import (
     train_tokenizer,
 )
 from mgm.chat_templates import build_generation_config
+from models.presets import qwen_processor
 from utils import flag, run_script
 
 

@@ -10,7 +10,7 @@ from forked_runs import Fault, run
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from data.worst_case import Row
+from data.worst_case import Row, worst_case_batch
 from memory.probed_step import local_accelerator
 from models.loading import load_processor
 from step import StepConfig, build_model, build_optimizer
@@ -63,8 +63,12 @@ def test_gradients_and_moments_are_in_place(prepared: tuple) -> None:
     model.register_forward_pre_hook(
         lambda *_: found.append((sum(p.grad is not None for p in parameters), len(state.optimizer.state)))
     )
-    rehearse(accelerator, model, load_processor("tiny"), state, config, Row(60, 1), None, announce=lambda *_: None)
-    assert found == [(0, len(before)), (len(before), len(before))]
+    processor = load_processor("tiny")
+    sample = worst_case_batch(processor, config, Row(60, 1))
+    sample["input_ids"][0, -20:] = torch.arange(20)
+    sample["pixel_values"] += torch.linspace(-1, 1, sample["pixel_values"].shape[-1])
+    rehearse(accelerator, model, processor, state, config, Row(60, 1), None, sample, announce=lambda *_: None)
+    assert found == [(0, len(before)), (len(before), len(before)), (0, len(before))]
     assert all(p.grad is None for p in parameters)
     assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
     assert not any(value.any() for values in state.optimizer.state.values() for value in values.values())
@@ -77,12 +81,12 @@ def test_a_trace_is_an_error(value: float, prepared: tuple, monkeypatch: pytest.
     """A version of DeepSpeed whose step changes what is trained must not go unnoticed."""
     accelerator, model, state, config = prepared
 
-    def changing_step(*_: object) -> None:
+    def changing_step(*_: object, **__: object) -> None:
         next(iter(state.parameters.values())).data.view(-1)[0] += value
 
     monkeypatch.setattr(rehearsal, "run_step", changing_step)
     with pytest.raises(RuntimeError, match="--no_rehearse leaves it out"):
-        rehearse(accelerator, model, load_processor("tiny"), state, config, Row(60, 1), None, announce=lambda *_: None)
+        rehearse(accelerator, model, load_processor("tiny"), state, config, Row(60, 1), None, None, lambda *_: None)
 
 
 @pytest.mark.slow

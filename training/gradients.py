@@ -3,16 +3,25 @@
 A tensor that no gradient reaches stays as it is, and nothing else in a run would say so.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from models.parts import language_model, path_of
 from utils import UserError, name_some
 
 
 BY_DESIGN = {".lora_A.": "LoRA's A, because B is 0 at first", ".experts.": "experts to which no token went"}
+
+
+def outside_language_model(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the parameters' names those that are neither in the language model nor in its head."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside = [path_of(model, part) for part in (language_model(base), base.get_output_embeddings())]
+    return [name for name in names if not name.startswith(tuple(f"{path}." for path in inside))]
 
 
 class GradientCheck:
