@@ -21,7 +21,8 @@ from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from tiny_families import tiny_tokenizer
+from PIL import Image
+from tiny_families import PROCESSORS, tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
 
+from chat.expansion import watched
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
 from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
@@ -441,3 +443,13 @@ def check_name_or_path() -> None:
 def check_lmms_eval() -> None:
     lmms_eval = pytest.importorskip("lmms_eval.api.model", reason="lmms-eval has an environment of its own")
     assert {"_rank", "_world_size"} <= vars(lmms_eval.lmms()).keys()
+
+
+def check_processor_calls_its_tokenizer() -> None:
+    """LLaVA's, with a tokenizer that watches: the text that it is given holds sixteen tokens for an image."""
+    processor = PROCESSORS["llava"]("llava")
+    watching, watch = watched(processor, ["a<image>b"])
+    made = watching(text=["a<image>b"], images=[[Image.new("RGB", (56, 56))]])
+    (expansion,) = watch.expansions
+    assert expansion.text == "a" + "<image>" * 16 + "b" and expansion.images == [(1, 1 + 16 * len("<image>"))]
+    assert watch.encodings[0].ids == list(made["input_ids"][0])
