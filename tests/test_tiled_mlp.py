@@ -77,12 +77,12 @@ def test_tiles_are_all_tokens_in_order():
 @pytest.mark.parametrize(
     ("mlp", "expected"),
     [
-        (LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16)), True),
-        (GPT2MLP(16, GPT2Config(n_embd=8, resid_pdrop=0.0)), True),
-        (GPT2MLP(16, GPT2Config(n_embd=8, resid_pdrop=0.1)), False),
-        (SeedOssMLP(SeedOssConfig(hidden_size=8, intermediate_size=16)), False),
-        (MixtralSparseMoeBlock(MixtralConfig(hidden_size=8, intermediate_size=16, num_local_experts=2)), False),
-        (DeepseekV3MoE(DeepseekV3Config(hidden_size=8, moe_intermediate_size=8, n_routed_experts=8)), False),
+        (LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=16)), True),
+        (GPT2MLP(16, GPT2Config(n_embd=12, resid_pdrop=0.0)), True),
+        (GPT2MLP(16, GPT2Config(n_embd=12, resid_pdrop=0.1)), False),
+        (SeedOssMLP(SeedOssConfig(hidden_size=64, intermediate_size=16)), False),
+        (MixtralSparseMoeBlock(MixtralConfig(hidden_size=64, intermediate_size=16, num_local_experts=2)), False),
+        (DeepseekV3MoE(DeepseekV3Config(hidden_size=128, moe_intermediate_size=8, n_routed_experts=8)), False),
     ],
     ids=lambda value: type(value).__name__,
 )
