@@ -1,4 +1,4 @@
-"""How near memory predictions come for other families than MGM, on a CPU: results/families.json, docs/memory_accuracy.md.
+"""How near memory predictions come for other families than MGM, on a CPU: results/families.json.
 
     python -m benchmarks.families              # no GPU; adds the rows that are missing
     python -m benchmarks.families --overwrite  # all rows, an hour of one core
