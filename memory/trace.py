@@ -20,7 +20,7 @@ from torch import nn
 import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
-from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
+from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
 from memory.known import known_length, known_quantization
 from memory.partly_fake import PartlyFakeMode
 from memory.probed_step import ProbedStep, local_accelerator, worst_case_inputs
@@ -45,7 +45,7 @@ def trace_single(config: ProbeConfig) -> Record:
     fake_mode = PartlyFakeMode()
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
-        recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
+        recorder = Recorder(model, workspaces_of(config.device, config.gpu), BLOCK_BYTES[config.device])
         with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
             probed = ProbedStep.build(config, accelerator, model, inputs=inputs)
             record_loaded(recorder, probed)
