@@ -36,17 +36,17 @@ class Family:
     keeps_input_gradients: bool = False
     # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
     layers_without_lora: tuple[str, ...] = ()
-    # Of a family whose processor ships none.
+    # Of a family whose processors have none.
     chat_template: str | None = None
 
 
 PACKS = Family(packs=True)
 
 FAMILIES = {
-    "paligemma": Family(chat_template=PALIGEMMA),
     "mgm": Family(
         trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
     ),
+    "paligemma": Family(chat_template=PALIGEMMA),
     # Gemma 3's residual stream grows beyond fp16's largest number.
     **{name: Family(refused_precisions=("fp16",)) for name in ("gemma3", "gemma3n", "gemma3n_text", "shieldgemma2")},
     "gemma3_text": Family(packs=True, refused_precisions=("fp16",)),

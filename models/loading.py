@@ -136,20 +136,30 @@ def _from_config(
     auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     try:
-        return _with_attention(partial(auto_class.from_config, config, dtype=dtype), attn_implementation)
+        make = partial(auto_class.from_config, config, dtype=dtype)
+        return _with_attention(make, config, attn_implementation)
     except (ValueError, ImportError) as error:
         raise _explained(error, name, attn_implementation) from None
 
 
-def _with_attention(make: Callable[..., Any], attn_implementation: str) -> Any:
-    """`make(attn_implementation=...)`. Where a part of the model has no sdpa (Gemma 2, an audio tower) it gets eager,
-    and the others sdpa: that is what transformers does by itself when it is not told."""
+def _with_attention(make: Callable[..., Any], config: PreTrainedConfig, attn_implementation: str) -> Any:
+    """`make(attn_implementation=...)`. Where a part of the model has no sdpa (Gemma 2) it gets eager, and the others
+    sdpa: that is what transformers does by itself when it is not told."""
     try:
-        return make(attn_implementation=attn_implementation)
+        return make(attn_implementation=attention_by_part(config, attn_implementation))
     except ValueError as error:
         if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
         return make(attn_implementation=None)
+
+
+def attention_by_part(config: PreTrainedConfig, attn_implementation: str) -> str | dict[str, str]:
+    """What transformers takes for a model's parts. An audio encoder, which never runs here, stays with eager
+    attention: Gemma 4's knows no other."""
+    if getattr(config, "audio_config", None) is None:
+        return attn_implementation
+    parts = dict.fromkeys(["", *config.sub_configs], attn_implementation)
+    return parts | {"audio_config": "eager"}
 
 
 def require_quantization(quantize: str) -> None:
@@ -212,11 +222,11 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 
 
-def _from_pretrained(auto_class: type, name: str, attn_implementation: str | None = None, **kwargs: Any) -> Any:
+def _from_pretrained(auto_class: type, name: str, attn_implementation: str, **kwargs: Any) -> Any:
     check_exists(name)
     try:
         make = partial(auto_class.from_pretrained, name, **kwargs)
-        return _with_attention(make, attn_implementation) if attn_implementation else make()
+        return _with_attention(make, kwargs["config"], attn_implementation)
     except LOADING_ERRORS as error:
         check_no_adapter(name)
         raise _explained(error, name, attn_implementation) from None
