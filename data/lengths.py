@@ -58,7 +58,9 @@ def count_batch(
     """`count_tokens` of some records. Raises UserError for the first that the model cannot take."""
     if not takes_images(processor):
         check_has_no_images(batch)
-    conversations = [messages_for(processor, turns) for turns in batch["conversations"]]
+    conversations = [
+        messages_of(processor, *record) for record in zip(batch["id"], batch["conversations"], strict=True)
+    ]
     sizes = None
     if IMAGE_SIZES in batch:
         sizes = [[shrunk_size(tuple(size), max_image_pixels) for size in row] for row in batch[IMAGE_SIZES]]
@@ -69,6 +71,14 @@ def count_batch(
             check_countable(processor, record_id, messages)
         raise
     return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
+
+
+def messages_of(processor: ProcessorMixin, record_id: str, conversation: list[dict[str, str]]) -> Messages:
+    """A record's messages. Raises UserError, naming it, if the model does not know one of its turns."""
+    try:
+        return messages_for(processor, conversation)
+    except ValueError as error:
+        raise UserError(f"record {record_id}: {error}") from None
 
 
 def check_has_no_images(batch: dict[str, list]) -> None:
