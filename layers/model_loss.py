@@ -105,20 +105,19 @@ class ModelLoss:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """In this context the model's forward finds this loss, and by chunks the head's stand-in."""
-        if self.head in self.model.children():
-            models = [self.model]
-        else:  # the head, and perhaps the loss too, is that of a model inside this one
-            models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        models = [self.model]
+        if self.head not in self.model.children():  # then the loss may be taken by a model inside this one, too
+            inner = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+            models += [each for each in inner if each is not self.model and self.head in each.modules()]
         with ExitStack() as stack:
             for model in models:
-                stack.enter_context(_attribute(model, "_loss_function", self))
+                stack.enter_context(_loss_function(model, self))
             if self.is_chunked:
                 self.check_head()
                 owners = models if len(models) == 1 else self.model.modules()
                 for owner in [each for each in owners if self.head in each.children()]:
                     (name,) = [name for name, child in owner.named_children() if child is self.head]
-                    # Found before the module of that name, which stays where it is.
-                    stack.enter_context(_attribute(owner, name, HeadStandIn(self.head)))
+                    stack.enter_context(_in_front_of(owner, name, HeadStandIn(self.head)))
             yield
 
     def check_head(self) -> None:
@@ -193,15 +192,21 @@ class ModelLoss:
 
 
 @contextmanager
-def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    """The owner's own attribute has this value inside."""
-    attributes = vars(owner)
-    had, before = name in attributes, attributes.get(name)
-    attributes[name] = value
+def _loss_function(model: PreTrainedModel, loss: ModelLoss) -> Iterator[None]:
+    """The model takes this loss inside."""
+    before = model.loss_function
+    model.loss_function = loss
     try:
         yield
     finally:
-        if had:
-            attributes[name] = before
-        else:
-            del attributes[name]
+        model.loss_function = before
+
+
+@contextmanager
+def _in_front_of(owner: nn.Module, name: str, stand_in: HeadStandIn) -> Iterator[None]:
+    """`owner.name` is the stand-in inside: an attribute of the object is found before a module of that name."""
+    vars(owner)[name] = stand_in
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
