@@ -100,7 +100,8 @@ class ModelLoss:
         self.head = model.get_output_embeddings()
         self.reference = model.loss_function
         self.is_chunked = model.training and model.chunked_loss
-        self.computed: list[torch.Tensor] = []
+        self.computed: list[torch.Tensor] = []  # what loss_function has computed
+        self.given: list[torch.Tensor] = []  # what it has returned
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -151,8 +152,9 @@ class ModelLoss:
         else:
             kwargs["num_items_in_batch"] = self.num_items_in_batch
             loss = self.reference(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        self.given.append(loss.clone())  # a model may add to it in place
         self.computed.append(loss)
-        return loss
+        return self.given[-1]
 
     def without_logits(self, logits: LogitsStandIn, labels: torch.LongTensor) -> torch.Tensor:
         """What `loss_function` would make of the logits, from the positions before a label alone."""
@@ -174,7 +176,8 @@ class ModelLoss:
                 f"{type(self.model).__name__} cannot be trained: its forward takes the loss without loss_function"
             )
         changes: dict[str, Any] = {}
-        if len(self.computed) == 1 and output.loss is not self.computed[0]:
+        is_changed = output.loss is not self.given[0] or output.loss._version > 0
+        if len(self.computed) == 1 and is_changed:
             changes["loss"] = self.computed[0] + self.share * (output.loss - self.computed[0])
         if self.model.training:
             # Training needs no logits, and accelerate's mixed-precision wrapper would copy them to fp32.

@@ -132,6 +132,13 @@ def check_loss_function() -> None:
     assert model(input_ids=TOKENS, labels=TOKENS).loss != 7
 
 
+def check_version() -> None:
+    tensor = torch.zeros(())
+    assert tensor.clone()._version == 0
+    tensor += 1
+    assert tensor._version == 1
+
+
 def check_attribute_before_module() -> None:
     model = small_gemma()
     vars(model)["lm_head"] = lambda hidden_states: hidden_states
