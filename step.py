@@ -27,6 +27,7 @@ from models.lora import (
     check_beside_lora,
     default_modules,
     freeze_unused,
+    is_transposed,
     lora_pattern,
     report_layers_without_lora,
     select_modules,
@@ -188,7 +189,7 @@ def build_model(
         check_beside_lora(base, modules, pattern, names)
         report_layers_without_lora(base, pattern, report)
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(base, lora_config(config, pattern, list(modules)))
+        model = get_peft_model(base, lora_config(config, pattern, list(modules), is_transposed(base)))
         without_input_gradients(base)
     else:
         for module in modules.values():
@@ -209,8 +210,11 @@ def build_model(
     return model
 
 
-def lora_config(config: StepConfig, pattern: str, modules: list[str]) -> LoraConfig:
-    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full."""
+def lora_config(config: StepConfig, pattern: str, modules: list[str], fan_in_fan_out: bool) -> LoraConfig:
+    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full.
+
+    `fan_in_fan_out`: whether their weights are [in, out], as GPT-2's.
+    """
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -220,6 +224,7 @@ def lora_config(config: StepConfig, pattern: str, modules: list[str]) -> LoraCon
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=modules,
+        fan_in_fan_out=fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
 

@@ -42,8 +42,16 @@ def takes_tokens_one_by_one(mlp: nn.Module) -> bool:
     return (
         len(arguments) == 1
         and all(isinstance(part, (nn.Linear, Conv1D)) for part in having_weights)
-        and not any(isinstance(part, nn.ModuleList) or getattr(part, "p", 0) for part in parts)
+        and not any(isinstance(part, nn.ModuleList) or _drops_out(part) for part in parts)
     )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    calls_dropout = code is not None and "dropout" in code.co_names
+    return calls_dropout and not isinstance(getattr(module, "dropout", None), nn.Dropout)  # one of torch's functions
 
 
 def layer_mlps(model: nn.Module, checkpointed: bool) -> Iterator[nn.Module]:
