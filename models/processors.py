@@ -15,6 +15,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -44,6 +45,11 @@ class VideoSettings(VideoProcessorMixin):
         self.settings = settings
         # ProcessorMixin looks the base class up by name and finds none without torchvision, although it needs none.
         transformers.VideoProcessorMixin = VideoProcessorMixin
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "settings" and name in self.settings:  # a copy has no settings yet when it is asked for methods
+            return self.settings[name]
+        raise AttributeError(name)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.settings)
@@ -145,10 +151,10 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
 
 
 def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
+    if not get_image_processor_config(name):
+        raise UserError(f"--model {name}: there are no image settings in it ({FILES})")
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", config=config, **NO_REMOTE_CODE)
-    except OSError:
-        raise UserError(f"--model {name}: there are no image settings in it ({FILES})") from None
     except (ValueError, ImportError) as error:
         if is_torchvision_available() or "torchvision" not in str(error):
             raise
@@ -156,9 +162,10 @@ def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
 
 
 def _read_video_processor(name: str) -> VideoProcessorMixin:
-    if is_torchvision_available():
-        return transformers.AutoVideoProcessor.from_pretrained(name, **NO_REMOTE_CODE)
-    return VideoSettings(get_video_processor_config(name))
+    try:
+        return AutoVideoProcessor.from_pretrained(name, **NO_REMOTE_CODE)
+    except (ImportError, OSError, ValueError):  # without torchvision, or without settings that it could take
+        return VideoSettings(get_video_processor_config(name))
 
 
 def _read_feature_extractor(name: str) -> FeatureExtractionMixin:

@@ -65,6 +65,17 @@ QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "tex
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for another machine fails."""
+
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"the network is asked for {address}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
 def of_family(name: str, values: dict) -> object:
     return next(value for family, value in values.items() if name.startswith(family))
 
