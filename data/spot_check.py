@@ -20,7 +20,7 @@ def learned_text(processor: ProcessorMixin, dataset: ConversationDataset) -> lis
         record = dataset.records[index]
         replies = learned_tokens(processor, messages_for(processor, record["conversations"]))
         texts = [its_end(processor.tokenizer.decode(reply)) for reply in replies]
-        more = f" and {len(texts) - 1} more replies" if len(texts) > 1 else ""
+        more = {1: "", 2: " and 1 more reply"}.get(len(texts), f" and {len(texts) - 1} more replies")
         lines.append(f"Learned of record {record['id']}: {texts[0]!r}{more}")
     return lines
 

@@ -686,7 +686,7 @@ def messages(content: object, role: str = "user") -> list[dict]:
         ({"messages": messages([{"type": "text", "text": None}])}, "a part of 'content' must be of type text"),
         ({"messages": messages([{"type": "video"}])}, "a part of 'content' must be of type text, .* or image"),
         ({"messages": messages("\ud800")}, "a part of 'content' must be of type text"),
-        ({"messages": messages("Hi", "system")}, "a turn is from 'system'"),
+        ({"messages": messages("Hi", "narrator")}, "a turn is from 'narrator'"),
         ({"messages": messages([{"type": "image"}])}, "1 <image> placeholders but 0 images"),
         ({"messages": messages("Hi"), "images": ["red.png"]}, "0 <image> placeholders but 1 images"),
         ({"messages": messages("Hi"), "images": [None]}, "'images' must be a file name or a list of them"),
