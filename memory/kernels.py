@@ -39,7 +39,7 @@ def _flash_backward(args: tuple) -> int:
     """The sum of dq in fp32; dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
     _, query, key, *_ = args
     rows, heads, length, head_dim = query.shape
-    padded_length, padded_dim = -(-length // 128) * 128, -(-head_dim // 32) * 32
+    padded_length, padded_dim = _padded(length, 128), _padded(head_dim, 32 if head_dim <= 128 else 64)
     dq_sum = rows * heads * padded_length * (padded_dim + 1) * 4  # + 1: the row sums of dout * out
     expanded = 2 * rows * heads * key.shape[2] * head_dim * key.element_size() if key.shape[1] != heads else 0
     return dq_sum + expanded

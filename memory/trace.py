@@ -22,6 +22,7 @@ from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
 from memory.known import known_length, known_quantization
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
 from memory.probed_step import ProbedStep, local_accelerator, worst_case_inputs
 from memory.record import Allocation, Record
@@ -52,7 +53,7 @@ def trace_single(config: ProbeConfig) -> Record:
             if on_gpu:
                 use_foreach(probed.optimizer)
             watch_step(recorder, probed)
-            with recorder, known_quantization():
+            with recorder, noted(recorder.record, config.device), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
                 probed.run_updates()

@@ -28,6 +28,7 @@ from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
 from memory.known import known_length, known_quantization
 from memory.launch import in_fresh_process, launched
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
 from memory.placed import PlacedRecord, PlacedRecorder, split_by_place
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, worst_case_inputs
@@ -67,7 +68,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
         probed = ProbedStep.build(config, accelerator, model, device, inputs)
         record_loaded(recorder, probed)
-        with recorder, known_quantization():
+        with recorder, noted(recorder.record, config.device), known_quantization():
             prepare(recorder, probed)
             is_split = splits_weights(probed.model)
             if is_split:
