@@ -20,13 +20,14 @@ from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
 from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
-from models.family import family_of
+from models.family import family_of, packs
 from models.loading import load_config, load_model, num_positions
 from models.lora import (
     ALL_LINEAR,
     check_beside_lora,
     default_modules,
     freeze_unused,
+    is_transposed,
     lora_pattern,
     report_layers_without_lora,
     select_modules,
@@ -157,7 +158,7 @@ def check_model(config: StepConfig) -> None:
             f"--mixed_precision {config.mixed_precision}: activations of {model_config.model_type} overflow in it, "
             f"choose {choices}"
         )
-    if config.packing and not family.packs:
+    if config.packing and not packs(model_config):
         raise UserError(
             f"--packing true: nobody has shown that {model_config.model_type} keeps packed samples apart, leave it out"
         )
@@ -188,7 +189,7 @@ def build_model(
         check_beside_lora(base, modules, pattern, names)
         report_layers_without_lora(base, pattern, report)
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(base, lora_config(config, pattern, list(modules)))
+        model = get_peft_model(base, lora_config(config, pattern, list(modules), is_transposed(base)))
         without_input_gradients(base)
     else:
         for module in modules.values():
@@ -209,8 +210,11 @@ def build_model(
     return model
 
 
-def lora_config(config: StepConfig, pattern: str, modules: list[str]) -> LoraConfig:
-    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full."""
+def lora_config(config: StepConfig, pattern: str, modules: list[str], fan_in_fan_out: bool) -> LoraConfig:
+    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full.
+
+    `fan_in_fan_out`: whether their weights are [in, out], as GPT-2's.
+    """
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -220,6 +224,7 @@ def lora_config(config: StepConfig, pattern: str, modules: list[str]) -> LoraCon
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=modules,
+        fan_in_fan_out=fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
 

@@ -100,25 +100,25 @@ class ModelLoss:
         self.head = model.get_output_embeddings()
         self.reference = model.loss_function
         self.is_chunked = model.training and model.chunked_loss
-        self.computed: list[torch.Tensor] = []
+        self.computed: list[torch.Tensor] = []  # what loss_function has computed
+        self.given: list[torch.Tensor] = []  # what it has returned
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """In this context the model's forward finds this loss, and by chunks the head's stand-in."""
-        if self.head in self.model.children():
-            models = [self.model]
-        else:  # the head, and perhaps the loss too, is that of a model inside this one
-            models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        models = [self.model]
+        if self.head not in self.model.children():  # then the loss may be taken by a model inside this one, too
+            inner = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+            models += [each for each in inner if each is not self.model and self.head in each.modules()]
         with ExitStack() as stack:
             for model in models:
-                stack.enter_context(_attribute(model, "_loss_function", self))
+                stack.enter_context(_loss_function(model, self))
             if self.is_chunked:
                 self.check_head()
                 owners = models if len(models) == 1 else self.model.modules()
                 for owner in [each for each in owners if self.head in each.children()]:
                     (name,) = [name for name, child in owner.named_children() if child is self.head]
-                    # Found before the module of that name, which stays where it is.
-                    stack.enter_context(_attribute(owner, name, HeadStandIn(self.head)))
+                    stack.enter_context(_in_front_of(owner, name, HeadStandIn(self.head)))
             yield
 
     def check_head(self) -> None:
@@ -152,8 +152,9 @@ class ModelLoss:
         else:
             kwargs["num_items_in_batch"] = self.num_items_in_batch
             loss = self.reference(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        self.given.append(loss.clone())  # a model may add to it in place
         self.computed.append(loss)
-        return loss
+        return self.given[-1]
 
     def without_logits(self, logits: LogitsStandIn, labels: torch.LongTensor) -> torch.Tensor:
         """What `loss_function` would make of the logits, from the positions before a label alone."""
@@ -175,7 +176,8 @@ class ModelLoss:
                 f"{type(self.model).__name__} cannot be trained: its forward takes the loss without loss_function"
             )
         changes: dict[str, Any] = {}
-        if len(self.computed) == 1 and output.loss is not self.computed[0]:
+        is_changed = output.loss is not self.given[0] or output.loss._version > 0
+        if len(self.computed) == 1 and is_changed:
             changes["loss"] = self.computed[0] + self.share * (output.loss - self.computed[0])
         if self.model.training:
             # Training needs no logits, and accelerate's mixed-precision wrapper would copy them to fp32.
@@ -193,15 +195,21 @@ class ModelLoss:
 
 
 @contextmanager
-def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    """The owner's own attribute has this value inside."""
-    attributes = vars(owner)
-    had, before = name in attributes, attributes.get(name)
-    attributes[name] = value
+def _loss_function(model: PreTrainedModel, loss: ModelLoss) -> Iterator[None]:
+    """The model takes this loss inside."""
+    before = model.loss_function
+    model.loss_function = loss
     try:
         yield
     finally:
-        if had:
-            attributes[name] = before
-        else:
-            del attributes[name]
+        model.loss_function = before
+
+
+@contextmanager
+def _in_front_of(owner: nn.Module, name: str, stand_in: HeadStandIn) -> Iterator[None]:
+    """`owner.name` is the stand-in inside: an attribute of the object is found before a module of that name."""
+    vars(owner)[name] = stand_in
+    try:
+        yield
+    finally:
+        del vars(owner)[name]

@@ -4,33 +4,56 @@ A gated MLP computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))`. Autograd sa
 gate, and up: three tensors as wide as the MLP. The activation is cheap to recompute from the gate, so here only gate
 and up are saved. A layer without checkpointing keeps a quarter less that way, at no cost in time.
 
-Only MLPs of a class that is known to compute this formula are changed.
+Only MLPs whose forward is this formula and nothing else are changed. Others have the same parts, and a clamp, a scale
+or dropout besides.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from transformers.models.gemma.modeling_gemma import GemmaMLP
-from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.mistral.modeling_mistral import MistralMLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from layers.tiled_mlp import layer_mlps
 
 
-# The MLPs that compute the formula above and nothing else. Others have the same parts and a clamp or a scale besides.
-KNOWN_CLASSES = (GemmaMLP, LlamaMLP, MistralMLP, Qwen2MLP)
 NUM_TILES = 8  # pieces of the backward pass: each temporary is as large as one piece
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Make the MLPs of known classes recompute their activation, in the layers that are not checkpointed."""
+    """Make the MLPs of the formula above recompute their activation, in the layers that are not checkpointed."""
     for mlp in layer_mlps(model, checkpointed=False):
         for part in mlp.modules():  # PEFT wraps an MLP that is trained in full
-            if type(part) in KNOWN_CLASSES:  # a subclass may compute something else
+            if is_gated_mlp(part):
                 part.forward = partial(_forward, part)
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether its forward is the formula above, in either of the two ways in which transformers writes it."""
+    act_fn = getattr(module, "act_fn", None)
+    return (
+        isinstance(act_fn, nn.Module)
+        and not list(act_fn.parameters())  # they would get no gradient
+        and "forward" not in vars(module)
+        and _instructions(type(module).forward) in (_instructions(_formula), _instructions(_formula_in_two_steps))
+    )
+
+
+def _formula(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _formula_in_two_steps(self: Any, x: torch.Tensor) -> torch.Tensor:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _instructions(function: Callable) -> tuple[bytes, tuple[str, ...]] | None:
+    """What the interpreter does, whatever the arguments are called; None for what is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else (code.co_code, code.co_names)
 
 
 def _forward(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

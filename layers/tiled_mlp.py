@@ -8,6 +8,7 @@ be recomputed anyway.
 DeepSpeed (TiledMLP in runtime/sequence_parallel/ulysses_sp.py) and Liger (LigerTiledGEGLUMLP) tile MLPs too.
 """
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 
 def tile_frozen_mlps(model: nn.Module, num_tiles: int) -> None:
@@ -24,8 +26,32 @@ def tile_frozen_mlps(model: nn.Module, num_tiles: int) -> None:
     """
     # A number of tiles, not of tokens: under ZeRO-3 every process must run the same modules equally often.
     for mlp in layer_mlps(model, checkpointed=True):
-        if not any(parameter.requires_grad for parameter in mlp.parameters()):
+        is_frozen = not any(parameter.requires_grad for parameter in mlp.parameters())
+        if is_frozen and takes_tokens_one_by_one(mlp):
             mlp.forward = partial(_forward, mlp.forward, num_tiles)
+
+
+def takes_tokens_one_by_one(mlp: nn.Module) -> bool:
+    """Whether it is made of linear layers and activations alone, and takes hidden states alone.
+
+    Experts are not: their router deals out the tokens of a call. Dropout would drop others when a tile is recomputed.
+    """
+    arguments = list(inspect.signature(type(mlp).forward).parameters)[1:]
+    parts = list(mlp.modules())
+    having_weights = [part for part in parts if list(part.parameters(recurse=False))]
+    return (
+        len(arguments) == 1
+        and all(isinstance(part, (nn.Linear, Conv1D)) for part in having_weights)
+        and not any(isinstance(part, nn.ModuleList) or _drops_out(part) for part in parts)
+    )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    calls_dropout = code is not None and "dropout" in code.co_names
+    return calls_dropout and not isinstance(getattr(module, "dropout", None), nn.Dropout)  # one of torch's functions
 
 
 def layer_mlps(model: nn.Module, checkpointed: bool) -> Iterator[nn.Module]:
@@ -38,7 +64,7 @@ def layer_mlps(model: nn.Module, checkpointed: bool) -> Iterator[nn.Module]:
 
 
 def _forward(mlp: nn.Module, num_tiles: int, hidden_states: torch.Tensor) -> torch.Tensor:
-    if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+    if not (torch.is_grad_enabled() and hidden_states.requires_grad) or hidden_states.dim() != 3:
         return mlp(hidden_states)
     kept = Kept()
     return TiledFunction.apply(KeptFunction.apply(hidden_states, kept), kept, mlp, num_tiles)

@@ -25,19 +25,38 @@ class Family:
     keeps_input_gradients: bool = False
     # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
     layers_without_lora: tuple[str, ...] = ()
-    # Of a family whose processor ships none.
-    chat_template: str | None = None
 
 
-MAMBA = Family(layers_without_lora=("out_proj", "conv1d"))
+PACKS = Family(packs=True)
 
 FAMILIES = {
     "mgm": Family(
         trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
     ),
-    **{name: MAMBA for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")},
+    # Gemma 3's residual stream grows beyond fp16's largest number.
+    **{name: Family(refused_precisions=("fp16",)) for name in ("gemma3", "gemma3n", "gemma3n_text", "shieldgemma2")},
+    "gemma3_text": Family(packs=True, refused_precisions=("fp16",)),
+    **{
+        name: Family(layers_without_lora=("out_proj", "conv1d"))
+        for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+    },
+    # Of these tests/test_families.py shows that packed samples are trained as each by itself. Others put images or
+    # time into positions (M-RoPE), mask images in both directions, or carry a state from sample to sample.
+    **{
+        name: PACKS
+        for name in (
+            *("aya_vision", "idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
+            *("ovis2", "smolvlm", "cohere2", "deepseek_v3", "gemma", "gemma2", "gpt2", "granite", "llama", "mistral"),
+            *("mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
+        )
+    },
 }
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES.get(config.model_type, Family())
+
+
+def packs(config: PreTrainedConfig) -> bool:
+    """Whether the family may pack samples, and the family of the language model in it too."""
+    return family_of(config).packs and family_of(config.get_text_config()).packs

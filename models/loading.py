@@ -210,8 +210,11 @@ def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
 
 
 def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:
+    if isinstance(error, ValueError) and attn_implementation is not None and "attention" in brief_error(error):
+        model_class = brief_error(error).partition(" ")[0]
+        return UserError(f"--attn_implementation {attn_implementation}: {model_class} has none, choose eager")
     if attn_implementation is not None and "attention" in brief_error(error).lower():
-        remedy = "choose eager" if attn_implementation == "sdpa" else "choose sdpa, or install requirements-gpu.txt"
+        remedy = "choose sdpa, or install requirements-gpu.txt"
         return UserError(f"--attn_implementation {attn_implementation}: {brief_error(error)}; {remedy}")
     return UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())})")
 

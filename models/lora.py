@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from layers.quantization import is_quantized, num_values
@@ -17,7 +18,8 @@ from utils import UserError
 
 
 ALL_LINEAR = "all-linear"  # PEFT's word
-LINEAR_LAYERS = (nn.Linear, Conv1D)  # the latter is GPT-2's, with a transposed weight
+# The second is GPT-2's, with a transposed weight. Others are subclasses, such as routers, which return something else.
+LINEAR_LAYERS = (nn.Linear, Conv1D, FalconLinear)
 
 
 def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> str:
@@ -37,43 +39,56 @@ def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> s
         if tower is None:
             raise UserError(f"--lora_vision_tower true: {type(model).__name__} has no vision tower")
         parts.append(tower)
-    choices = [linear_names(model, part) for part in parts]
-    chosen = [known if names == [ALL_LINEAR] else [n for n in names if n in known] for known in choices]
-    for name in names if names != [ALL_LINEAR] else []:
-        if not any(name in known for known in choices):
-            raise UserError(
-                f"--lora_target_modules {name}: {type(parts[0]).__name__} has no such layer, choose "
-                f"{_or_all(sorted({each for known in choices for each in known}))}"
-            )
-    for part, known, found in zip(parts, choices, chosen, strict=True):
-        if not found:
-            flag = "--lora_vision_tower true, " if part is not parts[0] else ""
-            raise UserError(
-                f"{flag}--lora_target_modules {' '.join(names)}: {type(part).__name__} has no such layer, choose "
-                f"{_or_all(known)}"
-            )
-    patterns = [
-        rf"{re.escape(path_of(model, part))}\.(?:.*\.)?(?:{'|'.join(map(re.escape, found))})"
-        for part, found in zip(parts, chosen, strict=True)
-    ]
-    return "|".join(patterns)
+    layers = [linear_layers(model, part) for part in parts]
+    if names == [ALL_LINEAR]:
+        return _pattern(model, {path for found in layers for path in found})
+    for name in names:
+        if not any(name in found.values() for found in layers):
+            choices = _choices({each for found in layers for each in found.values()})
+            raise UserError(f"--lora_target_modules {name}: {type(parts[0]).__name__} has no such layer, {choices}")
+    for part, found in zip(parts, layers, strict=True):
+        if not set(names) & set(found.values()):
+            flags = "--lora_vision_tower true, " if part is not parts[0] else ""
+            flags += f"--lora_target_modules {' '.join(names)}"
+            raise UserError(f"{flags}: {type(part).__name__} has no such layer, {_choices(set(found.values()))}")
+    return _pattern(model, {path for found in layers for path, name in found.items() if name in names})
 
 
-def _or_all(names: list[str]) -> str:
-    return f"{', '.join(names)} or {ALL_LINEAR}" if names else "another model: it has no linear layer"
-
-
-def linear_names(model: PreTrainedModel, part: nn.Module) -> list[str]:
-    """The names of a part's linear layers: a path's last piece, and the one before it where that is a number."""
+def linear_layers(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
+    """The paths of a part's linear layers, each with its name: the path's last piece, and the one before it where that
+    is a number."""
     head, refused = model.get_output_embeddings(), family_of(model.config).layers_without_lora
-    names = set()
-    for path, module in part.named_modules():
-        # The output projection of nn.MultiheadAttention is never called: its weight is read.
-        is_called = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if isinstance(module, LINEAR_LAYERS) and is_called and module is not head:
-            *before, name = path.rsplit(".", 2)[-2:]
-            names.add(".".join([*before, name]) if name.isdecimal() else name)
-    return sorted(names - set(refused))
+    found = {}
+    for path, module in part.named_modules(prefix=path_of(model, part)):
+        is_linear = type(module) in LINEAR_LAYERS or (isinstance(module, nn.Linear) and is_quantized(module))
+        if is_linear and module is not head:
+            *_, before, name = path.split(".")
+            found[path] = f"{before}.{name}" if name.isdecimal() else name
+    return {path: name for path, name in found.items() if name not in refused}
+
+
+def is_transposed(model: PreTrainedModel) -> bool:
+    """Whether the language model's linear layers have weights [in, out]."""
+    return any(isinstance(module, Conv1D) for module in language_model(model).modules())
+
+
+def _choices(names: set[str]) -> str:
+    return f"choose {', '.join(sorted(names))} or {ALL_LINEAR}" if names else "nor any other linear layer"
+
+
+def _pattern(model: nn.Module, paths: set[str]) -> str:
+    """A pattern of exactly these paths, with `\\d+` for the number of a layer."""
+    if not paths:
+        raise UserError(f"--lora_target_modules {ALL_LINEAR}: {type(model).__name__} has no linear layer")
+    all_paths = [path for path, _ in model.named_modules()]
+    alternatives = {}
+    for path in sorted(paths):
+        pattern = re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(path))
+        if pattern not in alternatives:
+            alternatives[pattern] = {each for each in all_paths if re.fullmatch(pattern, each)} <= paths
+    general = [pattern for pattern, is_exact in alternatives.items() if is_exact]
+    others = [path for path in sorted(paths) if not any(re.fullmatch(pattern, path) for pattern in general)]
+    return "|".join([*general, *map(re.escape, others)])
 
 
 def select_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
@@ -132,13 +147,16 @@ def report_layers_without_lora(model: PreTrainedModel, pattern: str, report: Cal
     kinds of attention."""
     has_lora = re.compile(pattern).fullmatch
     decoder = language_model(model)
-    prefix = path_of(model, decoder)
+    linear = linear_layers(model, decoder)
     for name, layers in decoder.named_children():
-        paths = [[p for p, _ in x.named_modules(prefix=f"{prefix}.{name}.{i}")] for i, x in layers.named_children()]
-        found = [any(map(has_lora, each)) for each in paths]
-        if isinstance(layers, nn.ModuleList) and any(found) and not all(found):
-            names = ", ".join(linear_names(model, layers[found.index(False)]))
-            report(f"LoRA is on {sum(found)} of {len(found)} layers: the others have {names}, see {ALL_LINEAR}")
+        if isinstance(layers, nn.ModuleList):
+            prefix = f"{path_of(model, decoder)}.{name}."
+            found = [[path for path in linear if path.startswith(f"{prefix}{i}.")] for i in range(len(layers))]
+            bare = [each for each in found if not any(map(has_lora, each))]
+            if 0 < len(bare) < len(found):
+                names = ", ".join(sorted({linear[path] for path in bare[0]}))
+                num_layers = f"{len(found) - len(bare)} of {len(found)} layers"
+                report(f"LoRA is on {num_layers}: the others have {names}, see --lora_target_modules {ALL_LINEAR}")
 
 
 def freeze_unused(model: nn.Module) -> list[str]:

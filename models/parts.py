@@ -41,5 +41,15 @@ def path_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def unused_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that the loss does not depend on, and that therefore cannot be trained."""
-    return model.base_model.unused_modules() if hasattr(model.base_model, "unused_modules") else []
+    """The modules that the loss does not depend on, and that therefore cannot be trained: by the model's own method,
+    or the tower's layers after the one whose features the config names."""
+    if hasattr(model.base_model, "unused_modules"):
+        return model.base_model.unused_modules()
+    chosen = getattr(model.config, "vision_feature_layer", None)
+    encoder = getattr(vision_tower(model), "encoder", None)
+    if chosen is None or not hasattr(encoder, "layers"):
+        return []
+    num_features = len(encoder.layers) + 1  # the embeddings' too
+    num_used = max(layer % num_features for layer in ([chosen] if isinstance(chosen, int) else chosen))
+    norm = getattr(vision_tower(model), "post_layernorm", None)
+    return [*encoder.layers[num_used:], *([norm] if norm is not None else [])]

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from unittest.mock import patch
 
 import pytest
 import torch
 import transformers as tf
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, convert_outputs_to_fp32, extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
@@ -29,8 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from chat.expansion import watched
+from layers.model_loss import use_model_loss
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
 from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
@@ -105,6 +108,57 @@ def check_checkpointing_flags() -> None:
     mlps = list(layer_mlps(model.model.language_model, checkpointed=True))
     assert len(mlps) == tiny().text_config.num_hidden_layers, "layers or their MLPs are no longer found"
     assert not list(layer_mlps(model, checkpointed=False)), "a layer is not checkpointed although it was asked for"
+
+
+def check_input_gradients() -> None:
+    base = small_gemma()
+    base.activation_checkpointing_enable()
+    base.disable_input_require_grads()
+    base = get_peft_model(base, LoraConfig(target_modules=["q_proj"])).get_base_model()
+    assert base.get_input_embeddings()(TOKENS).requires_grad, "PEFT adds none: undoing it is of no use"
+    base.disable_input_require_grads()
+    assert not base.get_input_embeddings()(TOKENS).requires_grad
+
+
+def check_loss_function() -> None:
+    model = small_gemma()
+    before = model.loss_function
+    assert before is ForCausalLMLoss
+    model.loss_function = lambda *args, **kwargs: torch.tensor(7.0)
+    assert model(input_ids=TOKENS, labels=TOKENS).loss == 7
+    model.loss_function = before
+    assert model(input_ids=TOKENS, labels=TOKENS).loss != 7
+
+
+def check_version() -> None:
+    tensor = torch.zeros(())
+    assert tensor.clone()._version == 0
+    tensor += 1
+    assert tensor._version == 1
+
+
+def check_attribute_before_module() -> None:
+    model = small_gemma()
+    vars(model)["lm_head"] = lambda hidden_states: hidden_states
+    assert model(input_ids=TOKENS).logits.shape[-1] == 64
+    assert dict(model.named_children())["lm_head"] is not model.lm_head
+
+
+def check_unwrapping() -> None:
+    model = small_gemma()
+    use_model_loss(model, chunked=True)
+    model._original_forward = model.forward  # as Accelerator.prepare_model leaves it
+    model.forward = MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert unwrapped.forward.__func__.computes_loss
+
+
+def check_parts() -> None:
+    model = MGMForConditionalGeneration(tiny())
+    assert model.get_decoder() is model.model.language_model
+    assert model.get_encoder("image") is model.model.vision_tower
+    gemma = small_gemma()
+    assert gemma.get_decoder() is gemma.model and gemma.get_encoder("image") in (gemma, gemma.model)
 
 
 def check_clip() -> None:

@@ -73,14 +73,37 @@ APIS = [
         "set on every module with the attribute gradient_checkpointing",
         "mining is not checkpointed: silently more memory", check=checks.check_checkpointing_flags,
         words="gradient_checkpointing _gradient_checkpointing_func"),
-    Api("transformers", "PreTrainedModel.activation_checkpointing_enable", "step.py benchmarks/step.py",
+    Api("transformers", "PreTrainedModel.activation_checkpointing_enable",
+        "models/checkpointing.py benchmarks/step.py",
         "checkpoints every n-th layer", "training does not start",
         signature="self, activation_checkpointing_kwargs, every_n_layers, offload"),
+    Api("transformers", "PreTrainedModel.disable_input_require_grads", "models/checkpointing.py",
+        "removes the hooks by which transformers and PEFT let embeddings need a gradient",
+        "a frozen tower's backward pass runs for nothing", check=checks.check_input_gradients,
+        words="disable_input_require_grads"),
+    Api("transformers", "PreTrainedModel.loss_function", "layers/model_loss.py",
+        "the loss is put in its place while a forward runs", "every training run ends in its first step",
+        check=checks.check_loss_function, words="loss_function"),
+    Api("transformers", "loss.loss_utils.ForCausalLMLoss", "layers/model_loss.py",
+        "the one loss that is computed by chunks", "nothing can be imported"),
+    Api("torch", "Tensor._version", "layers/model_loss.py",
+        "counts the changes in place: whether a model has added to its loss",
+        "what a router adds to the loss is not weighed by tokens", check=checks.check_version, words="_version"),
+    Api("torch", "nn.Module.__getattr__", "layers/model_loss.py",
+        "an attribute of the object is found before a module of that name", "the logits are made",
+        check=checks.check_attribute_before_module, words="vars(owner)[name]"),
+    Api("accelerate", "utils.extract_model_from_parallel", "layers/model_loss.py",
+        "takes a forward apart down to the function that wraps no other", "the loss falls back to the model's own",
+        check=checks.check_unwrapping, words="__wrapped__"),
     *[
-        Api("transformers", f"models.{name}.modeling_{name}.{mlp}", "layers/recompute_activation.py",
-            "its formula is known", "nothing can be imported", signature="config")
-        for name, mlp in (("gemma", "GemmaMLP"), ("llama", "LlamaMLP"), ("mistral", "MistralMLP"),
-                          ("qwen2", "Qwen2MLP"))
+        Api("transformers", f"{name}", "models/lora.py layers/tiled_mlp.py" if "Conv1D" in name else "models/lora.py",
+            "a linear layer that is no torch.nn.Linear", "nothing can be imported")
+        for name in ("pytorch_utils.Conv1D", "models.falcon.modeling_falcon.FalconLinear")
+    ],
+    *[
+        Api("transformers", f"PreTrainedModel.{name}", "models/parts.py", "finds a model's parts", "no model is built",
+            check=checks.check_parts, words=name)
+        for name in ("get_decoder", "get_encoder")
     ],
     Api("transformers", "CLIPVisionModel.pre_layrnorm, .embeddings, .encoder.layers, .post_layernorm",
         "mgm/modeling_mgm.py", "runs CLIP up to the layer with the features and no further",

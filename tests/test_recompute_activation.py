@@ -4,22 +4,55 @@ import pytest
 import torch
 from conftest import assert_same_gradients
 from torch import nn
-from transformers import AutoModel, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3VLTextConfig,
+    SmolLM3Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bitnet.modeling_bitnet import BitNetMLP
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
 import step
-from layers.recompute_activation import KNOWN_CLASSES, GatedActivation, recompute_activations
+from layers.recompute_activation import GatedActivation, is_gated_mlp, recompute_activations
 from memory.config import ProbeConfig
 from memory.trace import trace_single
 from mgm.configuration_mgm import PRESETS
 from models.loading import load_model
 
 
-CONFIGS = {GemmaMLP: GemmaConfig, LlamaMLP: LlamaConfig, MistralMLP: MistralConfig, Qwen2MLP: Qwen2Config}
+CONFIGS = {
+    GemmaMLP: GemmaConfig,
+    Gemma2MLP: Gemma2Config,
+    Gemma3MLP: Gemma3TextConfig,
+    LlamaMLP: LlamaConfig,
+    MistralMLP: MistralConfig,
+    Qwen2MLP: Qwen2Config,
+    Qwen3MLP: Qwen3Config,
+    Qwen3VLTextMLP: Qwen3VLTextConfig,
+    Qwen3_5MLP: Qwen3_5TextConfig,
+    SmolLM3MLP: SmolLM3Config,
+}
 
 
 class Layer(GradientCheckpointingLayer):
@@ -61,12 +94,14 @@ def test_step_is_the_same(monkeypatch, tiny_step, flags, num_layers):
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("mlp_class", KNOWN_CLASSES)
+@pytest.mark.parametrize("mlp_class", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlps_of_known_classes(mlp_class, dtype):
+def test_mlps_of_many_families(mlp_class, dtype):
     """Output and gradients in both precisions, of more pieces than they divide into; and without gradients."""
     torch.manual_seed(0)
-    layer = Layer(mlp_class(CONFIGS[mlp_class](hidden_size=32, intermediate_size=37))).to(dtype)
+    config = CONFIGS[mlp_class](hidden_size=32, intermediate_size=37)
+    sizes = (config, 37) if mlp_class is Qwen3_5MLP else (config,)
+    layer = Layer(mlp_class(*sizes)).to(dtype)
     hidden_states = torch.randn(2, 5, 32, dtype=dtype, requires_grad=True)
     inputs = [hidden_states, *layer.parameters()]
 
@@ -158,12 +193,28 @@ def test_a_checkpointed_layer_is_left_alone():
 
 
 def test_all_language_models_of_the_presets_are_known():
-    """Otherwise they would keep a third wide tensor, and nobody would notice. convert_mgm.py takes Mistral too."""
+    """Otherwise they would keep a third wide tensor, and nobody would notice."""
     for preset in PRESETS.values():
         with torch.device("meta"):
             model = AutoModel.from_config(preset().text_config)
-        assert {type(module) for module in model.modules() if hasattr(module, "gate_proj")} <= set(KNOWN_CLASSES)
-    assert MistralMLP in KNOWN_CLASSES
+        assert all(is_gated_mlp(module) for module in model.modules() if hasattr(module, "gate_proj"))
+
+
+@pytest.mark.parametrize("mlp_class", [BitNetMLP, FalconH1MLP, Gemma3nTextMLP, SeedOssMLP])
+def test_another_formula_is_told_apart(mlp_class):
+    """A norm, a factor, a threshold, dropout: each of these has gate_proj, up_proj, act_fn and down_proj."""
+    mlp = object.__new__(mlp_class)
+    nn.Module.__init__(mlp)
+    mlp.act_fn = nn.SiLU()
+    assert not is_gated_mlp(mlp)
+    mlp.__class__ = LlamaMLP
+    assert is_gated_mlp(mlp)
+
+
+def test_an_activation_with_weights_of_its_own_is_left_alone():
+    mlp = small_mlp(GemmaMLP)
+    mlp.act_fn = nn.PReLU()
+    assert not is_gated_mlp(mlp)
 
 
 def test_an_mlp_trained_in_full_beside_lora(monkeypatch, tiny_step):

@@ -7,8 +7,14 @@ import pytest
 import torch
 from conftest import assert_same_gradients
 from torch import nn
+from transformers import DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig, SeedOssConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
-from layers.tiled_mlp import tile_frozen_mlps, tiles
+from layers.tiled_mlp import takes_tokens_one_by_one, tile_frozen_mlps, tiles
 from memory.config import ProbeConfig
 from memory.trace import trace_single
 
@@ -66,6 +72,23 @@ def test_tiles_are_all_tokens_in_order():
     assert [part.shape for part in parts] == [(1, 3, 3), (1, 3, 3), (1, 2, 3), (1, 2, 3)]
     assert torch.equal(torch.cat(parts, dim=1).view(2, 5, 3), hidden_states)
     assert len(tiles(hidden_states, 100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("mlp", "expected"),
+    [
+        (LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=16)), True),
+        (GPT2MLP(16, GPT2Config(n_embd=12, resid_pdrop=0.0)), True),
+        (GPT2MLP(16, GPT2Config(n_embd=12, resid_pdrop=0.1)), False),
+        (SeedOssMLP(SeedOssConfig(hidden_size=64, intermediate_size=16)), False),
+        (MixtralSparseMoeBlock(MixtralConfig(hidden_size=64, intermediate_size=16, num_local_experts=2)), False),
+        (DeepseekV3MoE(DeepseekV3Config(hidden_size=128, moe_intermediate_size=8, n_routed_experts=8)), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_takes_tokens_one_by_one_is_tiled(mlp, expected):
+    """Experts' routers see all tokens of a call, and a tile's dropout would be drawn anew in the backward pass."""
+    assert takes_tokens_one_by_one(mlp) == expected
 
 
 def test_tiling_lowers_the_predicted_peak():
