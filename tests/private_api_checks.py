@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from chat.expansion import watched
@@ -39,7 +40,9 @@ from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
 from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
+from memory.record import Record
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.processors import VideoSettings
@@ -91,6 +94,17 @@ def must_call(owner: object, *names: str) -> Iterator[None]:
     with patch.multiple(owner, **{name: noting(name) for name in names}):
         yield
     assert called == set(names), f"no longer called: {', '.join(sorted(set(names) - called))}"
+
+
+def check_fallback_warning() -> None:
+    @use_kernel_func_from_hub_with_fallback("some_function", "no_such_package")
+    def function() -> None:
+        pass
+
+    record = Record()
+    with noted(record, "cuda"):
+        function()
+    assert [note.split()[0] for note in record.notes] == ["no_such_package"]
 
 
 def check_generation() -> None:
