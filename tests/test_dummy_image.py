@@ -1,9 +1,12 @@
 """A batch of text with a dummy image in it: the vision side runs, and nothing else changes."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from forked_runs import run
 from test_encoding import VISION, processor_of
-from tiny_families import FAMILIES, TIMM_FAMILIES, build_tiny_model
+from tiny_families import FAMILIES, TIMM_FAMILIES, build_tiny_model, write_family
 
 from chat.arguments import find_positions
 from data.batching import TrainCollator
@@ -93,3 +96,23 @@ def test_when_it_is_needed() -> None:
         [SAMPLES[0] | {"conversations": [{"from": "human", "value": ""}]}]
     )
     assert "pixel_values" in batch, "of a process that is left without a sample"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "trained"), [("llava", "multi_modal_projector"), ("qwen2_5_vl", "merger")])
+def test_processes_with_images_and_without(name: str, trained: str, mixed_dataset: Path, tmp_path: Path) -> None:
+    """Two processes, whose batches of one sample have an image or not, train as one does: DDP, whose projector needs
+    a gradient everywhere, and ZeRO-3, which would wait forever."""
+    write_family(name, tmp_path / "model", with_weights=True)
+    flags = f"--model {tmp_path / 'model'} --dataset {mixed_dataset} --image_folder data/demo --max_steps 3"
+    flags += " --eval_dataset data/demo/validation.json --eval_samples 3 --max_new_tokens 3"
+    flags += f" --trainable_modules {trained} --lora_dropout 0 --learning_rate 1e-2 --warmup_ratio 0 --logging_steps 1"
+    flags += " --per_device_train_batch_size 1 --save_steps 0 --dataloader_num_workers 0 --forecast false"
+    losses = []
+    for config, num_processes, accumulation in (("single", 1, 4), ("ddp", 2, 2), ("zero3", 2, 2)):
+        folder = tmp_path / config
+        words = f"{flags} --gradient_accumulation_steps {accumulation} --output_dir {folder / 'out'}"
+        ended = run(words, folder, config, num_processes)
+        assert ended.code == 0, ended.err[-3000:]
+        losses.append((ended.result["train_loss"], ended.result["last_loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-4)
