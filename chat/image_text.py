@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 from chat.expansion import Expansion, first_token, move, processed
 from chat.images import Size, blank_image
 from chat.render import Span
+from utils import UserError, brief_error
 
 
 SIZES = ((40, 40), (640, 480), (1200, 200), (200, 1200))  # small, large, wide and tall
@@ -125,10 +126,14 @@ def begins_with_word(text: str) -> bool:
 
 
 def rule_of(processor: ProcessorMixin) -> ImageRule:
-    """The processor's rule, found by trials."""
+    """The processor's rule, found by trials. Raises UserError if the processor fails at them."""
     key = identity(processor)
     if key not in _rules:
-        _rules[key] = _find_rule(processor)
+        try:
+            _rules[key] = _find_rule(processor)
+        except Exception as error:  # it may be anyone's
+            what = f"{type(processor).__name__} cannot be used: given an image and some text, it fails"
+            raise UserError(f"{what} ({brief_error(error)})") from error
     return _rules[key]
 
 

@@ -21,6 +21,7 @@ from chat.label_mask import CutImage
 from chat.render import Messages
 from layers.chunked_loss import IGNORE_INDEX
 from models.loading import load_processor
+from utils import UserError
 
 
 MISSING = set() if is_torchvision_available() else set(TORCHVISION_FAMILIES)
@@ -250,3 +251,24 @@ def test_bad_input(name: str) -> None:
 
 def test_every_family_is_tested() -> None:
     assert set(VISION) | set(TEXT_FAMILIES) | MISSING == set(FAMILIES) and len(VISION) >= 25
+
+
+@pytest.mark.parametrize("problem", ["fails", "rewrites", "slow"])
+def test_a_processor_that_cannot_be_used(problem: str, monkeypatch) -> None:
+    """It raises, changes the text beside an image, or has no tokenizer that says where its tokens are: one line."""
+    processor = with_bos("llava", False)
+    process = type(processor).__call__
+
+    def changed(self: ProcessorMixin, text: list[str], **kwargs) -> BatchFeature:
+        if problem == "fails":
+            raise KeyError("pixels")
+        return process(self, text=[each.replace("x", "y") for each in text], **kwargs)
+
+    if problem == "slow":
+        monkeypatch.setattr("transformers.BatchEncoding.encodings", None)
+    else:
+        monkeypatch.setattr(type(processor), "__call__", changed)
+    expected = {"fails": "pixels", "rewrites": "rewrites the text", "slow": "calls no fast tokenizer"}[problem]
+    with pytest.raises(UserError, match=f"LlavaProcessor cannot be used: .*{expected}") as error:
+        has_fixed_images(processor)
+    assert "\n" not in str(error.value)
