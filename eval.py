@@ -49,6 +49,7 @@ class EvalConfig(ModelConfig):
     follow_links: bool = flag(False, "allow links out of the image folder")
     batch_size: int = flag(32, "questions that each process answers at once; changes no answer")
     max_new_tokens: int = flag(128, "the longest answer, in tokens")
+    max_image_pixels: int = flag(0, "shrink larger images to so many pixels, as in training; 0: as the processor does")
     limit: int = flag(0, "answer only so many questions, the first; 0: all")
     ocr_file: str | None = flag(None, "for textvqa: words for the prompt, Rosetta's .json or LLaVA's prompts .jsonl")
     circular: bool = flag(False, "for mmbench: an answer counts if it is right in every rotation of the options")
@@ -59,7 +60,7 @@ class EvalConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("task", self.task, TASKS)
-        check_minimum(self, batch_size=1, max_new_tokens=1, limit=0, dataloader_num_workers=0)
+        check_minimum(self, batch_size=1, max_new_tokens=1, max_image_pixels=0, limit=0, dataloader_num_workers=0)
         if self.compare is not None and len(self.compare) != 2:
             raise UserError(f"--compare {' '.join(self.compare)}: give two files, FULL.json LORA.json")
         for name, task in (("ocr_file", "textvqa"), ("circular", "mmbench")):
@@ -157,7 +158,7 @@ def answer_all(
         file = AnswersFile(config.predictions, settings, questions)
     (answers,) = broadcast_object_list([file.answers if file else None])
     missing = [index for index in range(len(questions)) if index not in answers]
-    sizes = (config.batch_size, config.max_new_tokens, config.dataloader_num_workers)
+    sizes = (config.batch_size, config.max_new_tokens, config.max_image_pixels, config.dataloader_num_workers)
     num_cut = 0
     for found in answer_batches(accelerator, model, processor, questions, missing, *sizes):
         num_cut += sum(answer.is_cut for answer in found.values())

@@ -64,6 +64,7 @@ class StepConfig(ModelConfig):
     )
     loss: str = free_on_resume("chunked", "chunked: logits of some tokens at a time | full: of all tokens at once")
     max_seq_len: int = flag(2048, "the longest row, in tokens, image positions included")
+    max_image_pixels: int = flag(0, "shrink larger images to so many pixels, aspect kept; 0: as the processor does")
     packing: bool = flag(False, "put several samples into a row; they do not attend to each other")
     per_device_train_batch_size: int = free_on_resume(1, "rows of a micro-batch on each device")
     per_device_eval_batch_size: int = free_on_resume(1, "held-out questions that each device answers at once")
@@ -86,7 +87,7 @@ class StepConfig(ModelConfig):
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
         check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
-        check_minimum(self, dataloader_num_workers=0, seed=0)
+        check_minimum(self, max_image_pixels=0, dataloader_num_workers=0, seed=0)
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:

@@ -21,11 +21,14 @@ from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
 from transformers import ProcessorMixin, get_scheduler
 
-from data.batching import column_values, count_cut, measure_lengths
+from chat.image_text import has_fixed_images
 from data.dataset import ConversationDataset, digest_records, open_dataset
 from data.demo import ensure_demo
 from data.images import MOVED
+from data.lengths import column_values, count_cut, with_lengths
 from data.loader import build_loader
+from data.sizes import with_image_sizes
+from data.spot_check import check_lengths, learned_text
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import check_is_no_preset, load_processor, num_positions
@@ -84,11 +87,12 @@ def main(config: TrainConfig) -> dict | None:
         config.per_device_eval_batch_size,
         config.max_new_tokens,
         positions=num_positions(config.model),
+        max_image_pixels=config.max_image_pixels,
     )
 
     model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
     loader, sampler, longest = build_loader(
-        config, train_dataset, processor, model.config, accelerator.num_processes, config.group_by_length
+        config, train_dataset, processor, accelerator.num_processes, config.group_by_length
     )
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
@@ -118,7 +122,8 @@ def main(config: TrainConfig) -> dict | None:
         log.num_cut_replies = train_dataset.num_cut
         model.train()
         if config.rehearse:
-            rehearse(accelerator, model, state, config, longest, held_out.longest, announce=out_of_memory.at)
+            rows = (longest, held_out.longest)
+            rehearse(accelerator, model, processor, state, config, *rows, announce=out_of_memory.at)
         if checkpoint is None:
             out_of_memory.at(held_out.when, held_out.longest)
             log.evaluation(0, evaluate(accelerator, model, processor, held_out), eval_dataset)
@@ -181,12 +186,22 @@ def noting_what_is_saved(output_dir: Path) -> Iterator[None]:
 
 
 def build_processor(config: TrainConfig) -> ProcessorMixin:
-    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves the processor with it."""
+    """The model's processor, with `--image_aspect_ratio` if that is given. The run saves the processor with it.
+
+    Raises:
+        UserError: the flag is given, and the processor has no such setting.
+    """
     check_is_no_preset(config.model)
     processor = load_processor(config.model)
-    if config.image_aspect_ratio is None:
-        config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json
-    processor.image_aspect_ratio = config.image_aspect_ratio
+    if hasattr(processor, "image_aspect_ratio"):
+        if config.image_aspect_ratio is None:
+            config.image_aspect_ratio = processor.image_aspect_ratio  # for run.json
+        processor.image_aspect_ratio = config.image_aspect_ratio
+    elif config.image_aspect_ratio is not None:
+        raise UserError(
+            f"--image_aspect_ratio {config.image_aspect_ratio}: {type(processor).__name__} has no such setting, "
+            "leave it out"
+        )
     return processor
 
 
@@ -205,7 +220,7 @@ def build_datasets(
     if train_dataset.num_moved:
         PartialState().print(f"{train_dataset.num_moved:,} {MOVED}")
     check_turn_ends(config, processor, train_dataset)
-    records = measure_lengths(train_dataset.records, processor, config.max_seq_len)
+    records = with_lengths(train_dataset, processor, config.max_seq_len, config.max_image_pixels)
     fitting = np.flatnonzero(column_values(records, "num_label_tokens"))
     if len(fitting) == 0:
         raise UserError(f"--max_seq_len {config.max_seq_len}: no sample of {train_path} fits, choose a larger one")
@@ -218,6 +233,8 @@ def build_datasets(
         PartialState().print(f"{cut}: the end of their replies, with the end of turn, is not learned")
     train_dataset.digest = digest_records(records)
     train_dataset.records = records.select(fitting)
+    PartialState().print(*learned_text(processor, train_dataset), sep="\n")
+    check_lengths(processor, train_dataset, config.max_image_pixels)
 
     if eval_path is None or config.eval_samples == 0:
         return train_dataset, None
@@ -225,12 +242,15 @@ def build_datasets(
     eval_dataset.records = eval_dataset.records.shuffle(seed=0).select(
         range(min(config.eval_samples, len(eval_dataset)))
     )
+    if not has_fixed_images(processor):
+        eval_dataset.records = with_image_sizes(eval_dataset)
     return train_dataset, eval_dataset
 
 
 def check_turn_ends(config: TrainConfig, processor: ProcessorMixin, dataset: ConversationDataset) -> None:
     """Raise UserError if the model would not learn to end its turn; only warn if the flag allows it."""
-    problem = missing_turn_end(config.model, processor, dataset.records[0])
+    records = (dataset.records[index] for index in (0, len(dataset) - 1))
+    problem = next(filter(None, (missing_turn_end(config.model, processor, record) for record in records)), None)
     if problem and not config.allow_missing_end_of_turn:
         raise UserError(f"{problem}. Mend the template, or give --allow_missing_end_of_turn")
     if problem:

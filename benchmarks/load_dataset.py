@@ -23,7 +23,8 @@ from PIL import Image
 from benchmarks.loader import PACKAGES
 from benchmarks.rows import machine
 from child_processes import run_child
-from data.batching import UpdateBatchSampler, column_values
+from data.batching import UpdateBatchSampler
+from data.lengths import column_values
 from models.loading import load_processor
 from train import TrainConfig, build_datasets
 from utils import check_minimum, flag, run_script

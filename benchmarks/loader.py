@@ -23,8 +23,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.rows import machine
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
+from data.lengths import column_values, measure_lengths
 from mgm.processing_mgm import MGMProcessor
 from models.loading import load_processor
 from utils import GIB, check_choice, check_minimum, flag, run_script

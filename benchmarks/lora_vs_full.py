@@ -21,8 +21,8 @@ import yaml
 
 from benchmarks.rows import ROOT
 from child_processes import run_child
-from data.batching import column_values
 from data.demo import ensure_demo
+from data.lengths import column_values
 from models.loading import load_processor
 from train import DEMO_RECIPE, TrainConfig, build_datasets
 from utils import check_minimum, flag, run_script, write_json

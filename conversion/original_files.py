@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mgm.processing_mgm import IMAGE_TOKEN
+from chat.messages import IMAGE_TOKEN
 
 
 # A folder inside the converted one. What transformers 5 writes, the original's transformers may not read.

@@ -1,96 +1,25 @@
-"""From conversations to batches: the length of each sample, the samples of each update, and their collation."""
+"""From conversations to batches: the samples of each update, and their collation."""
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
-from tokenizers import Encoding
+from transformers import ProcessorMixin
 
+from chat.arguments import find_positions
+from chat.encoding import encode
+from chat.images import shrink
+from chat.messages import messages_for
 from data.batch import Batch
-from data.cache import naming_the_cache
 from data.dataset import FILLER
 from data.sharing import share
-from layers.chunked_loss import find_label_positions
-from mgm.chat_templates import Span
-from mgm.label_mask import CutImage, count_fitting_tokens, find_label_tokens
-from mgm.processing_mgm import MGMProcessor
-from utils import UserError, brief_error
 
 
-# Of the cached counts. Raise it when label_mask, chat_templates or processing_mgm change them.
-LENGTHS_VERSION = 1
-RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
-MAX_PROCESSES = 16
-TEMPLATE_ERRORS = (ValueError, TemplateError)  # of rendering a conversation
 MEGA_BATCH = 50  # updates that are sorted together, as in transformers
 Sample = dict[str, Any] | list[dict[str, Any]]  # of a ConversationDataset; packed: a row of them
-
-
-def measure_lengths(dataset: datasets.Dataset, processor: MGMProcessor, max_length: int) -> datasets.Dataset:
-    """Add `num_tokens` (before truncation) and `num_label_tokens` (after it) to every record.
-
-    A record has 0 label tokens if truncation would cut one of its images or leaves nothing of its replies. The counts
-    are cached, without the conversations. The cache's key covers all that they depend on, the code by LENGTHS_VERSION.
-    """
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    dependencies = (dataset._fingerprint, tokenizer, processor.tokenizer.special_tokens_map, processor.chat_template)
-    with naming_the_cache():
-        lengths = dataset.map(
-            lambda batch: count_batch(batch, processor, max_length),
-            batched=True,
-            batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
-            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(dataset) // RECORDS_PER_PROCESS) or None,
-            remove_columns=dataset.column_names,  # else the cache would hold the conversations once more
-            new_fingerprint=Hasher.hash((*dependencies, processor.num_image_tokens, max_length, LENGTHS_VERSION)),
-            desc="Measuring lengths",
-        )
-    return datasets.concatenate_datasets([dataset, lengths], axis=1)
-
-
-def count_batch(batch: dict[str, list], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
-    """`count_tokens` of some records. Raises UserError for the first that the model's chat template cannot render."""
-    try:
-        return count_tokens(batch["conversations"], processor, max_length)
-    except TEMPLATE_ERRORS:
-        for record_id, conversation in zip(batch["id"], batch["conversations"], strict=True):
-            try:
-                processor.render([conversation])
-            except TEMPLATE_ERRORS as error:
-                raise UserError(f"record {record_id}: the model's chat template fails: {brief_error(error)}") from None
-        raise
-
-
-def count_tokens(conversations: list[list[dict]], processor: MGMProcessor, max_length: int) -> dict[str, np.ndarray]:
-    """`num_tokens` and `num_label_tokens` of each conversation, without the lists that `processor.tokenize` builds.
-
-    It is faster because it renders and tokenizes many at once and expands no image.
-    """
-    prompts, spans = processor.render(conversations)
-    tokenizer = processor.tokenizer.backend_tokenizer
-    tokenizer.no_truncation()  # as the transformers tokenizer does before each call
-    tokenizer.no_padding()
-    encodings = tokenizer.encode_batch(prompts, add_special_tokens=False)
-    counts = [_count(*pair, processor, max_length) for pair in zip(encodings, spans, strict=True)]
-    num_tokens, num_label_tokens = np.array(counts).T
-    return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
-
-
-def _count(encoding: Encoding, replies: list[Span], processor: MGMProcessor, max_length: int) -> tuple[int, int]:
-    """Tokens of one conversation before truncation, and how many of those left after it carry a label."""
-    input_ids, image_token_id = encoding.ids, processor.image_token_id
-    num_tokens = len(input_ids) + input_ids.count(image_token_id) * (processor.num_image_tokens - 1)
-    try:
-        num_kept = count_fitting_tokens(input_ids, image_token_id, processor.num_image_tokens, max_length)
-    except CutImage:
-        return num_tokens, 0
-    return num_tokens, len(find_label_tokens(encoding, input_ids, replies, image_token_id, num_kept))
 
 
 class MicroBatch(list):
@@ -221,46 +150,27 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def column_values(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of numbers as an array, without a Python object for each."""
-    return dataset.select_columns(name).with_format("numpy")[:][name]
-
-
-def count_cut(records: datasets.Dataset, max_length: int) -> int:
-    """How many measured records lose the end of their replies at `max_length` tokens, and an end of turn with it."""
-    num_tokens, num_label_tokens = (column_values(records, name) for name in ("num_tokens", "num_label_tokens"))
-    return int(np.sum((num_tokens > max_length) & (num_label_tokens > 0)))
-
-
 class TrainCollator:
-    """Samples of a ConversationDataset to forward's arguments. Runs in the loader's workers."""
+    """Samples of a ConversationDataset to forward's arguments. Runs in the loader's workers.
 
-    def __init__(self, processor: MGMProcessor, max_length: int) -> None:
+    Args:
+        max_image_pixels: larger images are shrunk to so many; 0: none is.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_length: int, max_image_pixels: int = 0) -> None:
         self.processor = processor
         self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         return_freed_memory()  # of the batch before
-        batch = self.processor(
-            conversations=[sample["conversations"] for sample in samples],
-            images=[sample["images"] for sample in samples],
-            max_length=self.max_length,
-            padding_side="right",
+        batch = encode(
+            self.processor,
+            [messages_for(self.processor, sample["conversations"]) for sample in samples],
+            [[shrink(image, self.max_image_pixels) for image in sample["images"]] for sample in samples],
+            self.max_length,
         )
-        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
-
-
-def find_positions(
-    input_ids: torch.LongTensor, labels: torch.LongTensor, image_token_id: int
-) -> dict[str, torch.LongTensor]:
-    """The flat positions (row * T + column) of the image tokens and of the tokens with a label in [B, T].
-
-    Collators look them up on the CPU. On a GPU that would be a synchronisation at every step.
-    """
-    return {
-        "image_positions": (input_ids == image_token_id).flatten().nonzero().squeeze(1),
-        "label_positions": find_label_positions(labels),
-    }
+        return {**batch, **find_positions(self.processor, batch)}
 
 
 class BatchCollator:

@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from chat.messages import ROLES
 from child_processes import process_pool
-from data.batching import column_values, count_cut, measure_lengths
 from data.dataset import PROBLEM, ConversationDataset, open_dataset
 from data.images import MOVED
+from data.lengths import column_values, count_cut, with_lengths
 from data.turn_ends import missing_turn_end
-from mgm.processing_mgm import ROLES
 from models.loading import check_is_no_preset, load_processor
 from utils import UserError, check_minimum, flag, run_script
 
@@ -43,10 +43,11 @@ class CheckConfig:
     follow_links: bool = flag(False, "allow links out of the image folder")
     model: str | None = flag(None, "folder or hub id of a model: count tokens with its processor")
     max_seq_len: int = flag(2048, "for --model: the longest sample, in tokens, image positions included")
+    max_image_pixels: int = flag(0, "for --model: shrink larger images to so many pixels; 0: as the processor does")
     num_proc: int = flag(os.cpu_count() or 1, "processes that open images")
 
     def __post_init__(self) -> None:
-        check_minimum(self, max_seq_len=1, num_proc=1)
+        check_minimum(self, max_seq_len=1, max_image_pixels=0, num_proc=1)
 
 
 def main(config: CheckConfig) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def main(config: CheckConfig) -> dict[str, Any]:
     problems = list(dataset.problems.values()) + list(find_bad_samples(dataset, config.num_proc))
     notes = {MOVED: dataset.num_moved, **find_notes(dataset.records)}
     if config.model is not None:
-        notes |= find_long(dataset.records, config)
+        notes |= find_long(dataset, config)
     print(report(num_records, problems, notes), flush=True)
     return {
         "status": "bad" if problems else "good",
@@ -107,12 +108,12 @@ def find_notes(records: datasets.Dataset) -> dict[str, int]:
     return dict(notes)
 
 
-def find_long(records: datasets.Dataset, config: CheckConfig) -> dict[str, int]:
+def find_long(dataset: ConversationDataset, config: CheckConfig) -> dict[str, int]:
     """How many records --max_seq_len cuts, how many it leaves out, and whether replies have an end of turn."""
     check_is_no_preset(config.model)
     processor = load_processor(config.model)
-    lacks_turn_end = missing_turn_end(config.model, processor, records[0]) is not None
-    measured = measure_lengths(records, processor, config.max_seq_len)
+    lacks_turn_end = missing_turn_end(config.model, processor, dataset.records[0]) is not None
+    measured = with_lengths(dataset, processor, config.max_seq_len, config.max_image_pixels)
     num_tokens = column_values(measured, "num_tokens")
     num_long, num_cut = int(np.sum(num_tokens > config.max_seq_len)), count_cut(measured, config.max_seq_len)
     return {

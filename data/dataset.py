@@ -83,7 +83,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             return {"conversations": NO_CONVERSATION, "images": []}
         record = self.records[index]
         try:
-            return {"id": record["id"], "conversations": record["conversations"], "images": self._images(record)}
+            return {"id": record["id"], "conversations": record["conversations"], "images": self.open_images(record)}
         except UserError as error:
             if not self.skips_bad:
                 raise
@@ -94,7 +94,8 @@ class ConversationDataset(torch.utils.data.Dataset):
                 "num_label_tokens": record.get("num_label_tokens", 0),
             }
 
-    def _images(self, record: dict[str, Any]) -> list[Image.Image]:
+    def open_images(self, record: dict[str, Any]) -> list[Image.Image]:
+        """A record's images, decoded. Raises UserError for one that cannot be."""
         names = record["images"]
         embedded = [None] * len(names)
         if None in names:

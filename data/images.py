@@ -95,6 +95,23 @@ def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool
         return read_rgb(path)
 
 
+def read_size(image_folder: Path, name: str, record_id: str, follow_links: bool = False) -> tuple[int, int]:
+    """Width and height by an image's header. Raises UserError as open_image does, for what the header shows."""
+    path = Path(path_of(image_folder, name))
+    where = f"record {record_id}: image {path}"
+    with naming(where):
+        if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):
+            raise UserError(f"{where} {LEAVES}")
+        return size_of_image(path)
+
+
+def size_of_image(file: Path | BinaryIO) -> tuple[int, int]:
+    """Width and height, by the header alone. Raises ValueError if it is too large."""
+    with Image.open(file) as image:
+        check_size(*image.size)
+        return image.size
+
+
 def open_embedded(content: bytes, name: str, record_id: str) -> Image.Image:
     """Decode an image's file content to RGB, with the checks of `open_image`."""
     with naming(f"record {record_id}: image {name}"):

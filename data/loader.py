@@ -1,16 +1,19 @@
 """From a data set to the loader of its micro-batches: packed or not, with bad samples skipped or not."""
 
+from copy import copy
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
-from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler, column_values
+from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset
+from data.lengths import column_values
 from data.packing import PackedCollator, PackedDataset, pack
 from data.sharing import PREFETCH_FACTOR, workers_that_fit
 from data.skipping import CheckedCollator, CheckedUpdates
-from data.worst_case import Row, longest_row, with_rows_of, worst_case_batch
+from data.worst_case import Row, longest_row, worst_case_batch
 from step import StepConfig
 
 
@@ -18,7 +21,6 @@ def build_loader(
     config: StepConfig,
     dataset: ConversationDataset,
     processor: ProcessorMixin,
-    model_config: PreTrainedConfig,
     num_processes: int,
     group_by_length: bool = False,
 ) -> tuple[DataLoader, UpdateBatchSampler, Row]:
@@ -45,11 +47,11 @@ def build_loader(
         num_tokens,
         group_by_length,
     )
-    collator = BatchCollator(collator_class(processor, config.max_seq_len))
+    collator = BatchCollator(collator_class(processor, config.max_seq_len, config.max_image_pixels))
     if skips_bad:
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
-    longest = longest_row(records, num_tokens, processor.num_image_tokens)
-    batch_bytes = largest_batch_bytes(model_config, config, longest)
+    longest = longest_row(records, num_tokens, processor, config.max_image_pixels)
+    batch_bytes = largest_batch_bytes(processor, config, longest)
     num_workers = workers_that_fit(config.dataloader_num_workers, batch_bytes, num_processes)
     loader = DataLoader(
         dataset,
@@ -64,8 +66,9 @@ def build_loader(
     return loader, sampler, longest
 
 
-def largest_batch_bytes(model_config: PreTrainedConfig, config: StepConfig, longest: Row) -> int:
-    """Bytes of the largest micro-batch that can come."""
-    with torch.device("meta"):
-        batch = worst_case_batch(model_config, with_rows_of(config, longest.num_tokens), longest.num_images)
-    return sum(tensor.nbytes for tensor in batch.values())
+def largest_batch_bytes(processor: ProcessorMixin, config: StepConfig, longest: Row) -> int:
+    """Bytes of the largest micro-batch that can come: as many times a row's as it has rows."""
+    one_row = copy(config)
+    one_row.per_device_train_batch_size = 1
+    row_bytes = sum(tensor.nbytes for tensor in worst_case_batch(processor, one_row, longest).values())
+    return row_bytes * config.per_device_train_batch_size

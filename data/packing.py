@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.batching import TrainCollator, find_positions
+from chat.arguments import find_positions, per_token
+from data.batching import TrainCollator
 from data.dataset import FILLER
 from layers.chunked_loss import IGNORE_INDEX
 
@@ -101,10 +102,9 @@ class PackedCollator(TrainCollator):
         batch = super().__call__([sample for row in rows for sample in row])  # a row for each sample
         is_token = batch.pop("attention_mask").bool()
         lengths = is_token.sum(1).split([len(row) for row in rows])
-        position_ids = torch.arange(is_token.shape[1]).expand_as(is_token)
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0}
-        for name, fill in padding.items():
-            tokens = (position_ids if name == "position_ids" else batch[name])[is_token]
-            row_tokens = tokens.split([int(each.sum()) for each in lengths])
-            batch[name] = pad_sequence(row_tokens, batch_first=True, padding_value=fill)
-        return {**batch, **find_positions(batch["input_ids"], batch["labels"], self.processor.image_token_id)}
+        batch["position_ids"] = torch.arange(is_token.shape[1]).expand_as(is_token)
+        fills = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        for name in per_token(batch):
+            row_tokens = batch[name][is_token].split([int(each.sum()) for each in lengths])
+            batch[name] = pad_sequence(row_tokens, batch_first=True, padding_value=fills.get(name, 0))
+        return {**batch, **find_positions(self.processor, batch)}

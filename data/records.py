@@ -4,7 +4,7 @@ import os
 from reprlib import repr as brief
 from typing import Any
 
-from mgm.processing_mgm import IMAGE_TOKEN, to_messages
+from chat.messages import IMAGE_TOKEN, to_messages
 from utils import UserError
 
 
@@ -43,7 +43,8 @@ def check_record(record: Any, index: int, path: str) -> dict[str, Any]:
         messages = to_messages(turns)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    if [message["role"] for message in messages[:2]] != ["user", "assistant"]:
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if roles[:2] != ["user", "assistant"]:
         raise UserError(f"{where}: expected a turn from human and a reply from gpt")
     num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if num_placeholders != len(images):

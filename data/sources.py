@@ -74,6 +74,11 @@ class ArrowTable:
         for table in self.dataset.iter(batch_size=ROWS_AT_ONCE if self.image_column else 1000):
             yield from table_records(table)
 
+    def image_buffers(self) -> Iterator[list[pa.Buffer | None]]:
+        """The content of each row's images, not copied; None where the row does not hold it."""
+        for table in self.dataset.select_columns(self.image_column).iter(batch_size=ROWS_AT_ONCE):
+            yield from image_buffers(table.column(0))
+
     def images(self, row: int) -> list[dict[str, Any]]:
         """The images of a row: `bytes` and `path` each."""
         return as_list(self.dataset.select_columns(self.image_column)[row].column(0)[0].as_py())
@@ -99,6 +104,12 @@ class ParquetFiles:
         for group in self.groups:
             for table in self._tables(*group, self.columns, ROWS_AT_ONCE if self.image_column else 1000):
                 yield from table_records(table)
+
+    def image_buffers(self) -> Iterator[list[pa.Buffer | None]]:
+        """The content of each row's images; None where the row does not hold it."""
+        for group in self.groups:
+            for table in self._tables(*group, [self.image_column], ROWS_AT_ONCE):
+                yield from image_buffers(table.column(0))
 
     def images(self, row: int) -> list[dict[str, Any]]:
         """The images of a row: `bytes` and `path` each."""
@@ -212,6 +223,16 @@ def image_names(column: pa.ChunkedArray) -> list[list[Any] | None]:
     paths = pc.struct_field(images, "path").to_pylist()
     names = iter([EMBEDDED if inside else path for inside, path in zip(has_bytes, paths, strict=True)])
     return [None if length is None else list(itertools.islice(names, length)) for length in lengths]
+
+
+def image_buffers(column: pa.ChunkedArray) -> Iterator[list[pa.Buffer | None]]:
+    """For each row, the content of every image, or None. It is not copied."""
+    is_list = not pa.types.is_struct(column.type)
+    contents = iter(pc.struct_field(pc.list_flatten(column) if is_list else column, "bytes"))
+    lengths = pc.list_value_length(column).to_pylist() if is_list else [1] * len(column)
+    for length in lengths:
+        own = itertools.islice(contents, length or 0)
+        yield [content.as_buffer() if content.is_valid else None for content in own]
 
 
 def check_head(path: Path) -> None:

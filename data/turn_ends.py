@@ -1,28 +1,26 @@
 """Check that each reply of the training data ends with a token that stops generation: else a model would not learn to
 end its turn."""
 
-from itertools import groupby
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
-from layers.chunked_loss import IGNORE_INDEX
-from mgm.processing_mgm import MGMProcessor
+from chat.encoding import learned_tokens
+from chat.messages import messages_for
 from models.loading import load_config
 
 
 MAX_SHOWN = 80  # characters of a reply in a message
 
 
-def missing_turn_end(model: str, processor: MGMProcessor, record: dict[str, Any]) -> str | None:
+def missing_turn_end(model: str, processor: ProcessorMixin, record: dict[str, Any]) -> str | None:
     """None if each reply of `record` has an end of turn, else a line that says what is wrong and shows a reply."""
     stops = stop_token_ids(model, processor)
-    replies = supervised_replies(processor, record["conversations"])
+    replies = learned_tokens(processor, messages_for(processor, record["conversations"]))
     if replies and all(stops.intersection(reply) for reply in replies):
         return None
     lacking = next((reply for reply in replies if not stops.intersection(reply)), [])
-    text = processor.tokenizer.decode(lacking)
-    shown = text if len(text) <= MAX_SHOWN else "... " + text[-MAX_SHOWN:]
+    shown = its_end(processor.tokenizer.decode(lacking))
     names = ", ".join(map(str, processor.tokenizer.convert_ids_to_tokens(sorted(stops)))) or "none"
     return (
         f"--model {model}: its chat template writes no end of turn into the replies (generation stops at {names}), so "
@@ -30,7 +28,7 @@ def missing_turn_end(model: str, processor: MGMProcessor, record: dict[str, Any]
     )
 
 
-def stop_token_ids(model: str, processor: MGMProcessor) -> set[int]:
+def stop_token_ids(model: str, processor: ProcessorMixin) -> set[int]:
     """The tokens that stop generation: those of generation_config.json, else of config.json, else <eos>."""
     try:
         config = GenerationConfig.from_pretrained(model)
@@ -40,7 +38,6 @@ def stop_token_ids(model: str, processor: MGMProcessor) -> set[int]:
     return {stops} if isinstance(stops, int) else set(stops or [])
 
 
-def supervised_replies(processor: MGMProcessor, conversation: list[dict[str, str]]) -> list[list[int]]:
-    """The tokens that carry labels, a list for each reply."""
-    _, labels = processor.tokenize(conversation)
-    return [list(run) for is_reply, run in groupby(labels, lambda label: label != IGNORE_INDEX) if is_reply]
+def its_end(text: str) -> str:
+    """A text's last characters."""
+    return text if len(text) <= MAX_SHOWN else "... " + text[-MAX_SHOWN:]

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
+from chat.images import shrink
 from data.sharing import share
 from evaluation.tasks.task import Question
 from models.generation import Answer, generate_answers, prompt_inputs
@@ -18,15 +19,18 @@ from models.generation import Answer, generate_answers, prompt_inputs
 class QuestionBatches(torch.utils.data.Dataset):
     """The questions of one process as batches for the model. A loader's workers open the images."""
 
-    def __init__(self, processor: ProcessorMixin, questions: list[Question], batches: list[list[int]]) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, questions: list[Question], batches: list[list[int]], max_image_pixels: int
+    ) -> None:
         self.processor, self.questions, self.batches = processor, questions, batches
+        self.max_image_pixels = max_image_pixels
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> BatchFeature:
         questions = [self.questions[i] for i in self.batches[index]]
-        images = [question.images() for question in questions]
+        images = [[shrink(image, self.max_image_pixels) for image in question.images()] for question in questions]
         return prompt_inputs(self.processor, [question.conversation for question in questions], images)
 
 
@@ -38,6 +42,7 @@ def answer_batches(
     indices: list[int],
     batch_size: int,
     max_new_tokens: int,
+    max_image_pixels: int = 0,
     num_workers: int = 0,
 ) -> Iterator[dict[int, Answer]]:
     """Answer the questions with these indices, a batch per process at a time. Every process gets all answers.
@@ -49,7 +54,7 @@ def answer_batches(
     step = batch_size * accelerator.num_processes
     shared = [order[start : start + step] for start in range(0, len(order), step)]
     own = [batch[accelerator.process_index :: accelerator.num_processes] or batch[:1] for batch in shared]
-    batches = QuestionBatches(processor, questions, own)
+    batches = QuestionBatches(processor, questions, own, max_image_pixels)
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=share)
     unwrapped = accelerator.unwrap_model(model)
     progress = tqdm(total=len(order), desc="Answering", unit="question", disable=not accelerator.is_main_process)

@@ -7,12 +7,14 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import ProcessorMixin
 
+from chat.encoding import count_tokens
+from chat.images import shrunk_size
+from chat.messages import messages_for
 from data.dataset import ConversationDataset
-from data.worst_case import Row
+from data.worst_case import Row, fitting_row
 from evaluation.answer import answer_batches
 from evaluation.tasks import conversations
 from evaluation.tasks.task import Question
-from layers.chunked_loss import IGNORE_INDEX
 from models.generation import Answer
 from utils import UserError
 
@@ -27,6 +29,7 @@ class HeldOut:
     questions: list[Question]
     batch_size: int
     max_new_tokens: int = 0
+    max_image_pixels: int = 0  # larger images are shrunk to so many; 0: none is
     longest: Row | None = None
 
     @classmethod
@@ -37,6 +40,7 @@ class HeldOut:
         batch_size: int,
         max_new_tokens: int | None = None,
         positions: float = math.inf,
+        max_image_pixels: int = 0,
     ) -> "HeldOut":
         """The samples of a data set, or none.
 
@@ -50,7 +54,9 @@ class HeldOut:
         questions = conversations.to_questions(dataset) if dataset is not None else []
         if not questions:
             return cls([], batch_size)
-        prompts, replies = zip(*[num_tokens(processor, question) for question in questions], strict=True)
+        prompts, replies = zip(
+            *[num_tokens(processor, question, max_image_pixels) for question in questions], strict=True
+        )
         room = positions - max(prompts)
         if room < (max_new_tokens or 1):
             asked = f"--max_new_tokens {max_new_tokens}" if max_new_tokens else "the held-out data"
@@ -59,8 +65,8 @@ class HeldOut:
                 "positions for prompt and answer; choose less, or leave long prompts out"
             )
         longest_answer = max_new_tokens or min(max(replies), room)
-        num_images = max(question.num_images for question in questions)
-        return cls(questions, batch_size, longest_answer, Row(max(prompts) + longest_answer, num_images))
+        longest = longest_question(questions, processor, max(prompts) + longest_answer, max_image_pixels)
+        return cls(questions, batch_size, longest_answer, max_image_pixels, longest)
 
     @property
     def when(self) -> str:
@@ -68,12 +74,29 @@ class HeldOut:
         return f"while answering held-out questions, {self.batch_size} at a time (--per_device_eval_batch_size)"
 
 
-def num_tokens(processor: ProcessorMixin, question: Question) -> tuple[int, int]:
+def longest_question(
+    questions: list[Question], processor: ProcessorMixin, num_tokens: int, max_image_pixels: int
+) -> Row:
+    """A row of so many tokens with as many images as any question has, each as large as the largest."""
+    num_images = max(question.num_images for question in questions)
+    sizes = {size for question in questions for size in question.image_sizes or ()}
+    if not sizes:
+        return Row(num_tokens, num_images)
+    return fitting_row(processor, num_tokens, num_images, sizes, max_image_pixels)
+
+
+def num_tokens(processor: ProcessorMixin, question: Question, max_image_pixels: int = 0) -> tuple[int, int]:
     """Tokens of the prompt, image positions counted, and of the reference with its end of turn."""
     reply = {"from": "gpt", "value": question.references[0]}
-    _, labels = processor.tokenize([*question.conversation, reply])
-    is_label = [label != IGNORE_INDEX for label in labels]
-    return is_label.index(True) if any(is_label) else len(labels), sum(is_label)  # the prompt ends at the first label
+    prompt, answered = (
+        messages_for(processor, turns) for turns in (question.conversation, [*question.conversation, reply])
+    )
+    sizes = None
+    if question.image_sizes is not None:
+        sizes = [[shrunk_size(size, max_image_pixels) for size in question.image_sizes]]
+    (num_prompt_tokens,), _ = count_tokens(processor, [prompt], sizes, add_generation_prompt=True)
+    _, (num_reply_tokens,) = count_tokens(processor, [answered], sizes)
+    return int(num_prompt_tokens), int(num_reply_tokens)
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,7 @@ def evaluate(
     model.eval()
     answers: dict[int, Answer] = {}
     indices = list(range(len(held_out.questions)))
-    sizes = (held_out.batch_size, held_out.max_new_tokens)
+    sizes = (held_out.batch_size, held_out.max_new_tokens, held_out.max_image_pixels)
     for found in answer_batches(accelerator, model, processor, held_out.questions, indices, *sizes):
         answers |= found
     model.train(was_training)

@@ -1,6 +1,7 @@
 """ProbeConfig: the flags of memory_probe.py, a step's and what is asked about it."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from utils import GIB, UserError, check_choice, check_minimum, flag
 class ProbeConfig(StepConfig):
     model: str = flag("mgm-2b", "folder or hub id; for memory_probe.py also a preset")
     images_per_sample: int = flag(1, "images in each row of the batch")
+    image_size: str = flag("640x480", "WxH: pixels of each image as the data has it, before --max_image_pixels")
     mode: str | None = flag(None, "predict | measure | both; default: measure where there is a GPU, else predict")
     device: str | None = flag(None, "cuda | cpu: what is predicted or measured; predict defaults to cuda")
     strategy: str = flag("single", " | ".join(STRATEGIES))
@@ -45,6 +47,8 @@ class ProbeConfig(StepConfig):
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}, or give --budget_gib")
         check_minimum(self, images_per_sample=0)
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.image_size):
+            raise UserError(f"--image_size {self.image_size}: write width and height in pixels, such as 640x480")
         if self.explain and self.mode == "measure":
             raise UserError("--explain: it explains a prediction; choose --mode predict or both")
         if self.budget_gib is not None and not 0 < self.budget_gib < math.inf:  # NaN is neither
@@ -62,6 +66,12 @@ class ProbeConfig(StepConfig):
         if self.device == "cuda" and self.mode == "predict":
             return "bf16" if self.mixed_precision == "auto" else self.mixed_precision
         return resolve_mixed_precision(self.mixed_precision)
+
+    @property
+    def photo_size(self) -> tuple[int, int]:
+        """`image_size` in numbers."""
+        width, height = self.image_size.split("x")
+        return int(width), int(height)
 
     @property
     def budget_bytes(self) -> int:

@@ -63,10 +63,36 @@ def _dequantized(args: tuple, num_scales: int) -> int:
     return rows * columns * x.element_size() + 4 * num_scales * -(-rows * columns // block_size)
 
 
+def _cpu_attention(args: tuple) -> int:
+    """Each thread's scores, their maxima and sums, and its part of the output, in fp32; in 16 bits the scores again
+    (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention)."""
+    query, key, *_ = args
+    rows, columns = _cpu_attention_block(query, key)
+    scores = rows * columns * (4 + query.element_size() % 4)
+    return torch.get_num_threads() * (scores + 4 * rows * (2 + query.shape[-1]))
+
+
+def _cpu_attention_backward(args: tuple) -> int:
+    """Each thread's scores and their gradients (cpu_flash_attention_backward)."""
+    _, query, key, *_ = args
+    rows, columns = _cpu_attention_block(query, key)
+    return torch.get_num_threads() * (2 * rows * columns * (4 + query.element_size() % 4) + 4 * rows)
+
+
+def _cpu_attention_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """The queries and keys that a CPU takes at a time."""
+    length = query.shape[2]
+    return min(length, 256 if length >= 768 else 64 if length >= 192 else 32), min(key.shape[2], 512)
+
+
 BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
 WORKSPACES: dict[str, dict[str, Workspace]] = {
-    # oneDNN's weights in its own order, attention's buffers for a thread: never part of a peak so far
-    "cpu": {"gemm_4bit": partial(_dequantized, num_scales=1)},
+    # Left out: oneDNN's weights in its own order, which were never part of a peak so far.
+    "cpu": {
+        "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
+        "gemm_4bit": partial(_dequantized, num_scales=1),
+    },
     "cuda": {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
         "_scaled_dot_product_efficient_attention_backward": _efficient_backward,

@@ -1,21 +1,20 @@
-"""What a trace is told because its tensors have no data.
+"""What a trace is told because weights, and what is computed from them, have no data.
 
-Fake tensors have shapes, not values. Some code of the libraries looks at values all the same: whether a mask has
-padding, whether an answer has ended, whether a norm is finite. Each such question is answered here with what is true
-of the traced step: a full batch and gradients that are finite numbers.
+Fake tensors have shapes, not values. Some code of the libraries looks at values all the same: whether an answer has
+ended, whether a norm is finite. Each such question is answered here with what is true of the traced step: gradients
+are finite numbers, and answers as long as asked for.
 """
 
 import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from peft.tuners.lora import dora
 from torch import nn
-from transformers import GenerationMixin, masking_utils
+from transformers import GenerationMixin
 
 from layers.quantization import dequantize
 
@@ -73,17 +72,6 @@ def _reader() -> tuple[str, str, int]:
 
 
 @contextmanager
-def known_mask() -> Iterator[None]:
-    """transformers inspects the mask's values to skip it when there is no padding. The worst case has padding if and
-    only if the batch has more than one row."""
-    with (
-        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        patch.object(masking_utils, "fast_all", lambda mask: len(mask) == 1),
-    ):
-        yield
-
-
-@contextmanager
 def known_length() -> Iterator[None]:
     """After each token `generate` checks whether all answers have ended: they have after answer_worst_case's two."""
     num_tokens = itertools.count()
@@ -100,18 +88,4 @@ def known_quantization() -> Iterator[None]:
         return layer.weight if state is None else dequantize(layer.weight, state)
 
     with patch.object(dora, "dequantize_module_weight", weight_of):
-        yield
-
-
-@contextmanager
-def known_device() -> Iterator[None]:
-    """torch.tensor drops a fake device's index: a tensor asked for on `cpu:0` (the GPU) comes on `cpu` (the host).
-    transformers' key-value cache begins with such a tensor."""
-    make = torch.tensor
-
-    def tensor(*args: Any, device: torch.device | str | None = None, **kwargs: Any) -> torch.Tensor:
-        made = make(*args, **kwargs)
-        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
-
-    with patch.object(torch, "tensor", tensor):
         yield

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memory.record import Allocation, Record
 from memory.recorder import Recorder, Workspace
@@ -34,10 +35,17 @@ class PlacedRecorder(Recorder):
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
         allocation = super().allocated(tensor, op)
         if allocation not in self.places:
-            is_real = tensor.device.type != "meta"  # DeepSpeed notes shapes as such
-            self.places[allocation] = ("device" if tensor.device == self.device else "host") if is_real else "nowhere"
+            self.places[allocation] = self._place(tensor, op)
             allocation.category = self.category
         return allocation
+
+    def _place(self, tensor: torch.Tensor, op: str) -> str:
+        if tensor.device.type == "meta":
+            return "nowhere"  # DeepSpeed notes shapes as such
+        if isinstance(tensor, FakeTensor):
+            return "device" if tensor.device == self.device else "host"
+        # Real tensors lie on the CPU. The batch's stand for the device's, and so does what the model makes of them.
+        return "device" if op == "load" or self.phase == "evaluate" or self.is_in_model() else "host"
 
     def on_stream(self, stream: int) -> AbstractContextManager:
         return patch.object(self, "stream", stream)

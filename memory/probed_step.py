@@ -13,15 +13,35 @@ from torch import nn
 from transformers import get_scheduler
 
 import step
-from data.worst_case import with_few_micro_batches, worst_case_batch, worst_case_questions
+from data.worst_case import Row, with_few_micro_batches, worst_case_batch, worst_case_questions
 from memory.config import ProbeConfig
 from models.gather import gather_trained
 from models.generation import answer_worst_case
+from models.loading import is_text_only, load_config, load_processor
 
 
 # DeepSpeed records the order of the modules in the first update and fetches ahead from the second one on, so the third
 # is the first one like all others.
 DEEPSPEED_UPDATES = 3
+
+
+Tensors = dict[str, torch.Tensor]
+Inputs = tuple[Tensors, Tensors | None]  # a batch, and held-out questions
+
+
+def worst_case_inputs(config: ProbeConfig) -> Inputs:
+    """The largest batch, and the largest batch of held-out questions if there are any, by the model's own processor.
+
+    They must be real: call it outside of any mode that makes tensors fake.
+
+    Raises:
+        ValueError: the images need more positions than a row has.
+    """
+    # What a language model takes does not depend on its tokenizer.
+    processor = None if is_text_only(load_config(config.model)) else load_processor(config.model)
+    row = Row(config.max_seq_len, config.images_per_sample, config.photo_size)
+    questions = worst_case_questions(processor, config, row) if config.eval_samples else None
+    return worst_case_batch(processor, config, row), questions
 
 
 @dataclass
@@ -41,6 +61,7 @@ class ProbedStep:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     batch: dict[str, torch.Tensor]
+    questions: dict[str, torch.Tensor] | None  # held out; None: --eval_samples 0
 
     @classmethod
     def build(
@@ -49,17 +70,18 @@ class ProbedStep:
         accelerator: Accelerator,
         model: nn.Module | None = None,
         device: str | torch.device = "cpu",
+        inputs: Inputs | None = None,
     ) -> "ProbedStep":
-        """`model`: one that is built already. `device`: where the batch lies.
+        """`model`, `inputs` (worst_case_inputs's): those that are made already. `device`: where the batch lies.
 
         Raises:
             ValueError: the images need more positions than a row has.
         """
         if model is None:
             model = step.build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
-        batch = worst_case_batch(model.config, config, config.images_per_sample)
+        batch, questions = inputs or worst_case_inputs(config)
         optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
-        return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device))
+        return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device), questions)
 
     def prepare(self, **options: list[bool]) -> None:
         """accelerator.prepare."""
@@ -93,12 +115,11 @@ class ProbedStep:
         if copies_to_host:
             gather_trained(self.accelerator, self.model)
         clear_device_cache()
-        if self.config.eval_samples:
+        if self.questions is not None:
             enter_phase("evaluate")
-            model_config = self.accelerator.unwrap_model(self.model).config
-            questions = worst_case_questions(model_config, self.config, self.config.images_per_sample)
             device = self.batch["input_ids"].device
-            answer_worst_case(self.accelerator, self.model, send_to_device(questions, device))
+            questions = {name: tensor.to(device, copy=True) for name, tensor in self.questions.items()}
+            answer_worst_case(self.accelerator, self.model, questions)
 
     def watch_phases(self, enter_phase: Callable[[str], None]) -> None:
         """Call `enter_phase` whenever the step goes on to `forward`, `backward` or `step`."""

@@ -110,7 +110,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         self._addend = self._sum = 0
-        if self.answers_items and func is torch.ops.aten._local_scalar_dense.default:
+        is_item = func is torch.ops.aten._local_scalar_dense.default
+        if is_item and self.answers_items and isinstance(args[0], FakeTensor):
             return self.items.answer(args[0])
         try:
             output = func(*args, **kwargs)
@@ -154,6 +155,10 @@ class Recorder(TorchDispatchMode):
 
     def mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         self.set_category("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+
+    def is_in_model(self) -> bool:
+        """Whether a module's forward runs."""
+        return bool(self.modules.running)
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase

@@ -15,14 +15,14 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.known import known_length, known_mask, known_quantization
-from memory.probed_step import ProbedStep, local_accelerator
+from memory.known import known_length, known_quantization
+from memory.partly_fake import PartlyFakeMode
+from memory.probed_step import ProbedStep, local_accelerator, worst_case_inputs
 from memory.record import Allocation, Record
 from memory.recorder import Recorder
 from models.lora import trained_parameters
@@ -42,12 +42,13 @@ def trace_single(config: ProbeConfig) -> Record:
     config = copy.copy(config)
     if config.mixed_precision == "fp16":
         config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
-    fake_mode = FakeTensorMode()
+    inputs = worst_case_inputs(config)  # real
+    fake_mode = PartlyFakeMode()
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
         recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
         with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
-            probed = ProbedStep.build(config, accelerator, model)
+            probed = ProbedStep.build(config, accelerator, model, inputs=inputs)
             record_loaded(recorder, probed)
             if on_gpu:
                 use_foreach(probed.optimizer)
@@ -55,9 +56,8 @@ def trace_single(config: ProbeConfig) -> Record:
             with recorder, known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
-                with nullcontext() if config.packing else known_mask():  # a packed row needs a mask
-                    probed.run_updates()
-                with known_mask(), known_length():
+                probed.run_updates()
+                with known_length():
                     probed.end_run(recorder.enter_phase, copies_to_host=not on_gpu)
     categorize(recorder.record, model)
     return recorder.record
@@ -79,7 +79,7 @@ def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
 
 
 def build_fake_model(
-    config: ProbeConfig, fake_mode: FakeTensorMode, device: str = "cpu", is_deepspeed: bool = False
+    config: ProbeConfig, fake_mode: PartlyFakeMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
     """step.build_model's model, of fake tensors on the device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -87,7 +87,7 @@ def build_fake_model(
     return fake_model(model, device, fake_mode)
 
 
-def fake_model(model: nn.Module, device: str, fake_mode: FakeTensorMode) -> nn.Module:
+def fake_model(model: nn.Module, device: str, fake_mode: PartlyFakeMode) -> nn.Module:
     """The model, its tensors (on `meta`) replaced by fake ones on the device. What modules share stays shared."""
     replaced: dict[torch.Tensor, torch.Tensor] = {}
     with fake_mode:

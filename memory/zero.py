@@ -19,19 +19,18 @@ says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.config import ProbeConfig
 from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
-from memory.known import known_device, known_length, known_mask, known_quantization
+from memory.known import known_length, known_quantization
 from memory.launch import in_fresh_process, launched
+from memory.partly_fake import PartlyFakeMode
 from memory.placed import PlacedRecord, PlacedRecorder, split_by_place
-from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
+from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, worst_case_inputs
 from memory.record import TraceError
 from memory.stand_in import STAND_IN_DEVICE, install_stand_in
 from memory.strategy import Strategy
@@ -55,16 +54,18 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
 def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     """What trace_deepspeed returns. For a fresh process."""
     device = STAND_IN_DEVICE[config.device]
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = worst_case_inputs(config)  # real
+    fake_mode = PartlyFakeMode(device)
     stand_in = install_stand_in(device, world_size)
     model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
     # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
     model._apply = lambda fn, recurse=True: model
     recorder = PlacedRecorder(model, device, WORKSPACES[config.device], BLOCK_BYTES[config.device])
+    fake_mode.in_model = recorder.is_in_model
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
     accelerator = launched_accelerator(config)
     with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
-        probed = ProbedStep.build(config, accelerator, model, device)
+        probed = ProbedStep.build(config, accelerator, model, device, inputs)
         record_loaded(recorder, probed)
         with recorder, known_quantization():
             prepare(recorder, probed)
@@ -72,9 +73,8 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
             if is_split:
                 pin_tied(recorder, model)
             num_events_before_steps = len(recorder.record.events)
-            with nullcontext() if config.packing else known_mask():
-                probed.run_updates(DEEPSPEED_UPDATES)
-            with known_mask(), known_length(), known_device():
+            probed.run_updates(DEEPSPEED_UPDATES)
+            with known_length():
                 probed.end_run(recorder.enter_phase)
     categorize(recorder.record, model)
     return split_by_place(recorder, num_events_before_steps, is_split)

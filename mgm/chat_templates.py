@@ -1,20 +1,11 @@
-"""How each family of language models marks its turns, and where the replies are in a rendered conversation.
+"""How each family of language models that MGM is built on marks its turns.
 
 A tokenizer's own chat template is used if it has one. Gemma is the exception: MGM was trained with an <eos> after
 every reply. The contents of {% generation %} carry labels.
 """
 
-from collections.abc import Callable
-
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-
-Messages = list[dict]  # transformers' form: {"role": ..., "content": a string or a list of image and text parts}
-Span = tuple[int, int]  # [begin, end) characters of a rendered conversation
-RenderPlain = Callable[[list[Messages], bool], list[str]]  # conversations, and whether to ask for a reply
-
-MANY_REPLIES = 8  # rendering a conversation up to each of its replies takes quadratic time
 
 # Templates of text models take strings only: images go to the front of their message, one per line.
 FLATTEN = (
@@ -110,76 +101,6 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase, model_type: str | None
     if model_type == "mistral":
         return FLATTEN + MISTRAL
     return FLATTEN + next((template for token, template in BY_TOKEN.items() if token in vocabulary), VICUNA_V1)
-
-
-def render(
-    conversations: list[Messages],
-    chat_template: str,
-    special_tokens: dict[str, str],
-    add_generation_prompt: bool = False,
-) -> tuple[list[str], list[list[Span]]]:
-    """The text of each conversation, and the spans of its replies, with their end of turn.
-
-    Raises:
-        ValueError: the template does not mark replies, and rewrites earlier turns when a later one is added.
-    """
-
-    def render_plain(conversations: list[Messages], add_generation_prompt: bool) -> list[str]:
-        return render_jinja_template(
-            conversations, chat_template=chat_template, add_generation_prompt=add_generation_prompt, **special_tokens
-        )[0]
-
-    if "endgeneration" not in chat_template:
-        texts = render_plain(conversations, add_generation_prompt)
-        return texts, [_reply_spans(*pair, render_plain) for pair in zip(conversations, texts, strict=True)]
-    return render_jinja_template(
-        conversations,
-        chat_template=chat_template,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **special_tokens,
-    )
-
-
-def _reply_spans(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span]:
-    """The text that each reply adds to its prompt. Whitespace after the end of turn belongs to the next turn."""
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(replies) >= MANY_REPLIES and (spans := _spans_turn_by_turn(messages, text, render_plain)):
-        return spans
-    prompts = render_plain([messages[:i] for i in replies], True)
-    throughs = render_plain([messages[: i + 1] for i in replies], False)
-    spans = []
-    for prompt, through in zip(prompts, map(str.rstrip, throughs), strict=True):
-        if not (through.startswith(prompt) and text.startswith(through)):
-            raise ValueError(
-                "the chat template rewrites earlier turns, so replies cannot be told apart: "
-                "mark them in it with {% generation %}"
-            )
-        spans.append((len(prompt), len(through)))
-    return spans
-
-
-def _spans_turn_by_turn(messages: Messages, text: str, render_plain: RenderPlain) -> list[Span] | None:
-    """The same in linear time: each question and reply is rendered after the first question and reply only.
-
-    None if the pieces do not add up to `text`, because a turn depends on more of the conversation.
-    """
-    first = messages[:2]
-    starts = range(0, len(messages) - 1, 2)  # of a question and its reply
-    before = [first if i else [] for i in starts]
-    prompts = render_plain([head + messages[i : i + 1] for head, i in zip(before, starts, strict=True)], True)
-    throughs = render_plain([head + messages[i : i + 2] for head, i in zip(before, starts, strict=True)], False)
-    spans, pieces, position, known = [], [], 0, ""
-    for prompt, through in zip(prompts, throughs, strict=True):
-        end = through.rstrip()
-        if not (prompt.startswith(known) and end.startswith(prompt)):
-            return None
-        shift = position - len(known)
-        spans.append((shift + len(prompt), shift + len(end)))
-        pieces.append(through[len(known) :])
-        position += len(pieces[-1])
-        known = throughs[0]
-    return spans if text.startswith("".join(pieces).rstrip()) else None
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

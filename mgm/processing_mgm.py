@@ -1,5 +1,6 @@
 """MGMProcessor: LLaVA conversations and PIL images to the arguments of MGM's forward."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +10,12 @@ from tokenizers import AddedToken
 from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from layers.chunked_loss import IGNORE_INDEX
-from mgm.chat_templates import Span, chat_template_for, render
+from chat.encoding import encode
+from chat.expansion import check_images
+from chat.messages import IMAGE_TOKEN, to_messages
+from mgm.chat_templates import chat_template_for
 from mgm.configuration_mgm import MGMConfig
-from mgm.label_mask import count_fitting_tokens, find_label_tokens
 from mgm.patch_info_mining import split_into_crops
-
-
-IMAGE_TOKEN = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 
 
 class MGMProcessor(ProcessorMixin):
@@ -33,6 +31,8 @@ class MGMProcessor(ProcessorMixin):
         image_grid: the low view is cut into `image_grid` x `image_grid` crops of `image_size`.
         image_global: the whole image, scaled down to `image_size`, comes after the crops.
     """
+
+    images_first = True  # of LLaVA's turns: MGM was trained with its images at the front of their message
 
     def __init__(
         self,
@@ -64,6 +64,10 @@ class MGMProcessor(ProcessorMixin):
         """Positions of the sequence that one image needs."""
         return (self.image_grid**2 + self.image_global) * (self.image_size // self.patch_size) ** 2
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "pixel_values_aux", "image_positions"]
+
     def __call__(
         self,
         images: Sequence | None = None,
@@ -78,8 +82,9 @@ class MGMProcessor(ProcessorMixin):
         """A batch of LLaVA `conversations` (with labels) or of rendered `text` (without), and its images.
 
         Args:
-            images: a list of PIL images per sample, in the order of their `<image>` placeholders.
-            max_length: in tokens, image positions included; later tokens are cut off.
+            images: a list of PIL images per sample, in the order of their `<image>` placeholders. None in an image's
+                place: its positions alone.
+            max_length: of conversations, in tokens, image positions included; later tokens are cut off.
             add_generation_prompt: end with the header of the model's turn, for generation.
             padding_side: `right` for training (the tokenizer's default), `left` for generation.
 
@@ -93,20 +98,21 @@ class MGMProcessor(ProcessorMixin):
         """
         if (text is None) == (conversations is None):
             raise ValueError("give exactly one of text and conversations")
+        padding_side = padding_side or self.tokenizer.padding_side
         if conversations is not None:
-            rows = [self.tokenize(turns, max_length, add_generation_prompt) for turns in conversations]
-        else:
-            rows = [self._encode(prompt, [], max_length) for prompt in ([text] if isinstance(text, str) else text)]
-        images = _one_list_per_sample(images, len(rows))
-        for i, (input_ids, _) in enumerate(rows):
-            expected = input_ids.count(self.image_token_id) // self.num_image_tokens
-            if expected != len(images[i]):
-                raise ValueError(f"sample {i} has {expected} {IMAGE_TOKEN} placeholders but {len(images[i])} images")
-
-        data = self._pad(rows, padding_side or self.tokenizer.padding_side)
-        if conversations is None:
-            del data["labels"]
-        views = [self.image_views(image, image_aspect_ratio) for sample in images for image in sample]
+            messages = [to_messages(turns, self.images_first) for turns in conversations]
+            images = _one_list_per_sample(images, len(messages))
+            processor = copy.copy(self)
+            processor.image_aspect_ratio = image_aspect_ratio or self.image_aspect_ratio
+            return encode(processor, messages, images, max_length, add_generation_prompt, padding_side)
+        text = [text] if isinstance(text, str) else list(text)
+        images = _one_list_per_sample(images, len(text))
+        check_images(self, text, images)
+        expanded = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens) for prompt in text]
+        padding = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
+        encoded = self.tokenizer(expanded, add_special_tokens=False, **padding)
+        data = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        views = [self.image_views(image, image_aspect_ratio) for sample in images for image in sample if image]
         if views:
             data["pixel_values"] = torch.stack([low for low, _ in views])
             data["pixel_values_aux"] = torch.stack([high for _, high in views])
@@ -115,16 +121,15 @@ class MGMProcessor(ProcessorMixin):
     def tokenize(
         self, conversation: list[dict[str, str]], max_length: int | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image: cheap enough to count with."""
-        prompts, spans = self.render([conversation], add_generation_prompt)
-        return self._encode(prompts[0], spans[0], max_length)
+        """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image."""
+        messages = to_messages(conversation, self.images_first)
+        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        row = encode(self, [messages], [[None] * num_images], max_length, add_generation_prompt)
+        return row["input_ids"][0].tolist(), row["labels"][0].tolist()
 
-    def render(
-        self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool = False
-    ) -> tuple[list[str], list[list[Span]]]:
-        """LLaVA turns to the text that is tokenized, images not expanded, and the characters that carry labels."""
-        messages = [to_messages(turns) for turns in conversations]
-        return render(messages, self.chat_template, self.tokenizer.special_tokens_map, add_generation_prompt)
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]], **kwargs) -> dict[str, list[int]]:
+        """transformers' way to ask for the tokens of images: here the same for every size."""
+        return {"num_image_tokens": [self.num_image_tokens] * len(image_sizes)}
 
     def image_views(
         self, image: Image.Image, image_aspect_ratio: str | None = None
@@ -145,62 +150,6 @@ class MGMProcessor(ProcessorMixin):
         pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
         return pixels.float().div_(1 / processor.rescale_factor).sub_(mean).div_(std)
-
-    def _encode(self, prompt: str, replies: list[Span], max_length: int | None) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of `prompt`, images expanded. `replies`: the characters that carry labels."""
-        # verbose=False: a text beyond the tokenizer's maximum is cut or left out later, and reported once.
-        encoding = self.tokenizer(prompt, add_special_tokens=False, verbose=False).encodings[0]
-        token_ids = encoding.ids  # an image is one token
-        num_kept = count_fitting_tokens(token_ids, self.image_token_id, self.num_image_tokens, max_length)
-        token_labels = [IGNORE_INDEX] * num_kept
-        for index in find_label_tokens(encoding, token_ids, replies, self.image_token_id, num_kept):
-            token_labels[index] = token_ids[index]
-        input_ids, labels = [], []
-        for token_id, label in zip(token_ids[:num_kept], token_labels, strict=True):
-            num_positions = self.num_image_tokens if token_id == self.image_token_id else 1
-            input_ids += [token_id] * num_positions
-            labels += [label] * num_positions
-        return input_ids, labels
-
-    def _pad(self, rows: list[tuple[list[int], list[int]]], padding_side: str) -> dict[str, torch.Tensor]:
-        length = max(len(input_ids) for input_ids, _ in rows)
-
-        def padded(values: list[int], fill: int) -> list[int]:
-            filling = [fill] * (length - len(values))
-            return filling + values if padding_side == "left" else values + filling
-
-        columns = {
-            "input_ids": [padded(input_ids, self.tokenizer.pad_token_id) for input_ids, _ in rows],
-            "attention_mask": [padded([1] * len(input_ids), 0) for input_ids, _ in rows],
-            "labels": [padded(labels, IGNORE_INDEX) for _, labels in rows],
-        }
-        return {name: torch.tensor(values) for name, values in columns.items()}
-
-
-def to_messages(conversation: list[dict[str, str]]) -> list[dict]:
-    """LLaVA turns to transformers' messages. Images move to the front of their message; a first turn by the model is
-    dropped, as in the original.
-
-    Raises:
-        ValueError: an unknown speaker, two turns in a row by the same speaker, or an image in a reply.
-    """
-    messages = []
-    for turn in conversation:
-        role, value = ROLES.get(turn["from"]), turn["value"]
-        if role is None:
-            remedy = "; move a system turn's text into the first human turn" if turn["from"] == "system" else ""
-            raise ValueError(f"a turn is from {turn['from']!r}: expected one of {', '.join(ROLES)}{remedy}")
-        if not messages and role == "assistant":
-            continue
-        if messages and messages[-1]["role"] == role:
-            raise ValueError(f"two turns in a row are from {turn['from']!r}: human and gpt must alternate")
-        num_images = value.count(IMAGE_TOKEN)
-        if num_images and role == "assistant":
-            raise ValueError(f"a reply by {turn['from']!r} contains {IMAGE_TOKEN}: images belong to human turns")
-        text = value.replace(IMAGE_TOKEN, "").strip() if num_images else value
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
-        messages.append({"role": role, "content": content})
-    return messages
 
 
 def low_views(high: torch.Tensor, image_size: int, image_grid: int, image_global: bool) -> torch.Tensor:

@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 
+# PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
+PALIGEMMA = (
+    "{% for message in messages %}{% if message['content'] is string %}{% set text = message['content'] %}"
+    "{% else %}{% set parts = message['content'] %}"
+    "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+    "{{ '<image>' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
+    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets a family apart. The defaults are those of every family that the table does not name."""
@@ -25,6 +36,8 @@ class Family:
     keeps_input_gradients: bool = False
     # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
     layers_without_lora: tuple[str, ...] = ()
+    # Of a family whose processors have none.
+    chat_template: str | None = None
 
 
 PACKS = Family(packs=True)
@@ -33,6 +46,7 @@ FAMILIES = {
     "mgm": Family(
         trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
     ),
+    "paligemma": Family(chat_template=PALIGEMMA),
     # Gemma 3's residual stream grows beyond fp16's largest number.
     **{name: Family(refused_precisions=("fp16",)) for name in ("gemma3", "gemma3n", "gemma3n_text", "shieldgemma2")},
     "gemma3_text": Family(packs=True, refused_precisions=("fp16",)),

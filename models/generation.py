@@ -9,12 +9,16 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, ProcessorMixin
 
+from chat.encoding import encode
+from chat.messages import messages_for
+
 
 def prompt_inputs(
     processor: ProcessorMixin, prompts: list[list[dict[str, str]]], images: list[list[Image.Image]]
 ) -> BatchFeature:
     """Conversations up to the next reply, padded on the left so that every row ends where its answer begins."""
-    inputs = processor(conversations=prompts, images=images, add_generation_prompt=True, padding_side="left")
+    conversations = [messages_for(processor, prompt) for prompt in prompts]
+    inputs = encode(processor, conversations, images, add_generation_prompt=True, padding_side="left")
     del inputs["labels"]
     return inputs
 

@@ -135,9 +135,19 @@ def _from_config(
     auto_class: type, name: str, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     try:
-        return auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        attention = attention_by_part(config, attn_implementation)
+        return auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         raise _explained(error, name, attn_implementation) from None
+
+
+def attention_by_part(config: PreTrainedConfig, attn_implementation: str) -> str | dict[str, str]:
+    """What transformers takes for a model's parts. An audio encoder, which never runs here, stays with eager
+    attention: Gemma 4's knows no other."""
+    if getattr(config, "audio_config", None) is None:
+        return attn_implementation
+    parts = dict.fromkeys(["", *config.sub_configs], attn_implementation)
+    return parts | {"audio_config": "eager"}
 
 
 def require_quantization(quantize: str) -> None:
@@ -202,11 +212,12 @@ def errors_in_one_line(name: str) -> Iterator[None]:
 
 def _from_pretrained(auto_class: type, name: str, **kwargs: Any) -> Any:
     check_exists(name)
+    attention = attention_by_part(kwargs["config"], kwargs["attn_implementation"])
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, **kwargs | {"attn_implementation": attention})
     except LOADING_ERRORS as error:
         check_no_adapter(name)
-        raise _explained(error, name, kwargs.get("attn_implementation")) from None
+        raise _explained(error, name, kwargs["attn_implementation"]) from None
 
 
 def _explained(error: Exception, name: str, attn_implementation: str | None) -> UserError:

@@ -8,7 +8,6 @@ the folder's video settings are kept and saved again, so that a saved folder loa
 import importlib
 import sys
 from typing import Any
-from unittest import mock
 
 import transformers
 from transformers import (
@@ -16,6 +15,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,22 +30,12 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from models.family import family_of
 from utils import UserError, brief_error
 
 
 FILES = "processor_config.json or preprocessor_config.json"
 NO_REMOTE_CODE = {"trust_remote_code": False}  # the default, None, asks a question on the terminal
-
-# PaliGemma has no turns: the question is a prefix, and the answer follows its line break.
-PALIGEMMA = (
-    "{% for message in messages %}{% if message['content'] is string %}{% set text = message['content'] %}"
-    "{% else %}{% set parts = message['content'] %}"
-    "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
-    "{{ '<image>' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
-    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
-)
-CHAT_TEMPLATES = {"paligemma": PALIGEMMA}  # of families that have none, by model type
 
 
 class VideoSettings(VideoProcessorMixin):
@@ -55,6 +45,11 @@ class VideoSettings(VideoProcessorMixin):
         self.settings = settings
         # ProcessorMixin looks the base class up by name and finds none without torchvision, although it needs none.
         transformers.VideoProcessorMixin = VideoProcessorMixin
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "settings" and name in self.settings:  # a copy has no settings yet when it is asked for methods
+            return self.settings[name]
+        raise AttributeError(name)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.settings)
@@ -116,9 +111,12 @@ def processor_class(name: str) -> type[ProcessorMixin] | None:
 def _pixtral_processor() -> type[ProcessorMixin]:
     """It imports one function from the image processor that needs torchvision: the other one has the same function."""
     package = "transformers.models.pixtral"
-    instead = importlib.import_module(f"{package}.image_processing_pil_pixtral")
-    with mock.patch.dict(sys.modules, {f"{package}.image_processing_pixtral": instead}):
+    missing = f"{package}.image_processing_pixtral"
+    sys.modules[missing] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    try:
         return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[missing]
 
 
 def _read_piece(attribute: str, name: str, chosen: type[ProcessorMixin], config: PreTrainedConfig | None) -> Any:
@@ -153,10 +151,10 @@ def read_tokenizer(name: str, tokenizer_class: type = AutoTokenizer) -> PreTrain
 
 
 def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
+    if not get_image_processor_config(name):
+        raise UserError(f"--model {name}: there are no image settings in it ({FILES})")
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", config=config, **NO_REMOTE_CODE)
-    except OSError:
-        raise UserError(f"--model {name}: there are no image settings in it ({FILES})") from None
     except (ValueError, ImportError) as error:
         if is_torchvision_available() or "torchvision" not in str(error):
             raise
@@ -164,9 +162,10 @@ def _read_image_processor(name: str, config: PreTrainedConfig | None) -> Any:
 
 
 def _read_video_processor(name: str) -> VideoProcessorMixin:
-    if is_torchvision_available():
-        return transformers.AutoVideoProcessor.from_pretrained(name, **NO_REMOTE_CODE)
-    return VideoSettings(get_video_processor_config(name))
+    try:
+        return AutoVideoProcessor.from_pretrained(name, **NO_REMOTE_CODE)
+    except (ImportError, OSError, ValueError):  # without torchvision, or without settings that it could take
+        return VideoSettings(get_video_processor_config(name))
 
 
 def _read_feature_extractor(name: str) -> FeatureExtractionMixin:
@@ -184,7 +183,7 @@ def give_chat_template(name: str, processor: ProcessorMixin, config: PreTrainedC
     found = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default")
-    processor.chat_template = found or CHAT_TEMPLATES.get(getattr(config, "model_type", None))
+    processor.chat_template = found or (family_of(config).chat_template if config is not None else None)
     if processor.chat_template is None:
         raise UserError(
             f"--model {name}: it has no chat template; take the model's instruction-tuned form, or write a "

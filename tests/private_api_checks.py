@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin, masking_utils
+from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from layers.model_loss import use_model_loss
@@ -37,6 +37,7 @@ from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
 from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
+from memory.partly_fake import PartlyFakeMode
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.processors import VideoSettings
@@ -88,11 +89,6 @@ def must_call(owner: object, *names: str) -> Iterator[None]:
     with patch.multiple(owner, **{name: noting(name) for name in names}):
         yield
     assert called == set(names), f"no longer called: {', '.join(sorted(set(names) - called))}"
-
-
-def check_masks() -> None:
-    with must_call(masking_utils, "is_tracing", "fast_all"):
-        small_gemma()(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
 
 
 def check_generation() -> None:
@@ -308,6 +304,24 @@ def check_fake_devices() -> None:
         device, host = torch.empty(2, device="cpu:0"), torch.empty(2, device="cpu")
         assert device.device == torch.device("cpu:0") != host.device
         assert device.to("cpu").device == host.device
+
+
+def check_grouped_mm() -> None:
+    """The real kernel takes fp32, and its output has the form that is made up for it."""
+    x, weights, ends = torch.ones(8, 16), torch.ones(2, 16, 32), torch.tensor([3, 8], dtype=torch.int32)
+    real = torch.ops.aten._grouped_mm.default(x, weights, ends)
+    with PartlyFakeMode() as fake_mode:
+        made_up = torch.ops.aten._grouped_mm.default(fake_mode.from_tensor(x), weights, ends)
+    assert (made_up.shape, made_up.stride(), made_up.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def check_partly_fake() -> None:
+    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator."""
+    written = [argument.alias_info is not None for argument in torch.ops.aten.add_.Tensor._schema.arguments]
+    assert written == [True, False, False]
+    with PartlyFakeMode() as fake_mode:
+        x, mask = fake_mode.from_tensor(torch.ones(3, 2)), torch.tensor([True, False, True])
+        assert x[mask].shape == torch.ops.aten._unsafe_index.Tensor(x, [mask]).shape == (2, 2)
 
 
 def check_checkpoint_keeps_random_state() -> None:

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.batching import TrainCollator, measure_lengths
+from data.batching import TrainCollator
 from data.dataset import ConversationDataset, open_dataset
 from data.images import MOVED
+from data.lengths import measure_lengths
 from mgm.processing_mgm import MGMProcessor
 from models.loading import load_processor
 from utils import UserError

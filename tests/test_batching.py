@@ -21,13 +21,19 @@ from safetensors.torch import load_file
 from tiny_files import load_conversations
 from torch.utils.data import DataLoader, Dataset
 
-import data.batching
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, count_tokens, measure_lengths
+import data.lengths
+from chat.encoding import count_tokens
+from chat.messages import messages_for
+from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import FILLER, open_dataset
 from data.demo import ensure_demo
-from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
+from data.lengths import column_values, measure_lengths
+from layers.chunked_loss import IGNORE_INDEX
 from models.loading import load_processor
 from utils import UserError
+
+
+NAMES = ("num_tokens", "num_label_tokens")
 
 
 # num_samples, micro_batch_size, gradient_accumulation_steps, num_processes
@@ -249,12 +255,13 @@ def test_counts_of_odd_texts_are_the_processors(processor, monkeypatch, case, ma
         template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
         monkeypatch.setattr(processor, "chat_template", "{% generation %}" + template + "{% endgeneration %}")
     conversations = random_conversations(300)
-    counts = count_tokens(conversations, processor, max_length)
+    messages = [messages_for(processor, turns) for turns in conversations]
+    num_tokens, num_label_tokens = count_tokens(processor, messages, max_length=max_length)
     for i, turns in enumerate(conversations):
         input_ids, labels = processor.tokenize(turns)
         num_labels = sum(label != IGNORE_INDEX for label in labels[1:max_length])
         expected = len(input_ids), 0 if processor.image_token_id in input_ids[max_length:] else num_labels
-        assert (counts["num_tokens"][i], counts["num_label_tokens"][i]) == expected, turns
+        assert (num_tokens[i], num_label_tokens[i]) == expected, turns
 
 
 @pytest.fixture
@@ -270,9 +277,10 @@ def odd_records(tmp_path: Path) -> datasets.Dataset:
 
 def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     """Two processes with one; what they cached serves any number. The cache holds the two columns alone."""
-    expected = count_tokens(odd_records["conversations"][:], processor, 40)
-    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 25)
-    monkeypatch.setattr(data.batching.os, "cpu_count", lambda: 8)
+    messages = [messages_for(processor, turns) for turns in odd_records["conversations"]]
+    expected = dict(zip(NAMES, count_tokens(processor, messages, max_length=40), strict=True))
+    monkeypatch.setattr(data.lengths, "RECORDS_PER_PROCESS", 25)
+    monkeypatch.setattr(data.lengths.os, "cpu_count", lambda: 8)
     lengths = measure_lengths(odd_records, processor, 40)
     caches = {Path(file["filename"]) for file in lengths.cache_files}
     assert sorted(path.name.partition("_")[2] for path in caches if "_of_" in path.name) == [
@@ -284,16 +292,16 @@ def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     )
     for name in expected:
         assert (column_values(lengths, name) == expected[name]).all()
-    monkeypatch.setattr(data.batching, "RECORDS_PER_PROCESS", 1000)
-    monkeypatch.setattr(MGMProcessor, "render", lambda *args, **kwargs: pytest.fail("counted again"))
+    monkeypatch.setattr(data.lengths, "RECORDS_PER_PROCESS", 1000)
+    monkeypatch.setattr(data.lengths, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
     assert measure_lengths(odd_records, processor, 40)["num_tokens"][:] == lengths["num_tokens"][:]
 
 
 def test_a_new_version_counts_again(odd_records, processor, monkeypatch):
     """A cache that older code filled is not used once the version of the counts is raised."""
     measure_lengths(odd_records, processor, 41)
-    monkeypatch.setattr(data.batching, "LENGTHS_VERSION", data.batching.LENGTHS_VERSION + 1)
-    monkeypatch.setattr(MGMProcessor, "render", lambda *args, **kwargs: pytest.fail("counted again"))
+    monkeypatch.setattr(data.lengths, "LENGTHS_VERSION", data.lengths.LENGTHS_VERSION + 1)
+    monkeypatch.setattr(data.lengths, "count_tokens", lambda *args, **kwargs: pytest.fail("counted again"))
     with pytest.raises(BaseException, match="counted again"):
         measure_lengths(odd_records, processor, 41)
 

@@ -4,9 +4,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from mgm import chat_templates
+from chat import render
+from chat.expansion import rendered
+from chat.messages import messages_for
+from layers.chunked_loss import IGNORE_INDEX
 from mgm.chat_templates import VICUNA_SYSTEM, chat_template_for
-from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
+from mgm.processing_mgm import MGMProcessor
 
 
 CONVERSATION = [
@@ -221,24 +224,25 @@ def test_many_replies_are_told_apart_as_few_are(template, monkeypatch):
     """The quick way for long conversations gives the spans of the plain one, or leaves the template to it."""
     processor = make_processor(make_tokenizer("chatml", template))
     conversation = long_conversation(12)
-    spans = processor.render([conversation])
-    monkeypatch.setattr(chat_templates, "MANY_REPLIES", 1000)
-    assert spans == processor.render([conversation])
+    messages = [messages_for(processor, conversation)]
+    spans = rendered(processor, messages)
+    monkeypatch.setattr(render, "MANY_REPLIES", 1000)
+    assert spans == rendered(processor, messages)
     assert len(spans[1][0]) == 12
 
 
 def test_many_replies_are_rendered_in_linear_time(monkeypatch):
     """At most nine messages are rendered for each reply of a conversation, however long it is."""
     processor = make_processor(make_tokenizer("chatml", OWN_TEMPLATES["chatml"]))
-    num_rendered, render = 0, chat_templates.render_jinja_template
+    num_rendered, render_template = 0, render.render_jinja_template
 
     def counted(conversations, **kwargs):
         nonlocal num_rendered
         num_rendered += sum(map(len, conversations))
-        return render(conversations, **kwargs)
+        return render_template(conversations, **kwargs)
 
-    monkeypatch.setattr(chat_templates, "render_jinja_template", counted)
-    (_, (spans,)) = processor.render([long_conversation(500)])
+    monkeypatch.setattr(render, "render_jinja_template", counted)
+    (_, (spans,)) = rendered(processor, [messages_for(processor, long_conversation(500))])
     assert len(spans) == 500 and num_rendered <= 9 * 500 + 1
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from chat.messages import to_messages
 from data import demo as demo_data
 from data.demo import DEMO_QUESTIONS, IMAGE_SIDE, demo_samples, draw_number, ensure_demo, load_scans, write_demo
-from mgm.processing_mgm import to_messages
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from forked_runs import Fault, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
 from data.demo import ensure_demo
+from data.lengths import column_values, measure_lengths
 from models.loading import load_model, load_processor
 from training import faults
 from training.faults import find_launcher

@@ -16,8 +16,8 @@ from forked_runs import Ended, Fault, run
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from data.worst_case import worst_case_batch
-from models.loading import load_model
+from data.worst_case import Row, worst_case_batch
+from models.loading import load_model, load_processor
 from step import StepConfig
 
 
@@ -184,7 +184,7 @@ def test_merged(adapter: Path) -> None:
     """The merged model's logits are the adapter's."""
     model = PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), adapter).cuda().eval()
     step_config = StepConfig(model=MODEL, mixed_precision="no", max_seq_len=40, per_device_train_batch_size=2)
-    batch = worst_case_batch(model.config, step_config, images_per_sample=1)
+    batch = worst_case_batch(load_processor(step_config.model), step_config, Row(step_config.max_seq_len, 1))
     batch = {name: tensor.cuda() for name, tensor in batch.items() if not name.startswith("label")}
     plain = load_model(MODEL, torch.float32, "sdpa").cuda().eval()
     with torch.no_grad():

@@ -21,6 +21,7 @@ from data.loader import largest_batch_bytes
 from data.sharing import share, workers_that_fit
 from data.worst_case import Row
 from mgm.configuration_mgm import tiny
+from models.loading import load_processor
 from training.faults import explain_death
 from utils import UserError
 
@@ -31,10 +32,10 @@ FLAGS = "--eval_samples 0 --no_rehearse --per_device_train_batch_size 2 --datase
 
 def test_the_largest_batch() -> None:
     """Four int64 values a token but where an image stands, and two pictures an image."""
-    config = SimpleNamespace(per_device_train_batch_size=3, packing=False, max_seq_len=2048)
+    config = SimpleNamespace(per_device_train_batch_size=3, packing=False, max_image_pixels=0)
     sizes = tiny().vision_config.image_size, tiny().vision_config_aux.image_size
     pictures_bytes = 3 * sum(3 * size * size * 4 for size in sizes)
-    assert 0 < largest_batch_bytes(tiny(), config, Row(100, 1)) - pictures_bytes <= 3 * 100 * 4 * 8
+    assert 0 < largest_batch_bytes(load_processor("tiny"), config, Row(100, 1)) - pictures_bytes <= 3 * 100 * 4 * 8
 
 
 @pytest.mark.parametrize(("free_mib", "num_workers"), [(99, 2), (60, 2), (59, 1), (39, 0), (0, 0)])

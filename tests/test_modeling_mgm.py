@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import mgm_2b
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from mgm.processing_mgm import IGNORE_INDEX
 from models.loading import load_model
 from utils import UserError
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import aux_feature_map, norm_and_project
 from transformers import AutoConfig
 
+from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import MGMConfig
 from mgm.modeling_mgm import MGMForConditionalGeneration
-from mgm.processing_mgm import IGNORE_INDEX
 from models.loading import load_model
 
 

@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 
 import step
 from data.batch import Batch
-from data.batching import TrainCollator, UpdateBatchSampler, column_values, measure_lengths
+from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
+from data.lengths import column_values, measure_lengths
 from data.packing import PackedCollator, PackedDataset, Packing, pack
-from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor
+from layers.chunked_loss import IGNORE_INDEX
+from mgm.processing_mgm import MGMProcessor
 from models.loading import load_processor
 from step import StepConfig
 from train import TrainConfig

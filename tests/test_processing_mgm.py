@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from chat.messages import to_messages
+from layers.chunked_loss import IGNORE_INDEX
 from mgm.configuration_mgm import MGMConfig, tiny
-from mgm.processing_mgm import IGNORE_INDEX, MGMProcessor, build_processor, pad_to_square, to_messages
+from mgm.processing_mgm import MGMProcessor, build_processor, pad_to_square
 
 
 ORIGINAL_IMAGE_TOKEN = -200  # one id an image in the original's input_ids; ours has one a position
@@ -231,8 +233,8 @@ def test_first_turn_by_the_model_is_dropped(processor):
 
 def test_image_moves_to_the_front_of_its_message():
     """A placeholder at the end and in the middle with one at the front."""
-    front = to_messages([{"from": "human", "value": "<image>\nWhat is it?"}])
-    assert to_messages([{"from": "human", "value": "What is it?\n<image>"}]) == front
+    front = to_messages([{"from": "human", "value": "<image>\nWhat is it?"}], images_first=True)
+    assert to_messages([{"from": "human", "value": "What is it?\n<image>"}], images_first=True) == front
 
 
 @pytest.mark.parametrize("image_global", [False, True])

@@ -23,7 +23,7 @@ from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from chat.text_processor import TextProcessor
-from models.loading import is_text_only, load_config, load_processor
+from models.loading import is_text_only, load_config, load_model, load_processor
 from models.processors import AudioSettings, VideoSettings
 from utils import UserError
 
@@ -83,6 +83,7 @@ def test_a_familys_processor(folder, request):
     processor.save_pretrained(folder.parent / "saved")
     shutil.copy(folder / "config.json", folder.parent / "saved")
     again = load_processor(str(folder.parent / "saved"))
+    assert type(again) is type(processor)
     assert again.to_dict() == processor.to_dict() and again.chat_template == processor.chat_template
     assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     encoded = encode(again)
@@ -130,7 +131,7 @@ def test_video_settings_are_kept(folder):
     saved = folder.parent / "saved"
     for _ in ("nested", "of their own"):
         processor = load_processor(str(folder))
-        assert type(processor.video_processor) is VideoSettings
+        assert type(processor.video_processor) is VideoSettings and processor.video_processor.fps == 3
         processor.save_pretrained(saved)
         assert json.loads((saved / "processor_config.json").read_text())["video_processor"] == settings
         edit_json(folder / "processor_config.json", video_processor=None)
@@ -181,6 +182,19 @@ def test_missing_audio_settings_do_not_matter(folder):
     assert type(processor.feature_extractor) is AudioSettings
     assert "pixel_values" in encode(processor)
     assert processor.to_dict()["feature_extractor"] == settings
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_an_audio_encoder_does_not_stand_in_the_way(attn_implementation, tmp_path):
+    """Gemma 4's knows eager attention only, and no image needs it: the flag is for the other parts."""
+    write_family("gemma4_audio", tmp_path, with_weights=True)
+    loaded = load_model(str(tmp_path), torch.float32, attn_implementation)
+    with torch.device("meta"):
+        made = load_model(str(tmp_path), torch.float32, attn_implementation)
+    for model in (loaded, made):
+        parts = (model.get_decoder(), model.get_encoder("image"), model.model.audio_tower)
+        found = [part.config._attn_implementation for part in parts]
+        assert found == [attn_implementation, attn_implementation, "eager"]
 
 
 @of("paligemma")

@@ -14,10 +14,10 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 
 from conversion.merge_adapter import changed_modules, merge_adapter
-from data.worst_case import worst_case_batch
+from data.worst_case import Row, worst_case_batch
 from layers.quantization import dequantize, quantize_language_model, state_tensors
 from mgm.configuration_mgm import tiny
-from models.loading import load_model
+from models.loading import load_model, load_processor
 from models.lora import count_parameters, trained_parameters
 from step import StepConfig, build_model
 from utils import UserError
@@ -49,7 +49,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
 
 def batch_of(model: nn.Module, step_config: StepConfig, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Random words after the image, and random images."""
-    batch = worst_case_batch(model.config, step_config, images_per_sample=1)
+    batch = worst_case_batch(load_processor(step_config.model), step_config, Row(step_config.max_seq_len, 1))
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, 200, batch["labels"].shape, generator=generator)
     is_text = batch["labels"] != -100

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from data.worst_case import Row
 from memory.probed_step import local_accelerator
+from models.loading import load_processor
 from step import StepConfig, build_model, build_optimizer
 from training import rehearsal
 from training.out_of_memory import asked_for, is_out_of_memory, remedy
@@ -62,7 +63,7 @@ def test_gradients_and_moments_are_in_place(prepared: tuple) -> None:
     model.register_forward_pre_hook(
         lambda *_: found.append((sum(p.grad is not None for p in parameters), len(state.optimizer.state)))
     )
-    rehearse(accelerator, model, state, config, Row(60, 1), None, announce=lambda *_: None)
+    rehearse(accelerator, model, load_processor("tiny"), state, config, Row(60, 1), None, announce=lambda *_: None)
     assert found == [(0, len(before)), (len(before), len(before))]
     assert all(p.grad is None for p in parameters)
     assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
@@ -81,7 +82,7 @@ def test_a_trace_is_an_error(value: float, prepared: tuple, monkeypatch: pytest.
 
     monkeypatch.setattr(rehearsal, "run_step", changing_step)
     with pytest.raises(RuntimeError, match="--no_rehearse leaves it out"):
-        rehearse(accelerator, model, state, config, Row(60, 1), None, announce=lambda *_: None)
+        rehearse(accelerator, model, load_processor("tiny"), state, config, Row(60, 1), None, announce=lambda *_: None)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 import torch
 from forked_runs import Fault, run
 
-from data.batching import measure_lengths
 from data.dataset import open_dataset
+from data.lengths import measure_lengths
 from models.loading import load_model, load_processor
 from utils import UserError
 

@@ -28,9 +28,9 @@ from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import open_dataset
 from data.demo import ensure_demo
 from data.loader import build_loader
-from data.worst_case import worst_case_batch
+from data.worst_case import Row, worst_case_batch
 from memory.config import ProbeConfig
-from models.loading import load_config, load_model, load_processor
+from models.loading import load_model, load_processor
 from models.lora import trained_parameters
 from training.config import SCHEDULERS
 from utils import UserError, parse_config, run_script
@@ -275,7 +275,8 @@ def test_what_is_trained_gets_a_gradient(flags, images_per_sample):
     config = step.StepConfig(model=MODEL, mixed_precision="no", max_seq_len=64, **flags)
     lines: list[str] = []
     model = step.build_model(config, is_deepspeed=False, report=lines.append).train()
-    model(**worst_case_batch(model.config, config, images_per_sample)).loss.backward()
+    batch = worst_case_batch(load_processor(MODEL), config, Row(64, images_per_sample))
+    model(**batch).loss.backward()
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert lacking == []
     asked_for_the_tower = flags.get("lora_bias") == "all" or {"model", "vision_tower"} & {
@@ -596,7 +597,7 @@ def test_training_sees_what_the_processor_says(typed, square_model, tmp_path):
     expected = typed or "square"
     assert processor.image_aspect_ratio == config.image_aspect_ratio == expected
     dataset, _ = train.build_datasets(config, processor)
-    loader, *_ = build_loader(config, dataset, processor, load_config(str(square_model)), num_processes=1)
+    loader, *_ = build_loader(config, dataset, processor, num_processes=1)
     [picture] = dataset[0]["images"]
     views = load_processor(str(square_model)).image_views(picture, expected)
     assert torch.equal(next(iter(loader)).inputs["pixel_values"][0], views[0])

@@ -53,7 +53,7 @@ def assert_same_form(real: dict[str, torch.Tensor], preset: str, packing: bool =
     """`real` against the worst case of as many rows of its length."""
     rows, length = real["input_ids"].shape
     flags = {"per_device_train_batch_size": rows, "max_seq_len": length, "packing": packing}
-    worst = worst_case_batch(PRESETS[preset](), StepConfig(model="tiny", **flags), num_images)
+    worst = worst_case_batch(load_processor(preset), StepConfig(model="tiny", **flags), Row(length, num_images))
     assert forms(worst) == forms(real)
     assert len(worst["label_positions"]) >= len(real["label_positions"])
 
@@ -117,10 +117,11 @@ def test_every_preset_is_predicted(preset):
 
 
 def test_the_longest_row():
-    """The longest; the most images that any record has, but no more than the row can hold."""
+    """The longest; the most images that any record has, but no more than the row can hold: 16 tokens each."""
+    processor = load_processor("tiny")
     records = datasets.Dataset.from_dict({"images": [["a"] * 3, ["b"], []]})
-    assert longest_row(records, np.array([20, 60, 40]), num_image_tokens=16) == Row(60, 3)
-    assert longest_row(records, np.array([20, 40]), num_image_tokens=16) == Row(40, 2)
+    assert longest_row(records, np.array([20, 60, 40]), processor) == Row(60, 3)
+    assert longest_row(records, np.array([20, 40]), processor) == Row(40, 2)
 
 
 @pytest.fixture

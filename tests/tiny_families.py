@@ -271,7 +271,7 @@ def gemma3n() -> PreTrainedConfig:
     )
 
 
-def gemma4(**text: Any) -> PreTrainedConfig:
+def gemma4(audio_config: dict[str, Any] | None = None, **text: Any) -> PreTrainedConfig:
     sizes = {
         "num_hidden_layers": 4,
         "head_dim": 16,
@@ -294,7 +294,7 @@ def gemma4(**text: Any) -> PreTrainedConfig:
     return tf.Gemma4Config(
         text_config=TEXT | sizes | text,
         vision_config=VISION | vision,
-        audio_config=None,
+        audio_config=audio_config,
         boi_token_id=TOKEN_IDS["<start_of_image>"],
         eoi_token_id=TOKEN_IDS["<end_of_image>"],
         image_token_id=TOKEN_IDS["<image_soft_token>"],
@@ -308,6 +308,18 @@ def gemma4(**text: Any) -> PreTrainedConfig:
 def gemma4_moe() -> PreTrainedConfig:
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     return gemma4(**experts, hidden_size_per_layer_input=0)
+
+
+def gemma4_audio() -> PreTrainedConfig:
+    """As Gemma 4 E2B and E4B: with an audio encoder, and layers that take the keys and values of others."""
+    audio = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "output_proj_dims": 64,
+        "subsampling_conv_channels": [8, 4],
+    }
+    return gemma4(audio, num_kv_shared_layers=2, use_double_wide_mlp=True)
 
 
 def internvl() -> PreTrainedConfig:
@@ -476,8 +488,8 @@ VISION_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     make.__name__: make
     for make in (
         llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe,
-        idefics2, idefics3, smolvlm, paligemma, paligemma2, gemma3, gemma3n, gemma4, gemma4_moe, internvl, pixtral,
-        mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision, llama4, mllama,
+        idefics2, idefics3, smolvlm, paligemma, paligemma2, gemma3, gemma3n, gemma4, gemma4_moe, gemma4_audio,
+        internvl, pixtral, mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision, llama4, mllama,
     )
 }  # fmt: skip
 TORCHVISION_FAMILIES = ("kimi_k25", "lfm2_vl", "llama4")  # transformers has no image processor without it
@@ -794,6 +806,7 @@ PROCESSORS: dict[str, Callable[[str], ProcessorMixin]] = {
     "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "gemma4_moe": _gemma4,
+    "gemma4_audio": _gemma4,
     "internvl": _internvl,
     "pixtral": _pixtral,
     "mistral3": _pixtral,

@@ -61,6 +61,7 @@ class Forecast:
         flags = step_flags | launch_flags(accelerator, folder) | device_flags()
         if longest_row is not None:
             flags |= {"max_seq_len": longest_row.num_tokens, "images_per_sample": longest_row.num_images}
+            flags["image_size"] = "{}x{}".format(*longest_row.image_size)
         (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"mode": "predict", "explain": explain}))
         self._process = self._start(child_command([*PROBE, "--recipe", str(folder / "flags.yaml")]))
 

@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import ProcessorMixin
 
-from data.worst_case import Row, with_few_micro_batches, with_rows_of, worst_case_batch, worst_case_questions
+from data.worst_case import Row, with_few_micro_batches, worst_case_batch, worst_case_questions
 from models.generation import answer_worst_case
 from step import StepConfig
 from training.random_state import load_rng_state, rng_state
@@ -22,6 +22,7 @@ HISTORY_ENTRIES = 20_000  # allocations noted for the snapshot of an out-of-memo
 def rehearse(
     accelerator: Accelerator,
     model: nn.Module,
+    processor: ProcessorMixin,
     state: TrainingState,
     config: StepConfig,
     longest: Row,
@@ -34,6 +35,7 @@ def rehearse(
 
     Args:
         model: prepared, in training mode.
+        processor: the model's.
         longest: the largest row of the training data.
         longest_question: of the held-out data; None: there is none.
         announce: is told what comes next, and its row.
@@ -46,31 +48,18 @@ def rehearse(
     before = state.checksums()
     with allocation_history():
         announce("before step 1, in the largest step that the data can bring", longest)
-        batch = worst_batch(accelerator, model, config, longest, worst_case_batch)
+        batch = send_to_device(worst_case_batch(processor, config, longest), accelerator.device)
         run_step(accelerator, model, state, config, batch)
         if longest_question is not None:
             announce("before step 1, in the largest batch of held-out questions", longest_question)
-            questions = worst_batch(accelerator, model, config, longest_question, worst_case_questions)
-            answer_worst_case(accelerator, model, questions)
+            questions = worst_case_questions(processor, config, longest_question)
+            answer_worst_case(accelerator, model, send_to_device(questions, accelerator.device))
     state.load_values(values)
     load_rng_state(random_numbers)
     if state.checksums() != before:
         raise RuntimeError(
             "the rehearsal has changed what is to be trained, which is a bug; --no_rehearse leaves it out"
         )
-
-
-def worst_batch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    config: StepConfig,
-    row: Row,
-    make_batch: Callable[[PreTrainedConfig, StepConfig, int], dict[str, torch.Tensor]],
-) -> dict[str, torch.Tensor]:
-    """`make_batch` is one of data.worst_case; its batch of such rows, on the device."""
-    model_config = accelerator.unwrap_model(model).config
-    batch = make_batch(model_config, with_rows_of(config, row.num_tokens), row.num_images)
-    return send_to_device(batch, accelerator.device)
 
 
 def run_step(

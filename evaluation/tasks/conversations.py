@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from functools import partial
 
+from chat.messages import IMAGE_TOKEN, ROLES
 from data.dataset import ConversationDataset, open_dataset
 from data.demo import DEMO_QUESTIONS, ensure_demo
+from data.sizes import IMAGE_SIZES
 from evaluation.tasks.task import Question, Score, scores_of
-from mgm.processing_mgm import to_messages
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,37 @@ def load(dataset: str | None, image_folder: str | None, limit: int = 0, follow_l
 def to_questions(dataset: ConversationDataset) -> list[Question]:
     """The first question of each conversation, whose reply is the reference. Its type ends the demo's ids."""
     questions = []
-    for index, record in enumerate(dataset.records.select_columns(["id", "conversations"])):
-        user, assistant = to_messages(record["conversations"])[:2]
-        *pictures, text = user["content"]
+    columns = [name for name in ("id", "conversations", IMAGE_SIZES) if name in dataset.records.column_names]
+    for index, record in enumerate(dataset.records.select_columns(columns)):
+        turns, reply = up_to_the_first_reply(record["conversations"])
+        num_images = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
+        sizes = record.get(IMAGE_SIZES)
+        prompt = turns[-1]["value"]
         suffix = record["id"].rpartition("-")[2]
         questions.append(
             Question(
                 id=record["id"],
-                prompt=text["text"],
-                references=[assistant["content"][0]["text"]],
-                images=partial(first_images, dataset, index, len(pictures)),
-                num_images=len(pictures),
+                prompt=prompt.replace(IMAGE_TOKEN, "").strip() if num_images else prompt,
+                references=[reply],
+                images=partial(first_images, dataset, index, num_images),
+                num_images=num_images,
                 type=suffix if suffix in DEMO_QUESTIONS else "",
+                image_sizes=None if sizes is None else [tuple(size) for size in sizes[:num_images]],
+                turns=turns,
             )
         )
     return questions
+
+
+def up_to_the_first_reply(conversation: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """The turns before the first reply to a question, and that reply. A reply to nothing is left out."""
+    turns: list[dict[str, str]] = []
+    for turn in conversation:
+        role = ROLES[turn["from"]]
+        if role == "assistant" and turns and ROLES[turns[-1]["from"]] == "user":
+            return turns, turn["value"]
+        turns += [turn] * (role != "assistant")
+    raise ValueError("there is no question with a reply in it")
 
 
 def first_images(dataset: ConversationDataset, index: int, num_images: int) -> list:

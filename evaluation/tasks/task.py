@@ -7,6 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from chat.images import Size
+
 
 @dataclass(frozen=True)
 class Question:
@@ -17,11 +19,15 @@ class Question:
     references: list[str]  # right answers
     images: Callable[[], list[Image.Image]]
     num_images: int = 1  # that `images` opens
+    image_sizes: list[Size] | None = None  # None: the model's tokens do not depend on them
+    turns: list[dict[str, str]] | None = None  # None: the images, then the prompt
     type: str = ""
 
     @property
     def conversation(self) -> list[dict[str, str]]:
         """In LLaVA's format, up to the reply."""
+        if self.turns is not None:
+            return self.turns
         return [{"from": "human", "value": "<image>\n" * self.num_images + self.prompt}]
 
 

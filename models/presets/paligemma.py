@@ -2,9 +2,9 @@
 
 from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaProcessor, SiglipImageProcessorPil
 
+from models.family import PALIGEMMA
 from models.presets.gemma import FIRST, IDS, ROLES, siglip
 from models.presets.preset import Preset, byte_tokenizer, square
-from models.processors import CHAT_TEMPLATES
 
 
 # PaliGemma's processor adds those that stand for places and outlines, if they are missing.
@@ -45,7 +45,7 @@ def processor() -> PaliGemmaProcessor:
     images = SiglipImageProcessorPil(size=square(224))
     images.image_seq_length = 256
     tokenizer = byte_tokenizer(TOKENS, {"image_token": "<image>"}, **ROLES)
-    return PaliGemmaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATES["paligemma"])
+    return PaliGemmaProcessor(images, tokenizer, chat_template=PALIGEMMA)
 
 
 PRESETS = {"paligemma2-3b": Preset(paligemma2_3b, processor)}

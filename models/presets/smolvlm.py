@@ -7,7 +7,8 @@ from models.processors import VideoSettings, processor_class
 
 
 TOKENS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<global-img>": 49152}
-TOKENS |= {f"<row_{i + 1}_col_{j + 1}>": 49153 + 6 * i + j for i in range(6) for j in range(6)}
+TILES = ["_".join(("<row", str(row), "col", f"{column}>")) for row in range(1, 7) for column in range(1, 7)]
+TOKENS |= {tile: 49153 + i for i, tile in enumerate(TILES)}
 TOKENS |= {"<fake_token_around_image>": 49189, "<image>": 49190, "<end_of_utterance>": 49279}
 
 

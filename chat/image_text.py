@@ -1,0 +1,209 @@
+"""What a processor writes for an image, told from the image's size alone: how many tokens, and how they begin and end.
+
+A data set's lengths are counted without opening an image. From an image's first special token to its last, the tokens
+are the same whatever stands beside it. Before and after these may be text, as Gemma 3's newlines, which a tokenizer
+joins with its neighbours': that part is kept, and tokenized with them.
+"""
+
+import hashlib
+import weakref
+from dataclasses import dataclass, field
+
+from transformers import ProcessorMixin
+
+from chat.expansion import Expansion, move, processed
+from chat.images import Size, blank_image
+from chat.render import Span
+
+
+SIZES = ((40, 40), (640, 480), (1200, 200), (200, 1200))  # small, large, wide and tall
+BESIDE = "x"  # stands around an image in a trial
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """`edges` is what remains of an image's text when what lies between its first and last special token is taken out,
+    and the last too if it is the first once more."""
+
+    edges: str
+    num_inside: int  # tokens taken out
+    num_tokens: int  # in all, where nothing beside it joins them
+
+
+@dataclass
+class ImageRule:
+    """What a processor makes of texts and images.
+
+    `fixed`: the same of all images. Else each has the tokens that the processor counts for its size and `num_marks`
+    more, or, if that is None, as many as a trial with an image of its size shows. `several`: the rule for rows of more
+    than one image, if that is another (LLaVA-OneVision's).
+    """
+
+    first: str = ""  # a token that a row with images gets once, unless it begins with it
+    first_of_text: str = ""  # the same for a row without
+    fixed: ImageText | None = None
+    num_marks: int | None = None
+    several: "ImageRule | None" = None
+    num_shared: int = 0  # tokens that an image right after another one has in common with it
+    known: dict[Size, ImageText] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShortText:
+    """A rendered conversation with its images' `edges` in their place."""
+
+    text: str
+    replies: list[Span]
+    images: list[tuple[int, int, int]]  # the characters of each image, [begin, end), and its `num_inside`
+
+
+_identities: weakref.WeakKeyDictionary[ProcessorMixin, str] = weakref.WeakKeyDictionary()
+_rules: dict[str, ImageRule] = {}
+
+
+def image_text(processor: ProcessorMixin, size: Size | None, num_images: int = 1) -> ImageText:
+    """The text of an image of this size. None: of any size, where `has_fixed_images`.
+
+    Args:
+        num_images: in its row.
+    """
+    rule = rule_of(processor)
+    is_other = num_images > 1 and rule.several is not None
+    rule = rule.several if is_other else rule
+    if rule.fixed is not None:
+        return rule.fixed
+    if size not in rule.known:
+        rule.known[size] = _by_count(processor, rule, size) or trial(processor, size, 1 + is_other)
+    return rule.known[size]
+
+
+def has_fixed_images(processor: ProcessorMixin) -> bool:
+    """Whether an image takes as many tokens whatever its size, or the model takes none."""
+    if not takes_images(processor):
+        return True
+    rule = rule_of(processor)
+    return rule.fixed is not None and (rule.several is None or rule.several.fixed is not None)
+
+
+def takes_images(processor: ProcessorMixin) -> bool:
+    return getattr(processor, "image_token", None) is not None
+
+
+def shortened(processor: ProcessorMixin, text: str, replies: list[Span], sizes: list[Size] | None) -> ShortText:
+    """A rendered conversation as the processor would expand it, but for the insides of its images."""
+    rule = rule_of(processor)
+    token = getattr(processor, "image_token", None)
+    segments = text.split(token) if token else [text]
+    num_images = len(segments) - 1
+    first = rule.first if num_images else rule.first_of_text
+    short = "" if text.startswith(first) else first
+    if num_images == 0:
+        return ShortText(short + text, [(begin + len(short), end + len(short)) for begin, end in replies], [])
+    sizes = sizes if sizes is not None else [None] * num_images
+    if len(sizes) != num_images:
+        raise ValueError(f"there are {num_images} {token} placeholders but {len(sizes)} images")
+    images: list[tuple[int, int, int]] = []
+    spans, shifts, position = [], [], 0
+    for segment, size in zip(segments, [*sizes, None], strict=True):
+        spans.append((position, position + len(segment)))
+        shifts.append(len(short) - position)
+        position += len(segment) + len(token)
+        short += segment
+        if len(images) < num_images:
+            image = image_text(processor, size, num_images)
+            num_inside = image.num_inside - (rule.num_shared if images and not segment else 0)
+            images.append((len(short), len(short) + len(image.edges), num_inside))
+            short += image.edges
+    return ShortText(short, move(replies, spans, shifts), images)
+
+
+def rule_of(processor: ProcessorMixin) -> ImageRule:
+    """The processor's rule, found by trials."""
+    key = identity(processor)
+    if key not in _rules:
+        _rules[key] = _find_rule(processor)
+    return _rules[key]
+
+
+def identity(processor: ProcessorMixin) -> str:
+    """Names all of a processor's settings that decide what it writes for images: of a copy, too."""
+    if processor not in _identities:
+        tokens = sorted((token_id, str(token)) for token_id, token in processor.tokenizer.added_tokens_decoder.items())
+        settings = f"{type(processor).__qualname__} {processor.to_json_string()} {tokens}"
+        _identities[processor] = hashlib.sha256(settings.encode()).hexdigest()
+    return _identities[processor]
+
+
+def _find_rule(processor: ProcessorMixin) -> ImageRule:
+    bos = processor.tokenizer.bos_token
+    first_of_text = expanded_trial(processor, None, 0).text.removesuffix(BESIDE)
+    if not takes_images(processor):
+        return ImageRule(first_of_text=first_of_text)
+    rule, several = (_rule_for(processor, num_images) for num_images in (1, 2))
+    rule.first_of_text = first_of_text
+    rule.first = bos if bos and bos in expanded_trial(processor, SIZES[0], 1).text else ""
+    if rule.known != several.known:
+        rule.several = several
+    separate, adjacent = (expanded_trial(processor, SIZES[0], 2, between).text for between in (BESIDE, ""))
+    rule.num_shared = num_tokens(processor, separate) - num_tokens(processor, BESIDE) - num_tokens(processor, adjacent)
+    return rule
+
+
+def _rule_for(processor: ProcessorMixin, num_images: int) -> ImageRule:
+    """The rule for rows of so many images."""
+    counts = [counted(processor, size) for size in SIZES]
+    is_fixed = counts[0] is not None and len(set(counts)) == 1
+    found = [trial(processor, size, num_images) for size in (SIZES[:1] if is_fixed else SIZES)]
+    rule = ImageRule(known=dict(zip(SIZES, found, strict=False)))
+    if len(set(found)) == 1:
+        rule.fixed = found[0]
+    elif counts[0] is not None:
+        marks = {image.num_tokens - count for image, count in zip(found, counts, strict=True)}
+        if len(marks) == 1 and len({image.edges for image in found}) == 1:
+            rule.num_marks = marks.pop()
+    return rule
+
+
+def num_tokens(processor: ProcessorMixin, text: str) -> int:
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def counted(processor: ProcessorMixin, size: Size) -> int | None:
+    """The tokens of an image as the processor itself counts them, some without their marks. None: it cannot."""
+    width, height = size
+    try:
+        return int(processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0])
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def _by_count(processor: ProcessorMixin, rule: ImageRule, size: Size) -> ImageText | None:
+    if rule.num_marks is None:
+        return None
+    like = next(iter(rule.known.values()))
+    num_tokens = counted(processor, size) + rule.num_marks
+    return ImageText(like.edges, num_tokens - (like.num_tokens - like.num_inside), num_tokens)
+
+
+def trial(processor: ProcessorMixin, size: Size, num_images: int = 1) -> ImageText:
+    """What the processor writes for a blank image of this size in a row of so many."""
+    expansion = expanded_trial(processor, size, num_images)
+    begin, end = expansion.images[0]
+    written = expansion.text[begin:end].replace(processor.tokenizer.bos_token or "\0", "")
+    encoding = processor.tokenizer(written, add_special_tokens=False).encodings[0]
+    special = processor.tokenizer.added_tokens_decoder
+    marks = [index for index, token_id in enumerate(encoding.ids) if token_id in special]
+    edges, num_inside = written, 0
+    if len(marks) > 1:
+        is_same = encoding.ids[marks[0]] == encoding.ids[marks[-1]]
+        start, stop = encoding.token_to_chars(marks[0])[1], encoding.token_to_chars(marks[-1])[1 if is_same else 0]
+        edges, num_inside = written[:start] + written[stop:], marks[-1] - marks[0] - (not is_same)
+    return ImageText(edges, num_inside, len(encoding))
+
+
+def expanded_trial(processor: ProcessorMixin, size: Size | None, num_images: int, between: str = BESIDE) -> Expansion:
+    """A text with so many blank images in it as the processor hands it to its tokenizer."""
+    images = [processor.image_token] * num_images if num_images else []
+    text = BESIDE + between.join(images) + (BESIDE if images else "")
+    (expansion,) = processed(processor, [text], [[blank_image(size) for _ in images]])[1].expansions
+    return expansion
