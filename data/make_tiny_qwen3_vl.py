@@ -15,6 +15,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 
 from chat.encoding import encode
@@ -33,7 +34,8 @@ from data.make_tiny_mgm import (
     train_tokenizer,
 )
 from mgm.chat_templates import build_generation_config
-from models.presets import qwen_processor
+from models.presets.qwen import TEMPLATE
+from models.processors import VideoSettings
 from utils import flag, run_script
 
 
@@ -52,7 +54,8 @@ class TinyQwenConfig(TinyConfig):
 def main(config: TinyQwenConfig) -> dict:
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(VOCAB_SIZE, SPECIAL_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    processor = qwen_processor(tokenizer, build_image_processor())
+    video = VideoSettings({"video_processor_type": "Qwen3VLVideoProcessor"})
+    processor = Qwen3VLProcessor(build_image_processor(), tokenizer, video, chat_template=TEMPLATE)
     model = init_tiny_qwen(tokenizer).train()
     train_vision(model, processor, config)
     train_language(model, processor, config)

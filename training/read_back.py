@@ -24,8 +24,8 @@ TOLERANCE = 1e-5  # of the largest logit: the same kernels compute both
 def check_saved(model: nn.Module, folder: Path) -> None:
     """Compare what `folder` holds with the model that was saved there. The main process calls.
 
-    Of an adapter the logits of a short text are compared, of a fully trained model each tensor. Nothing is where ZeRO-3
-    holds the weights in parts, or biases are trained: the next evaluation shows it.
+    Of an adapter the logits of a short text are compared, of a fully trained model each tensor. Nothing is where
+    ZeRO-3 holds the weights in parts, or biases are trained: the next evaluation shows it.
 
     Raises:
         RuntimeError: the folder does not give back what was trained.
