@@ -42,7 +42,9 @@ def check_logits(model: PeftModel, folder: Path) -> None:
     """Load the folder's adapter beside the trained one, and compare the logits of a short text."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trained = last_logits(model)
-    model.load_adapter(str(folder), READ_BACK, torch_device=str(model.device))
+    is_fp32 = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    # DeepSpeed trains in the dtype of the compute; PEFT would load that as fp32, which rounds otherwise.
+    model.load_adapter(str(folder), READ_BACK, torch_device=str(model.device), autocast_adapter_dtype=is_fp32)
     model.set_adapter(READ_BACK)
     saved = last_logits(model)
     model.set_adapter("default")
