@@ -23,6 +23,7 @@ DOCUMENTS = (
     *(f"docs/{name}.md" for name in ("gpu_guide", "memory", "memory_accuracy", "speed", "lora", "host_memory")),
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
+FAMILIES_MATRIX = RESULTS / "families.json"
 CPU_MATRIX, GPU_MATRIX = RESULTS / "cpu/matrix.json", RESULTS / "gpu/matrix.json"
 HEADLINE, MGM_2B = RESULTS / "headline.json", RESULTS / "mgm_2b.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
@@ -131,6 +132,26 @@ def cpu_table() -> str:
     return "\n\n".join(parts)
 
 
+def families_table() -> str:
+    """results/families.json: for each family the peak of its first row, and the largest error of its rows."""
+    rows = read_result(FAMILIES_MATRIX)["rows"]
+    cells = []
+    for family in dict.fromkeys(row["flags"]["family"] for row in rows):
+        own = [row for row in rows if row["flags"]["family"] == family]
+        worst = max(own, key=lambda row: abs(row["error"]))
+        flags = {name: value for name, value in worst["flags"].items() if name != "family"}
+        size = f"{own[0]['measured_bytes'] / MIB:.2f} MiB"
+        cells.append([family, len(own), size, f"{worst['error']:+.3%}", describe(flags)])
+    errors = [row["error"] for row in rows]
+    return "\n\n".join(
+        [
+            markdown_table(["family", "rows", "measured, first row", "worst error", "with"], cells),
+            f"{len(cells)} families, {len(rows)} rows. Median error {median(map(abs, errors)):.3%}, worst "
+            f"{max(errors, key=abs):+.3%}, furthest below the measurement {min(*errors, 0):+.3%}.",
+        ]
+    )
+
+
 def headline_table(is_short: bool = False) -> str:
     """Each row of results/headline.json: what it needs, which cards have that much, and what other estimators say.
 
@@ -186,6 +207,7 @@ TABLES = {
     "headline-short": partial(headline_table, is_short=True),
     "gpu": gpu_table,
     "cpu": cpu_table,
+    "families": families_table,
     "ladder": ladder_table,
     "loss": loss_table,
     "step": step_table,

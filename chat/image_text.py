@@ -9,15 +9,17 @@ import hashlib
 import weakref
 from dataclasses import dataclass, field
 
+from tokenizers import AddedToken
 from transformers import ProcessorMixin
 
-from chat.expansion import Expansion, move, processed
+from chat.expansion import Expansion, first_token, move, processed
 from chat.images import Size, blank_image
 from chat.render import Span
+from utils import UserError, brief_error
 
 
 SIZES = ((40, 40), (640, 480), (1200, 200), (200, 1200))  # small, large, wide and tall
-BESIDE = "x"  # stands around an image in a trial
+BESIDE = "\nx\n"  # stands around an image in a trial
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ImageRule:
     num_marks: int | None = None
     several: "ImageRule | None" = None
     num_shared: int = 0  # tokens that an image right after another one has in common with it
+    before_word: str = ""  # what the processor puts between an image and a word right after it (Idefics 2)
     known: dict[Size, ImageText] = field(default_factory=dict)
 
 
@@ -114,14 +117,23 @@ def shortened(processor: ProcessorMixin, text: str, replies: list[Span], sizes: 
             num_inside = image.num_inside - (rule.num_shared if images and not segment else 0)
             images.append((len(short), len(short) + len(image.edges), num_inside))
             short += image.edges
+            short += rule.before_word if begins_with_word(segments[len(images)]) else ""
     return ShortText(short, move(replies, spans, shifts), images)
 
 
+def begins_with_word(text: str) -> bool:
+    return text[:1].strip() not in ("", "<")  # a special token begins with the latter
+
+
 def rule_of(processor: ProcessorMixin) -> ImageRule:
-    """The processor's rule, found by trials."""
+    """The processor's rule, found by trials. Raises UserError if the processor fails at them."""
     key = identity(processor)
     if key not in _rules:
-        _rules[key] = _find_rule(processor)
+        try:
+            _rules[key] = _find_rule(processor)
+        except Exception as error:  # it may be anyone's
+            what = f"{type(processor).__name__} cannot be used: given an image and some text, it fails"
+            raise UserError(f"{what} ({brief_error(error)})") from error
     return _rules[key]
 
 
@@ -129,7 +141,8 @@ def identity(processor: ProcessorMixin) -> str:
     """Names all of a processor's settings that decide what it writes for images: of a copy, too."""
     if processor not in _identities:
         tokens = sorted((token_id, str(token)) for token_id, token in processor.tokenizer.added_tokens_decoder.items())
-        settings = f"{type(processor).__qualname__} {processor.to_json_string()} {tokens}"
+        first = first_token(processor.tokenizer)
+        settings = f"{type(processor).__qualname__} {processor.to_json_string()} {tokens} {first}"
         _identities[processor] = hashlib.sha256(settings.encode()).hexdigest()
     return _identities[processor]
 
@@ -141,10 +154,13 @@ def _find_rule(processor: ProcessorMixin) -> ImageRule:
         return ImageRule(first_of_text=first_of_text)
     rule, several = (_rule_for(processor, num_images) for num_images in (1, 2))
     rule.first_of_text = first_of_text
-    rule.first = bos if bos and bos in expanded_trial(processor, SIZES[0], 1).text else ""
+    single = expanded_trial(processor, SIZES[0], 1)
+    rule.first = bos if bos and bos in single.text else ""
     if rule.known != several.known:
         rule.several = several
     separate, adjacent = (expanded_trial(processor, SIZES[0], 2, between).text for between in (BESIDE, ""))
+    word = expanded_trial(processor, SIZES[0], 1, after=BESIDE.strip())
+    rule.before_word = written(processor, word).removeprefix(written(processor, single))
     rule.num_shared = num_tokens(processor, separate) - num_tokens(processor, BESIDE) - num_tokens(processor, adjacent)
     return rule
 
@@ -187,23 +203,34 @@ def _by_count(processor: ProcessorMixin, rule: ImageRule, size: Size) -> ImageTe
 
 def trial(processor: ProcessorMixin, size: Size, num_images: int = 1) -> ImageText:
     """What the processor writes for a blank image of this size in a row of so many."""
-    expansion = expanded_trial(processor, size, num_images)
-    begin, end = expansion.images[0]
-    written = expansion.text[begin:end].replace(processor.tokenizer.bos_token or "\0", "")
-    encoding = processor.tokenizer(written, add_special_tokens=False).encodings[0]
-    special = processor.tokenizer.added_tokens_decoder
-    marks = [index for index, token_id in enumerate(encoding.ids) if token_id in special]
-    edges, num_inside = written, 0
+    text = written(processor, expanded_trial(processor, size, num_images))
+    encoding = processor.tokenizer(text, add_special_tokens=False).encodings[0]
+    added = processor.tokenizer.added_tokens_decoder
+    marks = [i for i, token_id in enumerate(encoding.ids) if token_id in added and is_mark(added[token_id])]
+    edges, num_inside = text, 0
     if len(marks) > 1:
         is_same = encoding.ids[marks[0]] == encoding.ids[marks[-1]]
         start, stop = encoding.token_to_chars(marks[0])[1], encoding.token_to_chars(marks[-1])[1 if is_same else 0]
-        edges, num_inside = written[:start] + written[stop:], marks[-1] - marks[0] - (not is_same)
+        edges, num_inside = text[:start] + text[stop:], marks[-1] - marks[0] - (not is_same)
     return ImageText(edges, num_inside, len(encoding))
 
 
-def expanded_trial(processor: ProcessorMixin, size: Size | None, num_images: int, between: str = BESIDE) -> Expansion:
+def written(processor: ProcessorMixin, expansion: Expansion) -> str:
+    """What stands for the first image of a trial, without the <bos> that PaliGemma puts after a row's last."""
+    begin, end = expansion.images[0]
+    return expansion.text[begin:end].replace(processor.tokenizer.bos_token or "\0", "")
+
+
+def is_mark(token: AddedToken) -> bool:
+    """Whether the token splits every text that it is in: some vocabularies have runs of newlines as added tokens."""
+    return token.content == token.content.strip()
+
+
+def expanded_trial(
+    processor: ProcessorMixin, size: Size | None, num_images: int, between: str = BESIDE, after: str = BESIDE
+) -> Expansion:
     """A text with so many blank images in it as the processor hands it to its tokenizer."""
     images = [processor.image_token] * num_images if num_images else []
-    text = BESIDE + between.join(images) + (BESIDE if images else "")
+    text = BESIDE + between.join(images) + (after if images else "")
     (expansion,) = processed(processor, [text], [[blank_image(size) for _ in images]])[1].expansions
     return expansion

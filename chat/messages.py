@@ -55,8 +55,16 @@ def to_messages(conversation: list[dict[str, str]], images_first: bool = False) 
 
 
 def messages_for(processor: ProcessorMixin, conversation: list[dict[str, str]]) -> Messages:
-    """LLaVA turns to messages as the model's processor wants them. Raises ValueError as to_messages does."""
-    return to_messages(conversation, images_first=getattr(processor, "images_first", False))
+    """LLaVA turns to messages as the model's processor wants them.
+
+    Raises:
+        ValueError: as to_messages does, and for a system turn where the model knows none.
+    """
+    messages = to_messages(conversation, images_first=getattr(processor, "images_first", False))
+    if messages[0]["role"] == "system" and not getattr(processor, "takes_system", True):
+        reason = "a turn is from 'system', which this model does not know"
+        raise ValueError(f"{reason}; move its text into the first human turn")
+    return messages
 
 
 def parts_in_place(value: str) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from utils import UserError, brief_error
 
 
 # Of the cached records. Raise it when sources, records or to_messages change what is read or refused.
-RECORDS_VERSION = 1
+RECORDS_VERSION = 2
 FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),

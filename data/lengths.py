@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from chat.encoding import count_tokens
 from chat.expansion import rendered
-from chat.image_text import has_fixed_images, identity
+from chat.image_text import has_fixed_images, identity, takes_images
 from chat.images import shrunk_size
 from chat.messages import messages_for
 from chat.render import TEMPLATE_ERRORS, Messages
@@ -56,7 +56,11 @@ def count_batch(
     batch: dict[str, list], processor: ProcessorMixin, max_length: int, max_image_pixels: int
 ) -> dict[str, np.ndarray]:
     """`count_tokens` of some records. Raises UserError for the first that the model cannot take."""
-    conversations = [messages_for(processor, turns) for turns in batch["conversations"]]
+    if not takes_images(processor):
+        check_has_no_images(batch)
+    conversations = [
+        messages_of(processor, *record) for record in zip(batch["id"], batch["conversations"], strict=True)
+    ]
     sizes = None
     if IMAGE_SIZES in batch:
         sizes = [[shrunk_size(tuple(size), max_image_pixels) for size in row] for row in batch[IMAGE_SIZES]]
@@ -67,6 +71,23 @@ def count_batch(
             check_countable(processor, record_id, messages)
         raise
     return {"num_tokens": num_tokens, "num_label_tokens": num_label_tokens}
+
+
+def messages_of(processor: ProcessorMixin, record_id: str, conversation: list[dict[str, str]]) -> Messages:
+    """A record's messages. Raises UserError, naming it, if the model does not know one of its turns."""
+    try:
+        return messages_for(processor, conversation)
+    except ValueError as error:
+        raise UserError(f"record {record_id}: {error}") from None
+
+
+def check_has_no_images(batch: dict[str, list]) -> None:
+    for record_id, images in zip(batch["id"], batch["images"], strict=True):
+        if images:
+            raise UserError(
+                f"record {record_id}: it has an image, and the model reads text only; take a vision-language model, "
+                "or leave the record out"
+            )
 
 
 def check_countable(processor: ProcessorMixin, record_id: str, messages: Messages) -> None:
@@ -80,8 +101,6 @@ def check_countable(processor: ProcessorMixin, record_id: str, messages: Message
         raise UserError(f"record {record_id}: {reason}") from None
     token = getattr(processor, "image_token", None)
     num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if num_images and token is None:
-        raise UserError(f"record {record_id}: it has {num_images} images, and the model reads text only")
     if token is not None and (found := text.count(token)) != num_images:
         raise UserError(
             f"record {record_id}: {num_images} images, but {found} times {token}, by which the model knows one: take "

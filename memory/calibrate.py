@@ -5,11 +5,13 @@ step the kernels and libraries that it loaded. Under DeepSpeed NCCL's buffers co
 meanwhile.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from memory.config import ProbeConfig
+from memory.gpus import Family
 from memory.launch import in_fresh_process
 from memory.measure_gpu import measure_gpu
 from memory.strategy import Strategy
@@ -34,6 +36,7 @@ def calibrate(config: ProbeConfig) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "capacity_bytes": torch.cuda.get_device_properties(0).total_memory,
         "cublas_workspace_bytes": workspace_bytes,
+        "block_shared_bytes": torch.cuda.get_device_properties(0).shared_memory_per_block_optin,
     } | overheads(single, parallel)
 
 
@@ -63,9 +66,7 @@ def entry(result: dict[str, Any]) -> str:
     """The constants as lines of memory/gpus.py."""
     name, capacity_bytes = result["gpu_name"], result["capacity_bytes"]
     key = name.removeprefix("NVIDIA ").removeprefix("GeForce ").lower().replace(" ", "")
-    parts = ", ".join(
-        f"{part}={result[part]}" for part in ("context_bytes", "kernels_bytes", "cublas_workspace_bytes")
-    )
+    parts = ", ".join(f"{field.name}={result[field.name]}" for field in fields(Family))
     return "\n".join(
         [
             f"# Measured: {name}, PyTorch {result['torch']}, CUDA {result['cuda']}",

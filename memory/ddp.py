@@ -49,4 +49,4 @@ def with_ddp_buckets(record: Record) -> Record:
     events = [(nbytes, copies[allocation]) for nbytes, allocation in record.events]
     events[first_step:first_step] = [(bucket.nbytes, bucket) for bucket in buckets]
     phase_starts = [(index if phase == "load" else moved(index), phase) for index, phase in record.phase_starts]
-    return Record(events, phase_starts)
+    return Record(events, phase_starts, record.notes)

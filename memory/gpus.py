@@ -17,11 +17,14 @@ class Family:
         context_bytes: of a process's CUDA context, before any kernel is used.
         kernels_bytes: of the kernels and libraries that a training step loads, on top of it.
         cublas_workspace_bytes: of each cuBLAS handle: PyTorch allocates it like a tensor and keeps it.
+        block_shared_bytes: the shared memory that a block of threads may use, by which kernels are chosen (CUDA C++
+            Programming Guide, "Technical Specifications per Compute Capability").
     """
 
     context_bytes: int
     kernels_bytes: int
     cublas_workspace_bytes: int
+    block_shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ CUBLAS_DEFAULT, CUBLAS_HOPPER = 2 * 4 * MIB + 8 * 16 * 1024, 32 * MIB
 KERNELS = 242 * MIB
 # Under DDP and DeepSpeed, even with one process: NCCL's buffers and kernels, 578 MiB more.
 NCCL_BYTES = 578 * MIB
-HOPPER = Family(int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER)
+HOPPER = Family(int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER, 227 * 2**10)
 # RTX 6000 Ada, PyTorch 2.10, CUDA 13.0: 426 MiB (github.com/unslothai/unsloth-zoo/pull/1053)
-ADA = Family(426 * MIB, KERNELS, CUBLAS_DEFAULT)
+ADA = Family(426 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
 # RTX 3090, PyTorch 2.7.1, CUDA 12.8: 256 MiB (github.com/invoke-ai/InvokeAI/issues/9413)
-AMPERE = Family(256 * MIB, KERNELS, CUBLAS_DEFAULT)
+AMPERE = Family(256 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
 
 GPUS = {
     "rtx4090": Gpu("RTX 4090, 24 GB", int(23.63 * GIB), ADA),  # a user's "CUDA out of memory"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from memory.allocator import MIN_BLOCK_BYTES
+from memory.gpus import GPUS
 from memory.recorder import Workspace
 
 
@@ -22,29 +23,59 @@ aten = torch.ops.aten
 # CUDA's autocast computes these in fp32, the CPU's in the dtype of their inputs; others do so on both
 # (docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32").
 CUDA_AUTOCAST_TO_FP32 = (
-    "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "rsqrt", "reciprocal", "exp", "log",
-    "softplus", "cosine_similarity", "softmax.int", "log_softmax.int", "upsample_bilinear2d.vec",
+    "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor",
+    "pow.Scalar", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "log2", "log10", "logsumexp", "softplus",
+    "cosine_similarity", "linalg_vector_norm", "softmax.int", "log_softmax.int", "upsample_linear1d.vec",
+    "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec",
+    "_upsample_bicubic2d_aa.vec",
 )  # fmt: skip
 # These widen while they add up: no copy of their input is made.
-CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum")
+CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "cumprod")
+# What a block needs of shared memory for the wider of the memory-efficient kernels.
+WIDE_BLOCK_BYTES = 128 * 2**10
 
 
 def _flash_backward(args: tuple) -> int:
     """The sum of dq in fp32; dk and dv for each query head where heads share keys (FlashAttention 2's backward)."""
     _, query, key, *_ = args
     rows, heads, length, head_dim = query.shape
-    padded_length, padded_dim = -(-length // 128) * 128, -(-head_dim // 32) * 32
+    padded_length, padded_dim = _padded(length, 128), _padded(head_dim, 32 if head_dim <= 128 else 64)
     dq_sum = rows * heads * padded_length * (padded_dim + 1) * 4  # + 1: the row sums of dout * out
     expanded = 2 * rows * heads * key.shape[2] * head_dim * key.element_size() if key.shape[1] != heads else 0
     return dq_sum + expanded
 
 
-def _efficient_backward(args: tuple) -> int:
-    """The row sums of dout * out, and fp32 sums of dq, dk, dv where they are not fp32 (CUTLASS's fMHA backward)."""
-    query = args[1]
-    rows, heads, length, head_dim = query.shape
-    sums = 0 if query.dtype == torch.float32 else 3 * head_dim
-    return rows * heads * length * (1 + sums) * 4
+def _efficient_backward(args: tuple, block_shared_bytes: int) -> int:
+    """The row sums of dout * out, and sums in fp32: of dq always, of dk and dv where they are in 16 bits and too wide
+    for a block's registers (CUTLASS's fMHA backward: mem_eff_attention/kernel_backward.h, kernels/cutlassB.h)."""
+    _, query, key, value, *_ = args
+    rows, heads, length, _ = query.shape
+    width = max(query.shape[-1], value.shape[-1])
+    num_queries, num_keys, has_room = _efficient_block(width, block_shared_bytes)
+    dq_sum = _padded(length, num_queries) * _padded(width, num_keys)
+    is_wide = query.element_size() == 2 and not has_room
+    others = 2 * _padded(key.shape[2], num_keys) * _padded(width, num_queries) if is_wide else 0
+    return rows * heads * (length + dq_sum + others) * 4
+
+
+def _efficient_block(width: int, block_shared_bytes: int) -> tuple[int, int, bool]:
+    """The queries and keys that a block takes at a time, and whether its registers hold dk and dv."""
+    if width <= 64:
+        return 64, 64, True
+    if width > 128:
+        return 128, 64, False
+    if block_shared_bytes >= WIDE_BLOCK_BYTES:
+        return 128, 128, True
+    return (128, 64, True) if width <= 96 else (64, 64, False)
+
+
+def _padded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _masked_scatter(args: tuple) -> int:
+    """The mask without strides of 0, and a running count of it in 64 bits (IndexKernel.cu, masked_scatter)."""
+    return 9 * args[0].numel()
 
 
 def _softmax_backward(args: tuple) -> int:
@@ -86,20 +117,28 @@ def _cpu_attention_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, i
 
 
 BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
-WORKSPACES: dict[str, dict[str, Workspace]] = {
-    # Left out: oneDNN's weights in its own order, which were never part of a peak so far.
-    "cpu": {
-        "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
-        "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
-        "gemm_4bit": partial(_dequantized, num_scales=1),
-    },
-    "cuda": {
+CPU_WORKSPACES: dict[str, Workspace] = {  # left out: oneDNN's weights in its own order, never part of a peak so far
+    "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
+    "gemm_4bit": partial(_dequantized, num_scales=1),
+}
+
+
+def workspaces_of(device_type: str, gpu: str) -> dict[str, Workspace]:
+    """What operators allocate besides, on the device type; `gpu` is one of memory/gpus.py's."""
+    if device_type == "cpu":
+        return CPU_WORKSPACES
+    block_shared_bytes = GPUS[gpu].family.block_shared_bytes
+    return {
         "_scaled_dot_product_flash_attention_backward": _flash_backward,
-        "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "_scaled_dot_product_efficient_attention_backward": partial(
+            _efficient_backward, block_shared_bytes=block_shared_bytes
+        ),
         "_softmax_backward_data": _softmax_backward,
         "gemm_4bit": partial(_dequantized, num_scales=2),
-    },
-}
+        "masked_scatter": _masked_scatter,
+        "masked_scatter_": _masked_scatter,
+    }
 
 
 @contextmanager
@@ -175,12 +214,18 @@ def _cuda_attention(
     """PyTorch's choice on a GPU from Ampere on: FlashAttention in 16 bits without a mask, else the memory-efficient
     kernel; that one does not share keys among heads, and then attention is computed step by step.
 
-    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Heads are wider than 256 for neither of the two.
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. On Hopper, with cuDNN from 9.15 on, PyTorch prefers
+    cuDNN's attention for heads of up to 128. Only there can be seen what it allocates; here it counts as the kernel
+    that it replaces.
     """
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256:
+    sizes = [x.shape[-1] for x in (query, key, value)]
+    is_batch_of_heads = query.dim() == key.dim() == value.dim() == 4
+    is_flash = query.dtype != torch.float32 and len(set(sizes)) == 1 and sizes[0] <= 256
+    if is_batch_of_heads and attn_mask is None and is_flash:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    if query.shape[1] == key.shape[1]:
+    is_aligned = all(size * query.element_size() % 16 == 0 for size in sizes)
+    if is_batch_of_heads and is_aligned and query.shape[1] == key.shape[1]:
         if attn_mask is not None:
             attn_mask = _attention_bias(attn_mask, query)
         return aten._scaled_dot_product_efficient_attention(

@@ -69,7 +69,7 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
         return _select(recorder.record, lambda a: recorder.places.get(a, "device") == place, first, before)
 
     is_apart = recorder.device != torch.device(HOST)  # a CPU run has one memory, and its loading is not recorded
-    return PlacedRecord(
+    placed = PlacedRecord(
         device=record_of(
             "device",
             num_events_before_steps if is_split else 0,
@@ -78,6 +78,8 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
         pinned=record_of("pinned"),
         host=record_of("host", num_events_before_steps),
     )
+    placed.device.notes = recorder.record.notes
+    return placed
 
 
 def splitting(recorder: PlacedRecorder) -> Record:

@@ -63,7 +63,8 @@ def trace_strategy(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
 def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     """What is reported of a traced step."""
     host = host_breakdown(record, config.dataloader_num_workers, config.world_size, config.device)
-    return describe(record.device) | device_memory(record.device, config) | {"host_bytes": sum(host.values())}
+    totals = device_memory(record.device, config) | {"host_bytes": sum(host.values())}
+    return describe(record.device) | totals | {"notes": record.device.notes}
 
 
 def describe(record: Record) -> dict[str, Any]:

@@ -37,11 +37,12 @@ class Record:
     """What was allocated and freed, in order, and what follows from it. All figures are bytes.
 
     `events` holds (bytes, allocation): positive bytes at its start, negative at its end. `phase_starts` holds the
-    index of a phase's first event, and its name.
+    index of a phase's first event, and its name. `notes` are sentences for a reader.
     """
 
     events: list[tuple[int, Allocation]] = field(default_factory=list)
     phase_starts: list[tuple[int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def timeline(self) -> list[int]:
         """Bytes in use after each event."""

@@ -15,7 +15,9 @@ def report(result: dict) -> str:
     lines = [title(result), ""]
     if result.get("breakdown"):
         lines += [*breakdown_lines(result), ""]
-    lines += [*total_lines(result), *phase_lines(result), "", verdict(result)]
+    lines += [*total_lines(result), *phase_lines(result)]
+    lines += [f"  note: {note}" for note in result.get("notes", [])]
+    lines += ["", verdict(result)]
     if result.get("oom"):
         lines.append(result["oom"])
     if "error" in result:

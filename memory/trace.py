@@ -14,21 +14,21 @@ from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
-from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
+from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
 from memory.known import known_length, known_quantization
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
 from memory.probed_step import ProbedStep, local_accelerator, worst_case_inputs
 from memory.record import Allocation, Record
 from memory.recorder import Recorder
 from models.lora import trained_parameters
-
-
-LANGUAGE_MODULE = "language_model"
+from models.parts import language_model, path_of
 
 
 def trace_single(config: ProbeConfig) -> Record:
@@ -46,14 +46,14 @@ def trace_single(config: ProbeConfig) -> Record:
     fake_mode = PartlyFakeMode()
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
-        recorder = Recorder(model, WORKSPACES[config.device], BLOCK_BYTES[config.device])
+        recorder = Recorder(model, workspaces_of(config.device, config.gpu), BLOCK_BYTES[config.device])
         with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
             probed = ProbedStep.build(config, accelerator, model, inputs=inputs)
             record_loaded(recorder, probed)
             if on_gpu:
                 use_foreach(probed.optimizer)
             watch_step(recorder, probed)
-            with recorder, known_quantization():
+            with recorder, noted(recorder.record, config.device), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
                 probed.run_updates()
@@ -152,19 +152,24 @@ def random_states(recorder: Recorder, device_type: str) -> Iterator[None]:
 
 def categorize(record: Record, model: nn.Module) -> None:
     """Give each allocation without a category the one that follows from its module and its lifetime."""
-    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == LANGUAGE_MODULE]
-    joint = paths[0].rpartition(".")[0] if paths else None
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    language, joint = path_of(model, language_model(base)), path_of(model, base.base_model)
+    if language == joint:  # a model that reads text alone
+        joint = None
     for nbytes, allocation in record.events:
         if nbytes >= 0 and allocation.category is None:
-            allocation.category = _category(allocation, joint)
+            allocation.category = _category(allocation, language, joint)
 
 
-def _category(allocation: Allocation, joint: str | None) -> str:
-    """`joint` is the path of the module that holds the language model and what feeds it; the head is beside it."""
+def _category(allocation: Allocation, language: str, joint: str | None) -> str:
+    """`language` is the path of the language model, `joint` that of the module that holds it and what feeds it; the
+    head is beside them."""
     if allocation.phase in ("load", "step", "save"):
         return "temporaries"
-    in_bare_language_model = joint is None and ".layers." in f".{allocation.module}."
-    if LANGUAGE_MODULE in allocation.module.split(".") or in_bare_language_model:
+    if _is_in(allocation.module, language):
         return "activations" if allocation.saved_for_backward else "temporaries"
-    in_joint = joint is not None and f"{allocation.module}.".startswith(f"{joint}.")
-    return "vision" if in_joint else "loss"
+    return "vision" if joint is not None and _is_in(allocation.module, joint) else "loss"
+
+
+def _is_in(path: str, parent: str) -> bool:
+    return f"{path}.".startswith(f"{parent}.")

@@ -25,9 +25,10 @@ from typing import Any
 from torch import nn
 
 from memory.config import ProbeConfig
-from memory.kernels import BLOCK_BYTES, WORKSPACES, kernels_of, use_foreach
+from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
 from memory.known import known_length, known_quantization
 from memory.launch import in_fresh_process, launched
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
 from memory.placed import PlacedRecord, PlacedRecorder, split_by_place
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator, worst_case_inputs
@@ -60,14 +61,14 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
     model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
     # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
     model._apply = lambda fn, recurse=True: model
-    recorder = PlacedRecorder(model, device, WORKSPACES[config.device], BLOCK_BYTES[config.device])
+    recorder = PlacedRecorder(model, device, workspaces_of(config.device, config.gpu), BLOCK_BYTES[config.device])
     fake_mode.in_model = recorder.is_in_model
     stand_in.note_pinned, stand_in.on_stream = recorder.note_pinned, recorder.on_stream
     accelerator = launched_accelerator(config)
     with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
         probed = ProbedStep.build(config, accelerator, model, device, inputs)
         record_loaded(recorder, probed)
-        with recorder, known_quantization():
+        with recorder, noted(recorder.record, config.device), known_quantization():
             prepare(recorder, probed)
             is_split = splits_weights(probed.model)
             if is_split:

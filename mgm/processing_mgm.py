@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from chat.encoding import encode
 from chat.expansion import check_images
-from chat.messages import IMAGE_TOKEN, to_messages
+from chat.messages import IMAGE_TOKEN, messages_for
 from mgm.chat_templates import chat_template_for
 from mgm.configuration_mgm import MGMConfig
 from mgm.patch_info_mining import split_into_crops
@@ -32,7 +32,10 @@ class MGMProcessor(ProcessorMixin):
         image_global: the whole image, scaled down to `image_size`, comes after the crops.
     """
 
-    images_first = True  # of LLaVA's turns: MGM was trained with its images at the front of their message
+    # Of LLaVA's turns: MGM was trained with its images at the front of their message, and without system messages.
+    images_first = True
+    takes_system = False
+    model_sees_dummy_images = True  # where a batch has none and another process's may have some
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class MGMProcessor(ProcessorMixin):
             raise ValueError("give exactly one of text and conversations")
         padding_side = padding_side or self.tokenizer.padding_side
         if conversations is not None:
-            messages = [to_messages(turns, self.images_first) for turns in conversations]
+            messages = [messages_for(self, turns) for turns in conversations]
             images = _one_list_per_sample(images, len(messages))
             processor = copy.copy(self)
             processor.image_aspect_ratio = image_aspect_ratio or self.image_aspect_ratio
@@ -122,7 +125,7 @@ class MGMProcessor(ProcessorMixin):
         self, conversation: list[dict[str, str]], max_length: int | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
         """LLaVA turns to (input_ids, labels), image positions expanded. Needs no image."""
-        messages = to_messages(conversation, self.images_first)
+        messages = messages_for(self, conversation)
         num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
         row = encode(self, [messages], [[None] * num_images], max_length, add_generation_prompt)
         return row["input_ids"][0].tolist(), row["labels"][0].tolist()

@@ -22,22 +22,27 @@ from accelerate.utils import DeepSpeedPlugin, convert_outputs_to_fp32, extract_m
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from tiny_families import tiny_tokenizer
+from PIL import Image
+from tiny_families import PROCESSORS, tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from chat.expansion import watched
 from layers.model_loss import use_model_loss
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
 from layers.tiled_mlp import layer_mlps
 from memory.cpu_profile import memory_events, profile_memory
 from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
+from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
+from memory.record import Record
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.processors import VideoSettings
@@ -89,6 +94,17 @@ def must_call(owner: object, *names: str) -> Iterator[None]:
     with patch.multiple(owner, **{name: noting(name) for name in names}):
         yield
     assert called == set(names), f"no longer called: {', '.join(sorted(set(names) - called))}"
+
+
+def check_fallback_warning() -> None:
+    @use_kernel_func_from_hub_with_fallback("some_function", "no_such_package")
+    def function() -> None:
+        pass
+
+    record = Record()
+    with noted(record, "cuda"):
+        function()
+    assert [note.split()[0] for note in record.notes] == ["no_such_package"]
 
 
 def check_generation() -> None:
@@ -495,3 +511,13 @@ def check_name_or_path() -> None:
 def check_lmms_eval() -> None:
     lmms_eval = pytest.importorskip("lmms_eval.api.model", reason="lmms-eval has an environment of its own")
     assert {"_rank", "_world_size"} <= vars(lmms_eval.lmms()).keys()
+
+
+def check_processor_calls_its_tokenizer() -> None:
+    """LLaVA's, with a tokenizer that watches: the text that it is given holds sixteen tokens for an image."""
+    processor = PROCESSORS["llava"]("llava")
+    watching, watch = watched(processor, ["a<image>b"])
+    made = watching(text=["a<image>b"], images=[[Image.new("RGB", (56, 56))]])
+    (expansion,) = watch.expansions
+    assert expansion.text == "a" + "<image>" * 16 + "b" and expansion.images == [(1, 1 + 16 * len("<image>"))]
+    assert watch.encodings[0].ids == list(made["input_ids"][0])

@@ -26,11 +26,17 @@ def test_overheads_by_hand():
 def test_the_entry_is_python():
     """What is printed can be pasted: it makes the card that was measured."""
     result = {"gpu_name": "NVIDIA GeForce RTX 4090", "torch": "2.13.0", "cuda": "13.0", "capacity_bytes": 25 * 2**30}
-    result |= {"context_bytes": 1, "kernels_bytes": 2, "cublas_workspace_bytes": 3, "nccl_bytes": 4}
+    result |= {
+        "context_bytes": 1,
+        "kernels_bytes": 2,
+        "cublas_workspace_bytes": 3,
+        "nccl_bytes": 4,
+        "block_shared_bytes": 5,
+    }
     lines = entry(result).splitlines()
     names = {"Family": Family, "Gpu": Gpu}
     exec("\n".join([*lines[:2], "CARDS = {", lines[2], "}", lines[3]]), names)
-    assert names["CARDS"] == {"rtx4090": Gpu("NVIDIA GeForce RTX 4090, 25 GB", 25 * 2**30, Family(1, 2, 3))}
+    assert names["CARDS"] == {"rtx4090": Gpu("NVIDIA GeForce RTX 4090, 25 GB", 25 * 2**30, Family(1, 2, 3, 5))}
     assert names["NCCL_BYTES"] == 4
 
 

@@ -42,3 +42,14 @@ def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> N
     assert abs(found["error"]) < ALLOCATED_ERROR
     assert abs(errors["evaluate"]) < ALLOCATED_ERROR
     assert abs(errors["device_bytes"]) < device_error
+
+
+@pytest.mark.parametrize("model", ["qwen3-vl-2b", "smolvlm2-2.2b", "gemma-3-4b"])
+def test_other_families(model: str) -> None:
+    """LoRA on 2048 tokens with an image: device memory within 3 %, and never more than 2 % under."""
+    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    found = probe(ProbeConfig(model=model, mode="both", gpu=gpu, eval_samples=0))
+    measured = found["measured"]
+    error = found["device_bytes"] / measured["device_bytes"] - 1
+    print(model, f"allocated {found['error']:+.3%}, device {error:+.3%}", found["notes"])
+    assert measured["oom"] is None and -0.02 < error < 0.03

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from layers.quantization import quantize_linear, state_tensors
 from memory.cpu_profile import memory_events, rise
-from memory.kernels import WORKSPACES
+from memory.kernels import CPU_WORKSPACES
 from memory.record import TraceError
 from memory.recorder import Recorder
 from memory.trace import fake_model
@@ -79,7 +79,7 @@ def test_a_4_bit_layer_on_the_cpu() -> None:
     fake_layer = fake_model(meta_layer, "cpu", fake_mode)
     with fake_mode:
         fake_x, fake_gradient = torch.ones(16, 512, requires_grad=True), torch.ones(16, 512)
-        with Recorder(fake_layer, WORKSPACES["cpu"]) as recorder:
+        with Recorder(fake_layer, CPU_WORKSPACES) as recorder:
             for tensor in [fake_x, fake_layer.weight, *(tensor for _, tensor in state_tensors(fake_layer))]:
                 recorder.allocated(tensor, "load")
             num_loaded = len(recorder.record.events)

@@ -159,8 +159,8 @@ def test_fp16_takes_as_much_as_bf16() -> None:
 
 
 def test_folder_is_not_read_for_weights(tmp_path: Path) -> None:
-    """A folder with nothing but the config gives the prediction."""
-    shutil.copy("data/tiny_mgm/config.json", tmp_path)
+    """A folder with config and processor, and no weights, gives the prediction."""
+    shutil.copytree("data/tiny_mgm", tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     assert trace_single(tiny_config(model=str(tmp_path))).peak_bytes > 2**20
 
 

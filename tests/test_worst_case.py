@@ -10,11 +10,16 @@ import pytest
 import torch
 from forked_runs import run
 from PIL import Image
-from transformers import AutoConfig
+from test_encoding import VISION, processor_of
+from tiny_families import FAMILIES, TIMM_FAMILIES, build_tiny_model
+from transformers import AutoConfig, ProcessorMixin
 
+from chat.arguments import image_token_ids, per_token
+from chat.encoding import num_image_tokens
 from data.batching import TrainCollator
 from data.packing import PackedCollator
-from data.worst_case import Row, longest_row, worst_case_batch
+from data.worst_case import Row, longest_row, worst_case_batch, worst_case_questions
+from layers.chunked_loss import IGNORE_INDEX
 from memory.config import ProbeConfig
 from memory.measure_cpu import measure_cpu
 from memory.predict import predict
@@ -22,6 +27,7 @@ from memory.trace import trace_single
 from mgm.configuration_mgm import PRESETS, hd
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from mgm.processing_mgm import MGMProcessor, build_processor
+from models.generation import generate_tokens
 from models.loading import load_processor
 from step import StepConfig
 
@@ -31,7 +37,7 @@ SMALL = ["tiny", "tiny-hd"]
 SLOW = [pytest.mark.slow]
 
 
-def processor_of(preset: str, processor: MGMProcessor) -> MGMProcessor:
+def processor_of_preset(preset: str, processor: MGMProcessor) -> MGMProcessor:
     """The processor of a preset's sizes, with the tiny model's tokenizer."""
     return build_processor(PRESETS[preset](), processor.tokenizer)
 
@@ -61,7 +67,7 @@ def assert_same_form(real: dict[str, torch.Tensor], preset: str, packing: bool =
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_image_of_every_preset(preset, processor):
     """A real image at the preset's own sizes: as many positions, and every tensor's shape and dtype."""
-    ours = processor_of(preset, processor)
+    ours = processor_of_preset(preset, processor)
     assert ours.num_image_tokens == PRESETS[preset]().num_image_tokens
     assert_same_form(TrainCollator(ours, 4096)([sample(1)]), preset)
 
@@ -71,7 +77,7 @@ def test_an_image_of_every_preset(preset, processor):
 @pytest.mark.parametrize("preset", SMALL)
 def test_rows_of_several_images_and_of_none(preset, rows, num_images, processor):
     """Batches of equal rows; without an image there are no views."""
-    batch = TrainCollator(processor_of(preset, processor), 1000)([sample(num_images)] * rows)
+    batch = TrainCollator(processor_of_preset(preset, processor), 1000)([sample(num_images)] * rows)
     assert ("pixel_values" in batch) == (num_images > 0)
     assert_same_form(batch, preset, num_images=num_images)
 
@@ -80,7 +86,7 @@ def test_rows_of_several_images_and_of_none(preset, rows, num_images, processor)
 @pytest.mark.parametrize("preset", ["tiny-hd", "mgm-2b"])
 def test_packed_rows(preset, rows, processor):
     """Samples of one and of two images share a row: the worst case of two has room for all five."""
-    collate = PackedCollator(processor_of(preset, processor), 4096)
+    collate = PackedCollator(processor_of_preset(preset, processor), 4096)
     batch = collate([[sample(2), sample(1), sample(2)]] * rows)
     assert batch["input_ids"].shape[1] // PRESETS[preset]().num_image_tokens == 5, "text takes less than an image"
     assert_same_form(batch, preset, packing=True, num_images=2)
@@ -153,3 +159,101 @@ def test_hd_is_rehearsed_and_trained(hd_model, records, tmp_path):
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path / "logs")
     assert ended.code == 0, ended.err[-3000:]
     assert ended.result["status"] == "done"
+
+
+# Of every other family: the same by the family's own processor.
+
+SIZE, LENGTH = (100, 80), 600
+
+
+def real_batch(processor: ProcessorMixin, rows: int, num_images: int) -> dict[str, torch.Tensor]:
+    """A question about images with a word between them, as a loader makes it."""
+    turns = [{"from": "human", "value": "x".join(["<image>"] * num_images) + "What?"}, {"from": "gpt", "value": "No."}]
+    images = [Image.new("RGB", SIZE)] * num_images
+    return TrainCollator(processor, 1000)([{"conversations": turns, "images": images}] * rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+@pytest.mark.parametrize("name", VISION)
+def test_every_familys_largest_batch(name: str, num_images: int, rows: int) -> None:
+    """The real batch's arguments: the same names, dtypes and images, rows as long as they are said to be."""
+    processor = processor_of(name)
+    config = StepConfig(model="tiny", per_device_train_batch_size=rows, per_device_eval_batch_size=rows)
+    row = Row(LENGTH, num_images, SIZE)
+    real, worst = real_batch(processor, rows, num_images), worst_case_batch(processor, config, row)
+    assert real.keys() == worst.keys()
+    tokens = per_token(real)
+    for key, value in worst.items():
+        assert value.dtype == real[key].dtype, key
+        if key in tokens:
+            assert value.shape == (rows, LENGTH, *real[key].shape[2:]), key
+        elif key != "label_positions":
+            assert value.shape == real[key].shape, key
+    is_image = torch.isin(worst["input_ids"], image_token_ids(processor))
+    assert is_image.sum() == torch.isin(real["input_ids"], image_token_ids(processor)).sum()
+    assert torch.equal(worst["labels"] == IGNORE_INDEX, is_image)
+    assert len(worst["label_positions"]) == (~is_image[:, 1:]).sum()
+    assert worst["attention_mask"].sum() == rows * LENGTH - (rows > 1)
+
+    asked = worst_case_questions(processor, config, row)
+    assert asked.keys() == real.keys() - {"labels", "label_positions"}
+    assert asked["input_ids"].shape == (rows, LENGTH - 1) and asked["attention_mask"].sum() == rows * (LENGTH - 1) - (
+        rows > 1
+    )
+    assert asked["attention_mask"][-1, 0] == (rows == 1), "padded on the left"
+    is_image = torch.isin(asked["input_ids"], image_token_ids(processor))
+    assert torch.equal(is_image.sum(1), torch.isin(worst["input_ids"], image_token_ids(processor)).sum(1))
+    assert (asked["attention_mask"].bool() | ~is_image).all(), "no image is masked"
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+@pytest.mark.parametrize("name", [name for name in VISION if name not in TIMM_FAMILIES])
+def test_every_family_takes_its_largest_batch(name: str, num_images: int) -> None:
+    """The model runs on it: image tokens and features agree. So does generation on the questions."""
+    processor, model = processor_of(name), build_tiny_model(FAMILIES[name]())
+    config = StepConfig(model="tiny", per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    row = Row(LENGTH, num_images, SIZE)
+    batch = worst_case_batch(processor, config, row)
+    del batch["label_positions"]
+    assert model.train()(**batch).loss.isfinite()
+    questions = worst_case_questions(processor, config, row)
+    assert generate_tokens(model.eval(), questions, max_new_tokens=2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "gemma3"])
+def test_images_that_do_not_fit(name: str) -> None:
+    """As many positions as they take by their size; smaller images fit."""
+    processor, config = processor_of(name), StepConfig(model="tiny")
+    count = num_image_tokens(processor, (640, 480), 3)
+    with pytest.raises(ValueError, match=f"3 images take {3 * count} positions, but max_seq_len is {3 * count - 1}"):
+        worst_case_batch(processor, config, Row(3 * count - 1, 3, (640, 480)))
+    config.max_image_pixels = 56 * 56
+    smaller = num_image_tokens(processor, (64, 48), 3)
+    assert worst_case_batch(processor, config, Row(3 * smaller + 2, 3, (640, 480)))["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="the model has no vision side, so it takes 0"):
+        worst_case_batch(processor_of("llama"), config, Row(100, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_text_alone(rows: int) -> None:
+    """A language model's largest batch is the same with its tokenizer and without one."""
+    config = StepConfig(model="tiny", per_device_train_batch_size=rows, per_device_eval_batch_size=rows)
+    for make in (worst_case_batch, worst_case_questions):
+        with_tokenizer, without = (make(processor, config, Row(50, 0)) for processor in (processor_of("llama"), None))
+        assert {k: (v.shape, v.dtype) for k, v in with_tokenizer.items()} == {
+            k: (v.shape, v.dtype) for k, v in without.items()
+        }
+
+
+def test_the_largest_image() -> None:
+    """The one with most pixels, when it has been shrunk; as many as fit of it."""
+    sizes = [[(100, 80), (60, 150)], [], [(640, 480)], [(300, 2)]]
+    records = datasets.Dataset.from_dict({"images": [["a"] * len(row) for row in sizes], "image_sizes": sizes})
+    qwen = processor_of("qwen2_5_vl")
+    count = num_image_tokens(qwen, (640, 480), 2)
+    assert longest_row(records, np.array([200]), qwen) == Row(200, 2, (640, 480))
+    assert longest_row(records, np.array([2 * count - 1]), qwen) == Row(2 * count - 1, 1, (640, 480))
+    assert longest_row(records, np.array([200]), qwen, max_image_pixels=500).image_size == (100, 80), (
+        "500 pixels of it"
+    )

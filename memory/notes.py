@@ -1,0 +1,49 @@
+"""What else to know of a prediction for a GPU: kernels that a GPU may have and the machine that predicts lacks."""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from memory.record import Record
+
+
+# What transformers warns of when it takes its own PyTorch code for a kernel of a package.
+FALLBACK = re.compile(r"`(\w+)` is falling back .* because `([\w.-]+)` is not installed")
+GROUPED_PRODUCT = "aten._grouped_mm."
+
+
+@contextmanager
+def noted(record: Record, device_type: str) -> Iterator[None]:
+    """A context for a trace. What there is to note of it is in `record.notes` afterwards."""
+    functions: dict[str, set[str]] = defaultdict(set)  # by the package that has a kernel for each
+    warn = logging.Logger.warning_once
+
+    def warning_once(logger: logging.Logger, message: str, *args: Any, **kwargs: Any) -> None:
+        if found := FALLBACK.search(str(message)):
+            functions[found[2]].add(found[1])
+        warn(logger, message, *args, **kwargs)
+
+    with patch.object(logging.Logger, "warning_once", warning_once):
+        yield
+    if device_type == "cuda":
+        record.notes += [fallback_note(package, names) for package, names in sorted(functions.items())]
+        record.notes += grouped_note(record)
+
+
+def fallback_note(package: str, functions: set[str]) -> str:
+    return (
+        f"{package} is not installed here: {', '.join(sorted(functions))} counted as transformers' own PyTorch code. "
+        f"With {package} a step needs other memory, as a rule less."
+    )
+
+
+def grouped_note(record: Record) -> list[str]:
+    if not any(allocation.op.startswith(GROUPED_PRODUCT) for _, allocation in record.events):
+        return []
+    return [
+        "The experts' grouped matrix products count without what a GPU's kernel for them needs besides the result."
+    ]

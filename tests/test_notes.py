@@ -1,0 +1,33 @@
+"""A prediction for a GPU names the kernels that the machine lacks, in the result and in what is printed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny_families import write_family
+
+from memory.config import ProbeConfig
+from memory.probe import probe
+from memory.report import report
+
+
+def predicted(family: str, folder: Path, device: str = "cuda") -> dict:
+    write_family(family, folder)
+    flags = {"images_per_sample": 0, "max_seq_len": 64, "lora_r": 4, "eval_samples": 0}
+    return probe(ProbeConfig(model=str(folder), mode="predict", device=device, mixed_precision="no", **flags))
+
+
+@pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
+def test_linear_attention_without_its_package(tmp_path: Path) -> None:
+    """Qwen3.5's: named twice in a row, although transformers warns once; on a CPU there is no such kernel."""
+    for _ in range(2):
+        result = predicted("qwen3_5", tmp_path)
+        (note,) = [note for note in result["notes"] if note.startswith("flash-linear-attention is not installed here")]
+        assert "chunk_gated_delta_rule" in note
+    assert f"note: {note}" in report(result)
+    assert predicted("qwen3_5", tmp_path, device="cpu")["notes"] == []
+
+
+def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
+    assert ["grouped" in note for note in predicted("mixtral", tmp_path / "moe")["notes"]] == [True]
+    assert predicted("llama", tmp_path / "dense")["notes"] == []
