@@ -25,7 +25,16 @@ from tiny_families import (
 )
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ProcessorMixin
+from transformers import (
+    BertConfig,
+    Blip2Config,
+    CLIPConfig,
+    Florence2Config,
+    GPTNeoXConfig,
+    PreTrainedConfig,
+    ProcessorMixin,
+    T5Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_torchvision_available
 
@@ -43,6 +52,17 @@ from utils import UserError
 # Later layers read the keys of earlier ones, as in Gemma 4 E2B and E4B.
 FAMILIES["gemma4_sharing"] = lambda: gemma4(num_kv_shared_layers=2)
 PROCESSORS["gemma4_sharing"] = PROCESSORS["gemma4"]
+
+
+def untied(config: PreTrainedConfig) -> PreTrainedConfig:
+    """With a head of its own, which can be trained beside LoRA."""
+    config.tie_word_embeddings = False
+    return config
+
+
+for each in ("cohere2", "granite"):
+    FAMILIES[f"{each}_untied"] = lambda make=FAMILIES[each]: untied(make())
+    TEXT_FAMILIES[f"{each}_untied"] = FAMILIES[f"{each}_untied"]
 QUICK = """llava qwen2_5_vl qwen3_vl qwen3_5 gemma3 gemma4 gemma4_sharing smolvlm paligemma2 internvl mistral3 idefics3
 llava_next mllama llama4 llama gemma2 granite cohere2 gpt2 qwen3 mixtral""".split()
 EAGER = ("paligemma2", "gemma2", "gpt_oss", "mamba2")  # they have no other attention
@@ -168,6 +188,18 @@ def test_full_fine_tuning(name):
     decoder, head = language_model(model), model.get_output_embeddings()
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {id(parameter) for part in (decoder, head) for parameter in part.parameters()}
+
+
+@families(["llava", "qwen3_vl", "llama4", "cohere2_untied", "granite_untied"], quick=["llava", "granite_untied"])
+def test_a_head_trained_beside_lora(name):
+    """PEFT wraps a copy of it: the copy computes the chunked loss, and gets the gradients of the usual one."""
+    batch = batch_of(name)
+    flags = {"trainable_modules": ["lm_head"]}
+    expected = step_of(model_of(name, loss="full", gradient_checkpointing=False, **flags), batch)
+    found = step_of(model_of(name, **flags), batch)
+    assert_same(found, expected)
+    assert sum("lm_head.modules_to_save" in key for key in found) == 1
+    assert not any("original_module" in key for key in found)
 
 
 @families(WITH_IMAGES, quick=["llava", "qwen3_vl", "gemma4", "smolvlm", "internvl", "mistral3", "mllama"])
@@ -375,6 +407,32 @@ def test_what_a_familys_tower_does_not_use_is_frozen_and_named():
         "Not trained, because the loss does not depend on it: model.vision_tower.encoder.layers.1, "
         "model.vision_tower.post_layernorm"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (T5Config(), "has an encoder and a decoder for text, choose one with a decoder alone"),
+        (Florence2Config(), "has an encoder and a decoder for text"),
+        (Blip2Config(text_config=T5Config()), "has an encoder and a decoder for text"),
+        (BertConfig(), "reads text in both directions, choose a causal language model"),
+        (CLIPConfig(), "no vision-language model and no causal language model of the type clip"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_does_not_write_text_is_refused(config, problem, tmp_path):
+    """In one line, by its config, before weights are read."""
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--model {tmp_path}: .*{problem}") as error:
+        load_model(str(tmp_path), torch.float32, "sdpa")
+    assert "\n" not in str(error.value)
+
+
+def test_decoders_that_look_like_encoders_are_not_refused(tmp_path):
+    """GPT-NeoX says is_decoder False and reads from left to right; BERT as a decoder does too."""
+    for config in (GPTNeoXConfig(), BertConfig(is_decoder=True)):
+        config.save_pretrained(tmp_path / config.model_type)
+        assert load_config(str(tmp_path / config.model_type)).model_type == config.model_type
 
 
 def test_families_that_the_table_does_not_name():
