@@ -60,7 +60,7 @@ class StepConfig(ModelConfig):
     quantize: str = flag("none", "none | nf4: the frozen language model in 4 bits, by bitsandbytes")
     trainable_modules: list[str] | None = flag(
         None,
-        "modules to train in full; default: MGM's projector and mining, with --lora_r 0 the language model",
+        "modules to train in full; default: the family's (MGM: projector, mining), with --lora_r 0 the language model",
     )
     loss: str = free_on_resume("chunked", "chunked: logits of some tokens at a time | full: of all tokens at once")
     max_seq_len: int = flag(2048, "the longest row, in tokens, image positions included")
