@@ -24,7 +24,7 @@ from utils import GIB, FlagParser, UserError
 
 ROOT = Path(__file__).parent.parent
 KEYS = "mode model config peak_allocated_bytes breakdown phases largest_tensors peak_reserved_bytes device_bytes"
-KEYS += " host_bytes budget_bytes fits seconds"
+KEYS += " host_bytes budget_bytes fits seconds notes"
 
 
 def tiny_config(**flags: object) -> ProbeConfig:
