@@ -335,7 +335,8 @@ def check_fake_tensor() -> None:
     with FakeTensorMode() as fake_mode:
         made = FakeTensor(fake_mode, torch.empty(3, device="meta"), torch.device("cpu"))
         assert (made + 1).shape == (3,) and made.device == made.fake_device == torch.device("cpu")
-        assert made.constant is None and torch.tensor(2.0).constant == 2
+        constant = torch.tensor(2.0).constant
+    assert made.constant is None and constant == 2
 
 
 def check_partly_fake() -> None:
