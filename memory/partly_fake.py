@@ -16,6 +16,8 @@ from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from memory.repeated import RepeatedOps
+
 
 aten = torch.ops.aten
 # Factories whose values may be read later: they run.
@@ -53,6 +55,7 @@ class PartlyFakeMode(FakeTensorMode):
         self.device = torch.device(device)
         self.in_model: Callable[[], bool] = lambda: False  # whether a module's forward runs; a recorder knows
         self._room_is_fake = False
+        self._repeated = RepeatedOps(self)
         self._stale: set[int] = set()  # addresses of the storages of such real tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -71,7 +74,7 @@ class PartlyFakeMode(FakeTensorMode):
         if func in INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
         if all(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return self.dispatch(func, types, args, kwargs)
+            return self._run_or_repeat(func, types, args, kwargs)
         written = self._real_written(func, args)
         output = self.dispatch(func, types, *self._on_one_device(tensors, args, kwargs))
         return output if written is None else written
@@ -79,6 +82,16 @@ class PartlyFakeMode(FakeTensorMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is compiled, and to tell Dynamo so at each operator takes time
+
+    def _run_or_repeat(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        key = self._repeated.key_of(func, args, kwargs)
+        if key is None:
+            return self.dispatch(func, types, args, kwargs)
+        output = self._repeated.repeat(key, args)
+        if output is None:
+            output = self.dispatch(func, types, args, kwargs)
+            self._repeated.remember(key, func, args, kwargs, output)
+        return output
 
     def is_fake(self, tensor: torch.Tensor) -> bool:
         """Whether its values are unknown."""
