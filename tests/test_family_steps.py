@@ -366,7 +366,11 @@ def test_layers_that_a_family_lacks():
     )
     with pytest.raises(UserError, match="--lora_vision_tower True: --lora_r 0 trains no adapter"):
         config_of("llava", lora_vision_tower=True, lora_r=0)
-    assert "sdpa: Gemma2ForCausalLM has none, choose eager" in said("gemma2", attn_implementation="sdpa")
+
+
+def test_a_model_without_sdpa_gets_eager_attention():
+    model = build_model(config_of("gemma2", attn_implementation="sdpa"), is_deepspeed=False)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_peft_takes_no_expert_and_no_tower_for_a_layer():
