@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from memory.config import ProbeConfig
 from memory.predict import predict
+from memory.probed_step import num_image_positions
 from memory.record import Record
 from memory.report import as_flags
 from models.loading import load_config
-from utils import MIB, size
+from utils import MIB, UserError, size
 
 
 def suggest(config: ProbeConfig, device_bytes: int) -> dict[str, Any]:
@@ -20,7 +22,10 @@ def suggest(config: ProbeConfig, device_bytes: int) -> dict[str, Any]:
     `saved_bytes` and `fits`; and `nearest`, the `flags` and `device_bytes` of the first change, or else of the first
     changes together, with which it fits: None where it does so already or nothing helps.
     """
-    changes = [_traced(config, flags, device_bytes) for flags in changes_of(config)]
+    changes = []
+    for flags in changes_of(config):
+        with suppress(UserError):  # not for this model: attention that caps its scores runs by eager alone
+            changes.append(_traced(config, flags, device_bytes))
     nearest = None
     if device_bytes > config.budget_bytes:
         alone = next((change for change in changes if change["fits"]), None)
@@ -36,8 +41,11 @@ def _together(config: ProbeConfig, device_bytes: int) -> dict[str, Any] | None:
         flags = next(remaining, None)
         if flags is None:
             return None
-        change = _traced(config, made | flags, device_bytes)
-        if change["saved_bytes"] <= 0:
+        try:
+            change = _traced(config, made | flags, device_bytes)
+        except UserError:
+            change = None
+        if change is None or change["saved_bytes"] <= 0:
             useless.append(flags)
             continue
         made, device_bytes = change["flags"], change["device_bytes"]
@@ -106,7 +114,10 @@ def changes_of(config: ProbeConfig) -> Iterator[dict[str, Any]]:
             yield {"optim": "sgd"}
     elif config.quantize == "none" and not config.use_dora:
         yield {"quantize": "nf4"}
-    num_image_tokens = getattr(load_config(config.model), "num_image_tokens", 0)  # a bare language model has none
-    image_positions = config.images_per_sample * num_image_tokens
+    image_positions = num_image_positions(config)
+    width, height = config.photo_size
+    half_as_wide = {"max_image_pixels": (config.max_image_pixels or width * height) // 4}
+    if num_image_positions(replace(config, **half_as_wide)) < image_positions:
+        yield half_as_wide
     if config.max_seq_len // 2 > image_positions:
         yield {"max_seq_len": config.max_seq_len // 2}

@@ -10,9 +10,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
-from transformers import get_scheduler
+from transformers import ProcessorMixin, get_scheduler
 
 import step
+from chat.encoding import num_image_tokens
+from chat.images import shrunk_size
 from data.worst_case import Row, with_few_micro_batches, worst_case_batch, worst_case_questions
 from memory.config import ProbeConfig
 from models.gather import gather_trained
@@ -37,11 +39,24 @@ def worst_case_inputs(config: ProbeConfig) -> Inputs:
     Raises:
         ValueError: the images need more positions than a row has.
     """
-    # What a language model takes does not depend on its tokenizer.
-    processor = None if is_text_only(load_config(config.model)) else load_processor(config.model)
+    processor = processor_of(config)
     row = Row(config.max_seq_len, config.images_per_sample, config.photo_size)
     questions = worst_case_questions(processor, config, row) if config.eval_samples else None
     return worst_case_batch(processor, config, row), questions
+
+
+def num_image_positions(config: ProbeConfig) -> int:
+    """The positions that a row's images take."""
+    processor = processor_of(config)
+    if processor is None or not config.images_per_sample:
+        return 0
+    size = shrunk_size(config.photo_size, config.max_image_pixels)
+    return config.images_per_sample * num_image_tokens(processor, size, config.images_per_sample)
+
+
+def processor_of(config: ProbeConfig) -> ProcessorMixin | None:
+    """The model's; None: it reads text alone, and what it takes does not depend on its tokenizer."""
+    return None if is_text_only(load_config(config.model)) else load_processor(config.model)
 
 
 @dataclass
