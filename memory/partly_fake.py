@@ -7,14 +7,16 @@ data. transformers then sees real masks and positions, and takes the branch that
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from memory.repeated import RepeatedOps
 
 
 aten = torch.ops.aten
@@ -26,6 +28,17 @@ MAKE_VALUES = (
 # is written into floats comes from weights, so that these are fake.
 MAKE_ROOM = (aten.empty, aten.empty_strided, aten.zeros, aten.ones, aten.full)
 INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default)
+
+
+def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 class PartlyFakeMode(FakeTensorMode):
@@ -42,29 +55,49 @@ class PartlyFakeMode(FakeTensorMode):
         self.device = torch.device(device)
         self.in_model: Callable[[], bool] = lambda: False  # whether a module's forward runs; a recorder knows
         self._room_is_fake = False
+        self._repeated = RepeatedOps(self)
         self._stale: set[int] = set()  # addresses of the storages of such real tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        kwargs = kwargs or {}
+        tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):
             if tensors or self._makes_values(func, args, kwargs):
                 return func(*args, **kwargs)
             if self.in_model() and kwargs.get("device") == torch.device("cpu"):
-                kwargs["device"] = self.device  # the model asks for it beside the batch, which is on its device
-            return super().__torch_dispatch__(func, types, args, kwargs)
+                # The model asks for it beside the batch, which is on its device.
+                kwargs = kwargs | {"device": self.device}
+            return self.dispatch(func, types, args, kwargs)
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             with self:  # the kernels take other dtypes too, only the meta kernel refuses them
                 return _create_grouped_mm_output_tensor(*args[:2], args[2], None)
         if func in INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
+        if all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return self._run_or_repeat(func, types, args, kwargs)
         written = self._real_written(func, args)
-        output = super().__torch_dispatch__(func, types, *self._on_one_device(tensors, args, kwargs))
+        output = self.dispatch(func, types, *self._on_one_device(tensors, args, kwargs))
         return output if written is None else written
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and to tell Dynamo so at each operator takes time
+
+    def _run_or_repeat(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        key = self._repeated.key_of(func, args, kwargs)
+        if key is None:
+            return self.dispatch(func, types, args, kwargs)
+        output = self._repeated.repeat(key, args)
+        if output is None:
+            output = self.dispatch(func, types, args, kwargs)
+            self._repeated.remember(key, func, args, kwargs, output)
+        return output
 
     def is_fake(self, tensor: torch.Tensor) -> bool:
         """Whether its values are unknown."""
-        return isinstance(tensor, FakeTensor) or tensor.untyped_storage()._cdata in self._stale
+        if isinstance(tensor, FakeTensor):
+            return True
+        return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
 
     def _makes_values(self, func: Any, args: tuple, kwargs: dict) -> bool:
         if func.overloadpacket in MAKE_VALUES:

@@ -15,9 +15,9 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from memory.known import ItemAnswers
+from memory.partly_fake import tensors_in
 from memory.record import PHASES, Allocation, Record, TraceError
 
 
@@ -108,6 +108,8 @@ class Recorder(TorchDispatchMode):
         self._references.clear()  # what is freed from now on does not belong to the record
 
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.prim.device.default:  # only fake tensors are asked, and often
+            return args[0].fake_device
         kwargs = kwargs or {}
         self._addend = self._sum = 0
         is_item = func is torch.ops.aten._local_scalar_dense.default
@@ -118,15 +120,18 @@ class Recorder(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             path = self.modules.current()[0] or "the training step"
             raise TraceError(f"{func} in {path} depends on the data: its memory cannot be predicted") from error
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self.allocated(leaf, str(func))
+        for tensor in tensors_in((output,)):
+            self.allocated(tensor, str(func))
         if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
         if workspace is not None and (nbytes := workspace(args)):
             self._end(self.reserve(nbytes, str(func)))
         return output
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in PartlyFakeMode
 
     def allocated(self, tensor: torch.Tensor, op: str) -> Allocation:
         """The allocation behind a tensor; a new one when its storage was not known yet."""

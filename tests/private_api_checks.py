@@ -25,7 +25,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from PIL import Image
 from tiny_families import PROCESSORS, tiny_tokenizer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -331,10 +331,19 @@ def check_grouped_mm() -> None:
     assert (made_up.shape, made_up.stride(), made_up.dtype) == (real.shape, real.stride(), real.dtype)
 
 
+def check_fake_tensor() -> None:
+    with FakeTensorMode() as fake_mode:
+        made = FakeTensor(fake_mode, torch.empty(3, device="meta"), torch.device("cpu"))
+        assert (made + 1).shape == (3,) and made.device == made.fake_device == torch.device("cpu")
+        constant = torch.tensor(2.0).constant
+    assert made.constant is None and constant == 2
+
+
 def check_partly_fake() -> None:
     """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator."""
     written = [argument.alias_info is not None for argument in torch.ops.aten.add_.Tensor._schema.arguments]
     assert written == [True, False, False]
+    assert torch.ops.aten.add_.Tensor._schema.is_mutable and not torch.ops.aten.add.Tensor._schema.is_mutable
     with PartlyFakeMode() as fake_mode:
         x, mask = fake_mode.from_tensor(torch.ones(3, 2)), torch.tensor([True, False, True])
         assert x[mask].shape == torch.ops.aten._unsafe_index.Tensor(x, [mask]).shape == (2, 2)

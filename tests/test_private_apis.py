@@ -341,7 +341,20 @@ APIS = [
     Api("torch", "autograd._get_sequence_nr", "memory/recorder.py", "the number of the next node",
         "allocations of the backward pass get another module", check=checks.check_autograd_nodes,
         words="_get_sequence_nr"),
-    Api("torch", "UntypedStorage._cdata", "memory/recorder.py memory/partly_fake.py",
+    Api("torch", "FakeTensor(fake_mode, elem, device), .constant, .fake_device", "memory/repeated.py",
+        "makes what an operator returned before, and tells what its arguments are", WRONG_PREDICTION,
+        check=checks.check_fake_tensor, words="FakeTensor constant fake_device"),
+    Api("torch", "ops.prim.device.default", "memory/recorder.py", "where a fake tensor is, asked at each use",
+        "predictions are slow", words="prim device fake_device"),
+    *[
+        Api("torch", f"utils._python_dispatch.TorchDispatchMode.{name}", "memory/recorder.py memory/partly_fake.py",
+            "overridden: Dynamo need not be told to leave each operator alone", "predictions are slow",
+            signature="")
+        for name in ("_should_skip_dynamo",)
+    ],
+    Api("torch", "_subclasses.fake_tensor.FakeTensorMode.dispatch", "memory/partly_fake.py",
+        "makes up what an operator returns", NO_PREDICTION, signature="self, func, types, args, kwargs"),
+    Api("torch", "UntypedStorage._cdata", "memory/recorder.py memory/partly_fake.py memory/repeated.py",
         "the address that tells storages apart", WRONG_PREDICTION, check=checks.check_storage_address),
     Api("torch", "Tensor._is_view", "memory/recorder.py", "whether autograd adds in place", WRONG_PREDICTION),
     Api("torch", "_prims_common.is_non_overlapping_and_dense_or_false", "memory/recorder.py",
@@ -354,7 +367,8 @@ APIS = [
     *[
         Api("torch", f"_subclasses.fake_tensor.{name}", files, "tells what is fake, and what asks for its data",
             NO_PREDICTION)
-        for name, files in (("FakeTensor", "memory/recorder.py memory/partly_fake.py memory/placed.py"),
+        for name, files in (("FakeTensor", "memory/recorder.py memory/partly_fake.py memory/placed.py "
+                             "memory/repeated.py"),
                             ("DataDependentOutputException", "memory/recorder.py"),
                             ("DynamicOutputShapeException", "memory/recorder.py"))
     ],
@@ -362,13 +376,15 @@ APIS = [
         "memory/partly_fake.py", "a product's form in the dtypes that the meta kernel refuses",
         "predictions of mixtures of experts fail", check=checks.check_grouped_mm,
         words="_grouped_mm _create_grouped_mm_output_tensor"),
+    Api("torch", "OpOverload._schema.is_mutable", "memory/repeated.py", "whether an operator writes to an argument",
+        WRONG_PREDICTION, check=checks.check_partly_fake, words="_schema is_mutable"),
     Api("torch", "ops.aten._unsafe_index, and an operator's _schema", "memory/partly_fake.py",
         "which operators select by a mask, and which argument they write to", NO_PREDICTION,
         check=checks.check_partly_fake, words="_unsafe_index _schema alias_info"),
     Api("torch", "utils._python_dispatch.TorchDispatchMode", "memory/recorder.py benchmarks/ladder.py",
         "sees every operator", NO_PREDICTION),
-    Api("torch", "utils._pytree.tree_leaves", "memory/recorder.py memory/partly_fake.py", "an operator's tensors",
-        NO_PREDICTION, signature="tree, is_leaf"),
+    Api("torch", "utils._pytree.tree_map_only", "memory/partly_fake.py",
+        "puts others in the place of an operator's tensors", NO_PREDICTION),
     Api("torch", "nn.modules.module.register_module_forward_hook", "memory/recorder.py", "which module runs",
         NO_PREDICTION, signature="hook, with_kwargs, always_call"),
     Api("torch", "nn.modules.module.register_module_forward_pre_hook", "memory/recorder.py", "the same", NO_PREDICTION,
