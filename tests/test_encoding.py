@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
+import chat.image_text
 from chat.arguments import per_token
 from chat.encoding import count_tokens, encode, learned_tokens, num_image_tokens
 from chat.image_text import has_fixed_images
@@ -256,6 +257,7 @@ def test_every_family_is_tested() -> None:
 @pytest.mark.parametrize("problem", ["fails", "rewrites", "slow"])
 def test_a_processor_that_cannot_be_used(problem: str, monkeypatch) -> None:
     """It raises, changes the text beside an image, or has no tokenizer that says where its tokens are: one line."""
+    monkeypatch.setattr(chat.image_text, "_rules", {})
     processor = with_bos("llava", False)
     process = type(processor).__call__
 
@@ -272,3 +274,18 @@ def test_a_processor_that_cannot_be_used(problem: str, monkeypatch) -> None:
     with pytest.raises(UserError, match=f"LlavaProcessor cannot be used: .*{expected}") as error:
         has_fixed_images(processor)
     assert "\n" not in str(error.value)
+
+
+def test_a_count_that_is_wrong() -> None:
+    """Gemma 3 counts no crops. Where its images have some, trials with images tell."""
+    processor = with_bos("gemma3", False)
+    settings = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4}
+    type(processor).images_kwargs, before = type(processor).images_kwargs | settings, type(processor).images_kwargs
+    processor.image_processor.pan_and_scan_max_num_crops = 4  # another processor than those without
+    try:
+        rows, sizes = cases()
+        lengths = encoded(processor, rows, sizes)["attention_mask"].sum(1).tolist()
+        assert not has_fixed_images(processor)
+        assert count_tokens(processor, rows, sizes)[0].tolist() == lengths
+    finally:
+        type(processor).images_kwargs = before
