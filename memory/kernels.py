@@ -116,11 +116,33 @@ def _cpu_attention_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, i
     return min(length, 256 if length >= 768 else 64 if length >= 192 else 32), min(key.shape[2], 512)
 
 
+def _promoted(args: tuple) -> int:
+    """Copies of the tensors that are not in the dtype of the result, which a CPU makes before it starts
+    (aten/src/ATen/TensorIterator.cpp, compute_types); a GPU converts each element as it reads it."""
+    dtype = torch.result_type(*args[:2])
+    tensors = (x for x in args[:2] if isinstance(x, torch.Tensor) and x.dtype != dtype)
+    return sum(x.numel() * dtype.itemsize for x in tensors)
+
+
+def _promoted_in_place(args: tuple) -> int:
+    """The same, and the result before it is converted back."""
+    first, dtype = args[0], torch.result_type(*args[:2])
+    return _promoted(args) + (first.numel() * dtype.itemsize if first.dtype != dtype else 0)
+
+
+def _promoted_choice(args: tuple) -> int:
+    """Of the two that `where` chooses from; on a GPU too."""
+    return _promoted(args[1:]) if len(args) == 3 else 0
+
+
 BLOCK_BYTES = {"cpu": 1, "cuda": MIN_BLOCK_BYTES}
 CPU_WORKSPACES: dict[str, Workspace] = {  # left out: oneDNN's weights in its own order, never part of a peak so far
     "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
     "gemm_4bit": partial(_dequantized, num_scales=1),
+    **dict.fromkeys(("add", "sub", "mul", "div"), _promoted),
+    **dict.fromkeys(("add_", "sub_", "mul_", "div_"), _promoted_in_place),
+    "where": _promoted_choice,
 }
 
 
@@ -136,6 +158,7 @@ def workspaces_of(device_type: str, gpu: str) -> dict[str, Workspace]:
         ),
         "_softmax_backward_data": _softmax_backward,
         "gemm_4bit": partial(_dequantized, num_scales=2),
+        "where": _promoted_choice,
         "masked_scatter": _masked_scatter,
         "masked_scatter_": _masked_scatter,
     }

@@ -21,6 +21,12 @@ from memory.partly_fake import tensors_in
 from memory.record import PHASES, Allocation, Record, TraceError
 
 
+aten = torch.ops.aten
+# What autograd computes in place of its first argument, except for fake tensors, as for all subclasses: sums of
+# gradients (torch/csrc/autograd/input_buffer.cpp), and what is selected back into zeros (FunctionsManual.cpp).
+IN_PLACE_OF_REAL = (
+    aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src, aten.scatter_add.default,
+)  # fmt: skip
 # Bytes that a kernel allocates besides its outputs and frees before it returns, given its arguments.
 Workspace = Callable[[tuple], int]
 
@@ -112,7 +118,7 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         self._addend = self._sum = 0
-        is_item = func is torch.ops.aten._local_scalar_dense.default
+        is_item = func is aten._local_scalar_dense.default
         if is_item and self.answers_items and isinstance(args[0], FakeTensor):
             return self.items.answer(args[0])
         try:
@@ -122,7 +128,7 @@ class Recorder(TorchDispatchMode):
             raise TraceError(f"{func} in {path} depends on the data: its memory cannot be predicted") from error
         for tensor in tensors_in((output,)):
             self.allocated(tensor, str(func))
-        if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not self.modules.running:
+        if func in IN_PLACE_OF_REAL and self.phase == "backward" and not self.modules.running:
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
         if workspace is not None and (nbytes := workspace(args)):
@@ -191,9 +197,8 @@ class Recorder(TorchDispatchMode):
             self._end(allocation)
 
     def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
-        """Autograd adds a gradient in place to one that waits for it, if nothing else holds the waiting one (a view is
-        held by its base; torch/csrc/autograd/input_buffer.cpp) - except for fake tensors, as for all subclasses. Such
-        an addend is freed as soon as the sum exists."""
+        """Autograd adds in place if nothing else holds the addend (a view is held by its base). A fake addend is freed
+        as soon as the sum exists."""
         same_form = addend.shape == total.shape and addend.dtype == total.dtype and not addend._is_view()
         if isinstance(addend, FakeTensor) and same_form and is_non_overlapping_and_dense_or_false(addend):
             self._addend, self._sum = addend.untyped_storage()._cdata, total.untyped_storage()._cdata

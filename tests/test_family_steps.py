@@ -403,6 +403,14 @@ def test_every_second_layer_of_the_language_model_is_checkpointed():
         assert flags == [True, False, True]
 
 
+@pytest.mark.parametrize(("name", "num_tiled"), [("llama", 3), ("qwen3_vl", 3), ("mixtral", 0), ("gpt2", 0)])
+def test_which_mlps_run_in_tiles(name, num_tiled):
+    """Not experts, not what drops out (GPT-2), and none of a tower."""
+    model = model_of(name)
+    tiled = [path for path, module in model.named_modules() if path.endswith("mlp") and "forward" in vars(module)]
+    assert len(tiled) == num_tiled and not any("visual" in path for path in tiled)
+
+
 def test_what_a_familys_tower_does_not_use_is_frozen_and_named():
     lines: list[str] = []
     config = config_of("llava", trainable_modules=["vision_tower"])

@@ -1,5 +1,7 @@
 """What a recorder notes of single tensors and operators, against PyTorch's profiler and by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -34,15 +36,20 @@ def summed_gradients(weight: torch.Tensor, ids: torch.Tensor, kind: str) -> torc
         "layers": lambda: (
             nn.functional.linear(weight[:4], weight).sum() + nn.functional.linear(weight[:2], weight).sum()
         ),
+        "selected": lambda: weight.index_select(0, ids).sum(),
+        "indexed": lambda: weight[ids].sum(),
+        "gathered": lambda: weight.gather(0, ids[:, None].expand(-1, 64)).sum(),
+        "largest": lambda: weight.topk(2).values.sum(),
         "tied": lambda: nn.functional.linear(nn.functional.embedding(ids, weight), weight).sum(),
     }
     return uses[kind]()
 
 
-@pytest.mark.parametrize("kind", ["products", "layers", "tied"])
+@pytest.mark.parametrize("kind", ["products", "layers", "tied", "selected", "indexed", "gathered", "largest"])
 def test_sums_of_gradients(kind: str) -> None:
     """Two gradients of one weight of 256,000 bytes: the profiler's events of real tensors and the record of fake ones.
-    Autograd sums those of products in place, those of linear layers (views) not."""
+    Autograd sums those of products in place, those of linear layers (views) not, and puts what was selected back in
+    place."""
     weight, ids = nn.Parameter(torch.ones(1000, 64)), torch.arange(16)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         summed_gradients(weight, ids, kind).backward()
@@ -66,6 +73,30 @@ def test_what_depends_on_data_is_an_error(operation: object, op: str) -> None:
     """It names the operator: the memory of nonzero depends on the values, what follows item() may."""
     with FakeTensorMode(), Recorder(nn.Identity()), pytest.raises(TraceError, match=op):
         operation(torch.ones(()) if op.startswith("aten._") else torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x, y: x * y,
+        lambda x, y: x.mul_(y),
+        lambda x, y: y.add_(x),
+        lambda x, y: torch.where(x > 0, x, y),
+        lambda x, y: y / 3,
+        lambda x, y: x.long() - 0.5,
+    ],
+)
+def test_dtypes_that_mix(operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """fp32 and bf16, 4000 and 2000 bytes: the most that the profiler sees in use and the record of fake tensors."""
+    pair = (torch.ones(1000), torch.ones(1000, dtype=torch.bfloat16))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        operation(*pair)
+    with FakeTensorMode() as fake_mode, Recorder(nn.Identity(), CPU_WORKSPACES) as recorder:
+        fake_pair = [fake_mode.from_tensor(tensor) for tensor in pair]
+        for tensor in fake_pair:
+            recorder.allocated(tensor, "load")
+        operation(*fake_pair)
+    assert recorder.record.peak_bytes - 6000 == pytest.approx(rise(memory_events(profiler)), abs=16)
 
 
 def test_a_4_bit_layer_on_the_cpu() -> None:
