@@ -8,6 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 from test_encoding import SIZES, processor_of
+from tiny_families import write_family
 from transformers import ProcessorMixin
 
 import data.dataset
@@ -244,3 +245,16 @@ def test_a_system_turn(tmp_path: Path) -> None:
     batch = TrainCollator(processor, 100)([dataset[0]])
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>")
+
+
+def test_a_processor_with_other_settings(files: Path, tmp_path: Path) -> None:
+    """The same tokenizer and template, and images of fewer pixels: what was counted for the one is not the other's."""
+    write_family("qwen2_5_vl", tmp_path / "model")
+    path = tmp_path / "model/processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["size"]["longest_edge"] = 28 * 28 * 6
+    path.write_text(json.dumps(settings))
+    smaller = load_processor(str(tmp_path / "model"))
+    whole, dataset = measured(files, processor_of("qwen2_5_vl")), measured(files, smaller)
+    assert sum(dataset.records["num_tokens"]) < sum(whole.records["num_tokens"])
+    assert_right(dataset, smaller)
