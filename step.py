@@ -13,6 +13,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from layers.model_loss import use_model_loss
 from layers.quantization import QUANTIZATIONS
@@ -31,6 +32,7 @@ from models.lora import (
     lora_pattern,
     report_layers_without_lora,
     select_modules,
+    takes_names_alone,
     trained_parameters,
 )
 from models.parts import language_model
@@ -58,7 +60,7 @@ class StepConfig(ModelConfig):
     quantize: str = flag("none", "none | nf4: the frozen language model in 4 bits, by bitsandbytes")
     trainable_modules: list[str] | None = flag(
         None,
-        "modules to train in full; default: MGM's projector and mining, with --lora_r 0 the language model",
+        "modules to train in full; default: the family's (MGM: projector, mining), with --lora_r 0 the language model",
     )
     loss: str = free_on_resume("chunked", "chunked: logits of some tokens at a time | full: of all tokens at once")
     max_seq_len: int = flag(2048, "the longest row, in tokens, image positions included")
@@ -189,7 +191,7 @@ def build_model(
         check_beside_lora(base, modules, pattern, names)
         report_layers_without_lora(base, pattern, report)
         set_seed(config.seed)  # the same adapter, whatever was drawn while loading
-        model = get_peft_model(base, lora_config(config, pattern, list(modules), is_transposed(base)))
+        model = get_peft_model(base, lora_config(config, base, pattern, list(modules)))
         without_input_gradients(base)
     else:
         for module in modules.values():
@@ -210,21 +212,19 @@ def build_model(
     return model
 
 
-def lora_config(config: StepConfig, pattern: str, modules: list[str], fan_in_fan_out: bool) -> LoraConfig:
-    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full.
-
-    `fan_in_fan_out`: whether their weights are [in, out], as GPT-2's.
-    """
+def lora_config(config: StepConfig, model: PreTrainedModel, pattern: str, modules: list[str]) -> LoraConfig:
+    """LoRA on the layers whose path `pattern` matches, and `modules`, by whole paths, in full."""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.lora_bias,
         target_modules=pattern,
+        exclude_modules=rf"(?!(?:{pattern})$).*" if takes_names_alone(model) else None,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=modules,
-        fan_in_fan_out=fan_in_fan_out,
+        fan_in_fan_out=is_transposed(model),
         task_type="CAUSAL_LM",
     )
 

@@ -15,9 +15,11 @@ from transformers import ProcessorMixin
 from chat.expansion import Expansion, first_token, move, processed
 from chat.images import Size, blank_image
 from chat.render import Span
+from utils import UserError, brief_error
 
 
-SIZES = ((40, 40), (640, 480), (1200, 200), (200, 1200))  # small, large, wide and tall
+# Small, wide, large and tall. The first two differ most: where any two differ in their tokens, they do.
+SIZES = ((40, 40), (1200, 200), (640, 480), (200, 1200))
 BESIDE = "\nx\n"  # stands around an image in a trial
 
 
@@ -125,10 +127,14 @@ def begins_with_word(text: str) -> bool:
 
 
 def rule_of(processor: ProcessorMixin) -> ImageRule:
-    """The processor's rule, found by trials."""
+    """The processor's rule, found by trials. Raises UserError if the processor fails at them."""
     key = identity(processor)
     if key not in _rules:
-        _rules[key] = _find_rule(processor)
+        try:
+            _rules[key] = _find_rule(processor)
+        except Exception as error:  # it may be anyone's
+            what = f"{type(processor).__name__} cannot be used: given an image and some text, it fails"
+            raise UserError(f"{what} ({brief_error(error)})") from error
     return _rules[key]
 
 
@@ -147,35 +153,38 @@ def _find_rule(processor: ProcessorMixin) -> ImageRule:
     first_of_text = expanded_trial(processor, None, 0).text.removesuffix(BESIDE)
     if not takes_images(processor):
         return ImageRule(first_of_text=first_of_text)
-    rule, several = (_rule_for(processor, num_images) for num_images in (1, 2))
+    rule = _rule_for(processor, 1)
     rule.first_of_text = first_of_text
-    single = expanded_trial(processor, SIZES[0], 1)
+    size = next(iter(rule.known))
+    single, pair, adjacent, word = (
+        expanded_trial(processor, size, num_images, **beside)
+        for num_images, beside in ((1, {}), (2, {}), (2, {"between": ""}), (1, {"after": BESIDE.strip()}))
+    )
     rule.first = bos if bos and bos in single.text else ""
-    if rule.known != several.known:
-        rule.several = several
-    separate, adjacent = (expanded_trial(processor, SIZES[0], 2, between).text for between in (BESIDE, ""))
-    word = expanded_trial(processor, SIZES[0], 1, after=BESIDE.strip())
+    if written(processor, pair) != written(processor, single):
+        rule.several = _rule_for(processor, 2)
     rule.before_word = written(processor, word).removeprefix(written(processor, single))
-    rule.num_shared = num_tokens(processor, separate) - num_tokens(processor, BESIDE) - num_tokens(processor, adjacent)
+    rule.num_shared = num_tokens(processor, pair) - num_tokens(processor, BESIDE) - num_tokens(processor, adjacent)
     return rule
 
 
 def _rule_for(processor: ProcessorMixin, num_images: int) -> ImageRule:
     """The rule for rows of so many images."""
     counts = [counted(processor, size) for size in SIZES]
-    is_fixed = counts[0] is not None and len(set(counts)) == 1
-    found = [trial(processor, size, num_images) for size in (SIZES[:1] if is_fixed else SIZES)]
-    rule = ImageRule(known=dict(zip(SIZES, found, strict=False)))
-    if len(set(found)) == 1:
-        rule.fixed = found[0]
-    elif counts[0] is not None:
-        marks = {image.num_tokens - count for image, count in zip(found, counts, strict=True)}
-        if len(marks) == 1 and len({image.edges for image in found}) == 1:
+    looks_fixed = counts[0] is not None and len(set(counts)) == 1
+    found = {size: trial(processor, size, num_images) for size in (SIZES[:2] if looks_fixed else SIZES)}
+    rule = ImageRule(known=found)
+    if len(set(found.values())) == 1:
+        rule.fixed = found[SIZES[0]]
+    elif counts[0] is not None and not looks_fixed:
+        marks = {found[size].num_tokens - count for size, count in zip(SIZES, counts, strict=True)}
+        if len(marks) == 1 and len({image.edges for image in found.values()}) == 1:
             rule.num_marks = marks.pop()
     return rule
 
 
-def num_tokens(processor: ProcessorMixin, text: str) -> int:
+def num_tokens(processor: ProcessorMixin, text: str | Expansion) -> int:
+    text = text if isinstance(text, str) else text.text
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -15,6 +15,7 @@ from chat.images import shrink
 from chat.messages import messages_for
 from data.batch import Batch
 from data.dataset import FILLER
+from data.dummy_image import with_dummy_image
 from data.sharing import share
 
 
@@ -155,12 +156,16 @@ class TrainCollator:
 
     Args:
         max_image_pixels: larger images are shrunk to so many; 0: none is.
+        dummy_images: put one into a batch that has none.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int, max_image_pixels: int = 0) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, max_length: int, max_image_pixels: int = 0, dummy_images: bool = False
+    ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
+        self.dummy_images = dummy_images
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         return_freed_memory()  # of the batch before
@@ -170,6 +175,8 @@ class TrainCollator:
             [[shrink(image, self.max_image_pixels) for image in sample["images"]] for sample in samples],
             self.max_length,
         )
+        if self.dummy_images and not any(sample["images"] for sample in samples):
+            batch = with_dummy_image(self.processor, dict(batch))
         return {**batch, **find_positions(self.processor, batch)}
 
 

@@ -3,12 +3,14 @@
 from copy import copy
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset
+from data.dummy_image import needs_dummy_images
 from data.lengths import column_values
 from data.packing import PackedCollator, PackedDataset, pack
 from data.sharing import PREFETCH_FACTOR, workers_that_fit
@@ -47,7 +49,9 @@ def build_loader(
         num_tokens,
         group_by_length,
     )
-    collator = BatchCollator(collator_class(processor, config.max_seq_len, config.max_image_pixels))
+    num_images = pc.list_value_length(records.data.column("images")).to_pylist()
+    dummy_images = needs_dummy_images(processor, num_images, num_processes)
+    collator = BatchCollator(collator_class(processor, config.max_seq_len, config.max_image_pixels, dummy_images))
     if skips_bad:
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
     longest = longest_row(records, num_tokens, processor, config.max_image_pixels)

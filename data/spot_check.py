@@ -10,7 +10,7 @@ from data.dataset import ConversationDataset
 from data.lengths import column_values
 from data.sizes import IMAGE_SIZES
 from data.turn_ends import its_end
-from utils import UserError
+from utils import UserError, brief_error
 
 
 def learned_text(processor: ProcessorMixin, dataset: ConversationDataset) -> list[str]:
@@ -40,7 +40,11 @@ def check_lengths(processor: ProcessorMixin, dataset: ConversationDataset, max_i
                 continue
             raise
         images = [shrink(image, max_image_pixels) for image in images]
-        made = encode(processor, [messages_for(processor, record["conversations"])], [images])
+        try:
+            made = encode(processor, [messages_for(processor, record["conversations"])], [images])
+        except Exception as error:  # a processor may be anyone's
+            reason = f"{type(processor).__name__} fails on its {len(images)} images"
+            raise UserError(f"record {record['id']}: {reason} ({brief_error(error)})") from error
         num_tokens = made["input_ids"].shape[1]
         if num_tokens != record["num_tokens"]:
             raise UserError(

@@ -10,26 +10,39 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from chat.images import shrink
+from chat.images import blank_image, shrink
+from data.dummy_image import SIZE, needs_dummy_images
 from data.sharing import share
 from evaluation.tasks.task import Question
 from models.generation import Answer, generate_answers, prompt_inputs
+
+
+# Beside questions about text alone, where another process may have some about images.
+LOOK = Question("", "What?", [""], images=lambda: [blank_image(SIZE)])
 
 
 class QuestionBatches(torch.utils.data.Dataset):
     """The questions of one process as batches for the model. A loader's workers open the images."""
 
     def __init__(
-        self, processor: ProcessorMixin, questions: list[Question], batches: list[list[int]], max_image_pixels: int
+        self,
+        processor: ProcessorMixin,
+        questions: list[Question],
+        batches: list[list[int]],
+        max_image_pixels: int,
+        dummy_images: bool = False,
     ) -> None:
+        """`dummy_images`: a batch without an image gets a question about one, behind the others."""
         self.processor, self.questions, self.batches = processor, questions, batches
-        self.max_image_pixels = max_image_pixels
+        self.max_image_pixels, self.dummy_images = max_image_pixels, dummy_images
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> BatchFeature:
         questions = [self.questions[i] for i in self.batches[index]]
+        if self.dummy_images and not any(question.num_images for question in questions):
+            questions.append(LOOK)
         images = [[shrink(image, self.max_image_pixels) for image in question.images()] for question in questions]
         return prompt_inputs(self.processor, [question.conversation for question in questions], images)
 
@@ -54,7 +67,9 @@ def answer_batches(
     step = batch_size * accelerator.num_processes
     shared = [order[start : start + step] for start in range(0, len(order), step)]
     own = [batch[accelerator.process_index :: accelerator.num_processes] or batch[:1] for batch in shared]
-    batches = QuestionBatches(processor, questions, own, max_image_pixels)
+    num_images = [question.num_images for question in questions]
+    dummy_images = needs_dummy_images(processor, num_images, accelerator.num_processes)
+    batches = QuestionBatches(processor, questions, own, max_image_pixels, dummy_images)
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=share)
     unwrapped = accelerator.unwrap_model(model)
     progress = tqdm(total=len(order), desc="Answering", unit="question", disable=not accelerator.is_main_process)
@@ -62,6 +77,6 @@ def answer_batches(
         for batch, inputs in zip(own, loader, strict=True):
             with accelerator.autocast():
                 answers = generate_answers(unwrapped, processor, inputs.to(accelerator.device), max_new_tokens)
-            found = dict(gather_object(list(zip(batch, answers, strict=True))))
+            found = dict(gather_object(list(zip(batch, answers[: len(batch)], strict=True))))
             progress.update(len(found))
             yield found

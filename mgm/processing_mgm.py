@@ -35,6 +35,7 @@ class MGMProcessor(ProcessorMixin):
     # Of LLaVA's turns: MGM was trained with its images at the front of their message, and without system messages.
     images_first = True
     takes_system = False
+    model_sees_dummy_images = True  # where a batch has none and another process's may have some
 
     def __init__(
         self,

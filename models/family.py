@@ -54,7 +54,7 @@ FAMILIES = {
         name: Family(layers_without_lora=("out_proj", "conv1d"))
         for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
     },
-    # Of these tests/test_families.py shows that packed samples are trained as each by itself. Others put images or
+    # Of these tests/test_family_steps.py shows that packed samples are trained as each by itself. Others put images or
     # time into positions (M-RoPE), mask images in both directions, or carry a state from sample to sample.
     **{
         name: PACKS

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -57,14 +58,29 @@ def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> s
 def linear_layers(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
     """The paths of a part's linear layers, each with its name: the path's last piece, and the one before it where that
     is a number."""
-    head, refused = model.get_output_embeddings(), family_of(model.config).layers_without_lora
-    found = {}
+    head, found = model.get_output_embeddings(), {}
     for path, module in part.named_modules(prefix=path_of(model, part)):
         is_linear = type(module) in LINEAR_LAYERS or (isinstance(module, nn.Linear) and is_quantized(module))
         if is_linear and module is not head:
             *_, before, name = path.split(".")
             found[path] = f"{before}.{name}" if name.isdecimal() else name
+    refused = {*family_of(model.config).layers_without_lora, *taken_for_experts(model, set(found.values()))}
     return {path: name for path, name in found.items() if name not in refused}
+
+
+def taken_for_experts(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Those of the names that PEFT takes for parts of the experts, now one tensor, as they were called in transformers
+    4. It would train the experts, and not the linear layers of these names."""
+    probe = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(probe, model, None)
+    return names - set(probe.target_modules)
+
+
+def takes_names_alone(model: PreTrainedModel) -> bool:
+    """Whether PEFT makes plain names of a pattern, as it does for some models with experts."""
+    probe = LoraConfig(target_modules=".*")
+    convert_peft_config_for_transformers(probe, model, None)
+    return not isinstance(probe.target_modules, str)
 
 
 def is_transposed(model: PreTrainedModel) -> bool:

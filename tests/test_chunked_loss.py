@@ -41,6 +41,36 @@ def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_head_with_a_bias_and_steps(monkeypatch, is_trained):
+    """What a bias, a scale and a soft cap make of the logits, and what all of them get as gradients."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
+    torch.manual_seed(0)
+    head = LanguageModelHead(HIDDEN_SIZE, VOCAB_SIZE).requires_grad_(is_trained)
+    hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)
+    targets = torch.randint(0, VOCAB_SIZE, (50,))
+    steps = (lambda x: x / 0.3, torch.tanh, lambda x: x * 0.3, lambda x: x * 9)
+    logits = 9 * 0.3 * torch.tanh(head(hidden_states) / 0.3)
+    inputs = [hidden_states, *([head.weight, head.bias] if is_trained else [])]
+    found = loss_and_gradients(head(hidden_states, targets, steps) / 13, *inputs)
+    expected = loss_and_gradients(F.cross_entropy(logits, targets, reduction="sum") / 13, *inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_a_head_in_16_bits_is_never_copied_to_fp32():
+    """Under autocast a norm may give hidden states in fp32. The head's product is made in its own dtype, as autocast
+    would make it."""
+    head = make_head(weight_is_trained=False, dtype=torch.bfloat16)
+    hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)
+    targets = torch.randint(0, VOCAB_SIZE, (50,))
+    found = loss_and_gradients(head(hidden_states, targets), hidden_states)
+    expected = loss_and_gradients(head(hidden_states.bfloat16(), targets), hidden_states)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[1].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("min_tokens", "elements", "sizes"), [(20, 0, [20, 20, 10]), (20, 40 * VOCAB_SIZE, [40, 10]), (1, 1, [1] * 50)]
 )

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,11 @@ from torch.utils.data import DataLoader
 
 import data.dataset
 import data.sources
+from chat.encoding import num_image_tokens
+from chat.images import shrunk_size
+from chat.messages import to_messages
 from data.dataset import FEATURES, digest_records, open_dataset, open_image
+from models.loading import load_processor
 from utils import UserError
 
 
@@ -544,16 +549,46 @@ def test_samples_come_from_workers(folder):
     assert [(sample["id"], len(sample["images"])) for sample in loader] == [("007", 1), ("b", 0), ("c", 2)]
 
 
+README = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readmes_records_load(folder):
     """The examples in data/README.md with what it says."""
-    readme = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
-    llava, messages = (json.loads(block.split("```")[0]) for block in readme.split("```json")[1:])
-    first, second = load_conversations(write(folder, [llava, messages]))
+    llava, messages, interleaved, text = (json.loads(block.split("```")[0]) for block in README.split("```json")[1:])
+    for name in interleaved["images"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "red.png", folder / name)
+    first, second, third, last = load_conversations(write(folder, [llava, messages, interleaved, text]))
     assert first == {"id": llava["id"], "images": [llava["image"]], "conversations": llava["conversations"]}
     assert second["id"] == "1" and second["images"] == messages["images"]
     assert [turn["value"] for turn in second["conversations"]] == [
         turn["value"] for turn in llava["conversations"][:2]
     ]
+    parts = to_messages(third["conversations"])
+    assert parts[0] == {"role": "system", "content": [{"type": "text", "text": "Answer in one word."}]}
+    assert parts[1]["content"] == interleaved["messages"][1]["content"]
+    assert last["images"] == [] and to_messages(last["conversations"])[1]["content"][0]["text"].startswith("Lengths")
+
+
+def test_the_readmes_parquet_file(folder, monkeypatch):
+    """The code in data/README.md that writes one: its records and images are read back."""
+    monkeypatch.chdir(folder)
+    image = Image.new("RGB", (20, 10), "red")
+    (code,) = (block.split("```")[0] for block in README.split("```python")[1:])
+    exec(code, {"samples": [("What?", "A square.", image), ("And?", "Another.", image)]})
+    dataset = open_dataset(folder / "train.parquet")
+    assert dataset[1]["conversations"] == [
+        {"from": "human", "value": "<image>\nAnd?"},
+        {"from": "gpt", "value": "Another."},
+    ]
+    assert dataset[1]["images"][0].tobytes() == image.tobytes()
+
+
+def test_the_readmes_counts():
+    """How many tokens an image of 4000 x 3000 takes of a Qwen3-VL, as it is and shrunk."""
+    qwen = load_processor("qwen3-vl-4b")
+    counts = [num_image_tokens(qwen, size) for size in ((4000, 3000), shrunk_size((4000, 3000), 500_000))]
+    assert f"takes {counts[0]:,} tokens of a Qwen3-VL, with `--max_image_pixels 500000` {counts[1]}." in README
 
 
 MESSAGES = [  # as transformers has them: content is a string or parts

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
+import chat.image_text
 from chat.arguments import per_token
 from chat.encoding import count_tokens, encode, learned_tokens, num_image_tokens
 from chat.image_text import has_fixed_images
@@ -21,6 +22,7 @@ from chat.label_mask import CutImage
 from chat.render import Messages
 from layers.chunked_loss import IGNORE_INDEX
 from models.loading import load_processor
+from utils import UserError
 
 
 MISSING = set() if is_torchvision_available() else set(TORCHVISION_FAMILIES)
@@ -250,3 +252,40 @@ def test_bad_input(name: str) -> None:
 
 def test_every_family_is_tested() -> None:
     assert set(VISION) | set(TEXT_FAMILIES) | MISSING == set(FAMILIES) and len(VISION) >= 25
+
+
+@pytest.mark.parametrize("problem", ["fails", "rewrites", "slow"])
+def test_a_processor_that_cannot_be_used(problem: str, monkeypatch) -> None:
+    """It raises, changes the text beside an image, or has no tokenizer that says where its tokens are: one line."""
+    monkeypatch.setattr(chat.image_text, "_rules", {})
+    processor = with_bos("llava", False)
+    process = type(processor).__call__
+
+    def changed(self: ProcessorMixin, text: list[str], **kwargs) -> BatchFeature:
+        if problem == "fails":
+            raise KeyError("pixels")
+        return process(self, text=[each.replace("x", "y") for each in text], **kwargs)
+
+    if problem == "slow":
+        monkeypatch.setattr("transformers.BatchEncoding.encodings", None)
+    else:
+        monkeypatch.setattr(type(processor), "__call__", changed)
+    expected = {"fails": "pixels", "rewrites": "rewrites the text", "slow": "calls no fast tokenizer"}[problem]
+    with pytest.raises(UserError, match=f"LlavaProcessor cannot be used: .*{expected}") as error:
+        has_fixed_images(processor)
+    assert "\n" not in str(error.value)
+
+
+def test_a_count_that_is_wrong() -> None:
+    """Gemma 3 counts no crops. Where its images have some, trials with images tell."""
+    processor = with_bos("gemma3", False)
+    settings = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4}
+    type(processor).images_kwargs, before = type(processor).images_kwargs | settings, type(processor).images_kwargs
+    processor.image_processor.pan_and_scan_max_num_crops = 4  # another processor than those without
+    try:
+        rows, sizes = cases()
+        lengths = encoded(processor, rows, sizes)["attention_mask"].sum(1).tolist()
+        assert not has_fixed_images(processor)
+        assert count_tokens(processor, rows, sizes)[0].tolist() == lengths
+    finally:
+        type(processor).images_kwargs = before

@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import assert_same_gradients, has_no_gradient
 from PIL import Image
+from test_encoding import processor_of
 from torch.utils.data import DataLoader
 
 import step
+from chat.arguments import per_token
 from data.batch import Batch
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
@@ -253,3 +255,34 @@ def test_flash_attention_packs_one_row(tmp_path):
     with pytest.raises(UserError, match="--packing with flash_attention_2: choose --per_device_train_batch_size 1"):
         TrainConfig(**flags, per_device_train_batch_size=2)
     assert TrainConfig(**flags, per_device_train_batch_size=1).packing
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "gemma4", "smolvlm", "llama"])
+def test_whatever_a_processor_makes_per_token_is_packed(name: str) -> None:
+    """A packed row's tokens, labels and token types are its samples', one after the other; images in reading order."""
+    family = processor_of(name)
+    num_images = [0, 0, 0] if name == "llama" else [2, 0, 1]
+    samples = [
+        {
+            "id": str(i),
+            "conversations": [
+                {"from": "human", "value": "<image>\n" * number + f"What is {'it' * (i + 1)}?"},
+                {"from": "gpt", "value": f"A {i}."},
+            ],
+            "images": [Image.new("RGB", (100 + 30 * k, 80), (50 * k, i, 9)) for k in range(number)],
+        }
+        for i, number in enumerate(num_images)
+    ]
+    plain, packed = TrainCollator(family, 1000)(samples), PackedCollator(family, 1000)([samples[:2], samples[2:]])
+    assert packed.keys() == plain.keys() - {"attention_mask"} | {"position_ids"}
+    is_token = plain["attention_mask"].bool()
+    lengths = is_token.sum(1).tolist()
+    assert packed["input_ids"].shape == (2, max(lengths[0] + lengths[1], lengths[2]))
+    for key in per_token(plain):
+        if key != "attention_mask":
+            tokens = torch.cat([packed[key][0, : sum(lengths[:2])], packed[key][1, : lengths[2]]])
+            assert torch.equal(tokens, plain[key][is_token]), key
+    for key in set(plain) - set(per_token(plain)) - {"label_positions"}:
+        assert torch.equal(packed[key], plain[key]), key
+    starts = [0, lengths[0]]
+    assert (packed["position_ids"][0] == 0).nonzero().squeeze(1).tolist()[:2] == starts
