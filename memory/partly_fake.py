@@ -6,6 +6,7 @@ is computed from it alone; a weight, and what is computed from a weight, is fake
 data. transformers then sees real masks and positions, and takes the branch that a run takes.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +28,7 @@ MAKE_VALUES = (
 # Factories that make room for something. Integers and flags run, since a model makes positions and masks of them; what
 # is written into floats comes from weights, so that these are fake.
 MAKE_ROOM = (aten.empty, aten.empty_strided, aten.zeros, aten.ones, aten.full)
+LARGE = 2**25  # values
 INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -62,6 +64,8 @@ class PartlyFakeMode(FakeTensorMode):
         kwargs = kwargs or {}
         tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):
+            if tensors and grows_large(func, tensors):
+                return self.dispatch(func, types, *self._moved(args, kwargs))
             if tensors or self._makes_values(func, args, kwargs):
                 return func(*args, **kwargs)
             if self.in_model() and kwargs.get("device") == torch.device("cpu"):
@@ -130,6 +134,10 @@ class PartlyFakeMode(FakeTensorMode):
         is_apart = self.device.index is not None  # else device and host are one, and their tensors mix
         if not is_apart or not any(isinstance(x, FakeTensor) and x.device == self.device for x in tensors):
             return args, kwargs
+        return self._moved(args, kwargs)
+
+    def _moved(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments, with fake ones on the model's device for what is real."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, FakeTensor):
@@ -139,6 +147,15 @@ class PartlyFakeMode(FakeTensorMode):
 
         with patch.object(self, "_room_is_fake", True):  # of integers too
             return tree_map_only(torch.Tensor, moved, (args, kwargs))
+
+
+def grows_large(func: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether an operator makes something large of small tensors: a mask of all pairs of positions, as a rule. Nobody
+    asks for its values, and for a long row it would fill this machine's memory."""
+    if len(tensors) < 2 or torch.Tag.pointwise not in func.tags:
+        return False
+    num_values = math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    return num_values > LARGE and num_values > max(tensor.numel() for tensor in tensors)
 
 
 def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -83,3 +83,15 @@ def test_what_is_real_is_where_the_model_is() -> None:
             on_host * weight
         fake_mode.in_model = lambda: True
         assert torch.randn(4, device=torch.arange(4).device).device == torch.device("cpu:0")
+
+
+def test_a_mask_of_all_pairs_of_many_positions_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few it is real; on the model's device, apart from the host, it is there."""
+    monkeypatch.setattr("memory.partly_fake.LARGE", 1000)
+    with PartlyFakeMode("cpu:0"):
+        for length, is_large in ((30, False), (40, True)):
+            positions = torch.arange(length)
+            mask = positions[:, None] >= positions
+            assert isinstance(mask, FakeTensor) == is_large and mask.dtype == torch.bool
+            assert isinstance(mask[:, :1] & mask, FakeTensor) == is_large
+    assert mask.device == torch.device("cpu:0") and mask.shape == (40, 40)
