@@ -56,7 +56,7 @@ class PartlyFakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.device = torch.device(device)
         self.in_model: Callable[[], bool] = lambda: False  # whether a module's forward runs; a recorder knows
-        self._room_is_fake = False
+        self._makes_up = False  # while an operator's result is made up, whatever it makes on its way is fake
         self._repeated = RepeatedOps(self)
         self._stale: set[int] = set()  # addresses of the storages of such real tensors
 
@@ -65,13 +65,13 @@ class PartlyFakeMode(FakeTensorMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):
             if tensors and grows_large(func, tensors):
-                return self.dispatch(func, types, *self._moved(args, kwargs))
+                return self._make_up(func, types, *self._moved(args, kwargs))
             if tensors or self._makes_values(func, args, kwargs):
                 return func(*args, **kwargs)
             if self.in_model() and kwargs.get("device") == torch.device("cpu"):
                 # The model asks for it beside the batch, which is on its device.
                 kwargs = kwargs | {"device": self.device}
-            return self.dispatch(func, types, args, kwargs)
+            return self._make_up(func, types, args, kwargs)
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             with self:  # the kernels take other dtypes too, only the meta kernel refuses them
                 return _create_grouped_mm_output_tensor(*args[:2], args[2], None)
@@ -80,20 +80,28 @@ class PartlyFakeMode(FakeTensorMode):
         if all(isinstance(tensor, FakeTensor) for tensor in tensors):
             return self._run_or_repeat(func, types, args, kwargs)
         written = self._real_written(func, args)
-        output = self.dispatch(func, types, *self._on_one_device(tensors, args, kwargs))
+        output = self._make_up(func, types, *self._on_one_device(tensors, args, kwargs))
         return output if written is None else written
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is compiled, and to tell Dynamo so at each operator takes time
 
+    def _make_up(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        """What FakeTensorMode returns."""
+        before, self._makes_up = self._makes_up, True
+        try:
+            return self.dispatch(func, types, args, kwargs)
+        finally:
+            self._makes_up = before
+
     def _run_or_repeat(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         key = self._repeated.key_of(func, args, kwargs)
         if key is None:
-            return self.dispatch(func, types, args, kwargs)
+            return self._make_up(func, types, args, kwargs)
         output = self._repeated.repeat(key, args)
         if output is None:
-            output = self.dispatch(func, types, args, kwargs)
+            output = self._make_up(func, types, args, kwargs)
             self._repeated.remember(key, func, args, kwargs, output)
         return output
 
@@ -104,9 +112,11 @@ class PartlyFakeMode(FakeTensorMode):
         return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
 
     def _makes_values(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        if self._makes_up:
+            return False
         if func.overloadpacket in MAKE_VALUES:
             return True
-        if func.overloadpacket not in MAKE_ROOM or self._room_is_fake:
+        if func.overloadpacket not in MAKE_ROOM:
             return False
         dtype = kwargs.get("dtype")
         if dtype is None:
@@ -145,7 +155,7 @@ class PartlyFakeMode(FakeTensorMode):
             with self:
                 return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
-        with patch.object(self, "_room_is_fake", True):  # of integers too
+        with patch.object(self, "_makes_up", True):  # integers too
             return tree_map_only(torch.Tensor, moved, (args, kwargs))
 
 

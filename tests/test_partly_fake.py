@@ -40,6 +40,17 @@ def test_weights_and_what_comes_of_them_are_fake(fake_mode: PartlyFakeMode) -> N
             bool(features.isfinite().all())
 
 
+def test_integers_that_come_of_weights_are_fake(fake_mode: PartlyFakeMode) -> None:
+    """Those of topk, sort and argmax, and the room that is made beside them for what is chosen."""
+    scores = fake(fake_mode, 4, 8)
+    with fake_mode:
+        chosen = scores.topk(2).indices
+        mask = chosen.new_zeros((4, 8), dtype=torch.bool).scatter(-1, chosen, True)
+        found = (chosen, scores.sort().indices, scores.argmax(-1), mask, torch.zeros_like(chosen))
+        assert all(isinstance(tensor, FakeTensor) for tensor in found)
+        assert not isinstance(torch.zeros(4, 8, dtype=torch.bool), FakeTensor)
+
+
 def test_masks_of_the_batch_select_from_what_is_fake(fake_mode: PartlyFakeMode) -> None:
     """The form of a selection by a mask is known, in one dimension or in two, and of what is repeated."""
     hidden_states, mask = fake(fake_mode, 2, 3, 5), torch.tensor([[True, False, True], [False, False, True]])
