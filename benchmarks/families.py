@@ -65,12 +65,24 @@ FOR_FEW = [{"mixed_precision": "bf16"}, {"quantize": "nf4"}, {"lora_target_modul
 FEW = ("llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "gemma4", "smolvlm", "internvl", "mistral3", "llama")
 
 
+# In processes of DeepSpeed and DDP; a CPU has one memory for device and host.
+IN_PARALLEL = [
+    *({"family": family, "strategy": "zero3", "offload": "param"} for family in ("qwen3_vl", "gemma3", "smolvlm")),
+    {"family": "qwen3_5", "strategy": "zero3", "offload": "param", "world_size": 2},
+    {"family": "llava", "strategy": "zero2", "world_size": 2},
+    {"family": "mistral3", "strategy": "zero2", "offload": "optimizer", "lora_r": 0},
+    {"family": "internvl", "strategy": "ddp", "world_size": 2},
+    {"family": "mixtral", "strategy": "zero3", "world_size": 2},
+]
+
+
 def rows() -> Iterator[dict[str, Any]]:
     for family in FAMILIES:
         kinds = FOR_TEXT if family in TEXT_FAMILIES else FOR_IMAGES
         for flags in [*kinds, *(FOR_FEW if family in FEW else [])]:
             if is_installed(family) and not any(NEEDS.get(family, {}).get(name) == flags[name] for name in flags):
                 yield {"family": family} | flags
+    yield from IN_PARALLEL
 
 
 def is_installed(family: str) -> bool:

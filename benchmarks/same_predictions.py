@@ -1,7 +1,7 @@
 """Predict the rows under results/ again and compare them with what is committed, to the byte.
 
-    python -m benchmarks.same_predictions                    # half an hour of one core, no GPU
-    python -m benchmarks.same_predictions --only cpu gpu     # some of the files: cpu gpu headline mgm_2b
+    python -m benchmarks.same_predictions                    # 40 minutes of one core, no GPU
+    python -m benchmarks.same_predictions --only cpu gpu     # some: cpu families gpu headline mgm_2b
 
 Run it before and after a change that must not change a prediction. Exit code 1: a row differs.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu_matrix, gpu_matrix, headline, mgm_2b
+from benchmarks import cpu_matrix, families, gpu_matrix, headline, mgm_2b
 from benchmarks.rows import read_result
-from benchmarks.tables import CPU_MATRIX, GPU_MATRIX, HEADLINE, MGM_2B
+from benchmarks.tables import CPU_MATRIX, FAMILIES_MATRIX, GPU_MATRIX, HEADLINE, MGM_2B
 from memory.config import ProbeConfig
 from memory.predict import predict
 from utils import check_choice, run_script
@@ -23,9 +23,7 @@ from utils import check_choice, run_script
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    only: list[str] = field(
-        default_factory=lambda: ["cpu", "gpu", "headline", "mgm_2b"], metadata={"help": "which files' rows"}
-    )
+    only: list[str] = field(default_factory=lambda: list(FILES), metadata={"help": "which files' rows"})
 
     def __post_init__(self) -> None:
         for name in self.only:
@@ -57,6 +55,13 @@ def cpu_rows() -> Comparison:
             yield row["flags"], row["predicted_bytes"], predict(config)["peak_allocated_bytes"]
 
 
+def families_rows() -> Comparison:
+    with tempfile.TemporaryDirectory() as folder:
+        for row in read_result(FAMILIES_MATRIX)["rows"]:
+            result = predict(families.row_config(row["flags"], Path(folder)))
+            yield row["flags"], row["predicted_bytes"], result["peak_allocated_bytes"]
+
+
 def gpu_rows() -> Comparison:
     config = gpu_matrix.MatrixConfig()
     for row in read_result(GPU_MATRIX)["rows"]:
@@ -78,7 +83,7 @@ def mgm_2b_rows() -> Comparison:
             yield row["flags"], row, {"flags": row["flags"]} | predict_row(row["flags"])
 
 
-FILES = {"cpu": cpu_rows, "gpu": gpu_rows, "headline": headline_rows, "mgm_2b": mgm_2b_rows}
+FILES = {"cpu": cpu_rows, "families": families_rows, "gpu": gpu_rows, "headline": headline_rows, "mgm_2b": mgm_2b_rows}
 
 
 if __name__ == "__main__":

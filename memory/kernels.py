@@ -83,6 +83,12 @@ def _softmax_backward(args: tuple) -> int:
     return args[0].numel() * args[0].element_size()
 
 
+def _safe_softmax(args: tuple) -> int:
+    """Where a score is minus infinity, and which rows have no other (ATen/native/SoftMax.cpp)."""
+    scores, dim, *_ = args
+    return scores.numel() + scores.numel() // scores.shape[dim]
+
+
 def _dequantized(args: tuple, num_scales: int) -> int:
     """A 4-bit layer's whole weight in the input's dtype, and `num_scales` tensors of its blocks' scales in fp32.
 
@@ -143,6 +149,7 @@ CPU_WORKSPACES: dict[str, Workspace] = {  # left out: oneDNN's weights in its ow
     **dict.fromkeys(("add", "sub", "mul", "div"), _promoted),
     **dict.fromkeys(("add_", "sub_", "mul_", "div_"), _promoted_in_place),
     "where": _promoted_choice,
+    "_safe_softmax": _safe_softmax,
 }
 
 
@@ -159,6 +166,7 @@ def workspaces_of(device_type: str, gpu: str) -> dict[str, Workspace]:
         "_softmax_backward_data": _softmax_backward,
         "gemm_4bit": partial(_dequantized, num_scales=2),
         "where": _promoted_choice,
+        "_safe_softmax": _safe_softmax,
         "masked_scatter": _masked_scatter,
         "masked_scatter_": _masked_scatter,
     }

@@ -6,6 +6,7 @@ is computed from it alone; a weight, and what is computed from a weight, is fake
 data. transformers then sees real masks and positions, and takes the branch that a run takes.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +28,7 @@ MAKE_VALUES = (
 # Factories that make room for something. Integers and flags run, since a model makes positions and masks of them; what
 # is written into floats comes from weights, so that these are fake.
 MAKE_ROOM = (aten.empty, aten.empty_strided, aten.zeros, aten.ones, aten.full)
+LARGE = 2**25  # values
 INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -54,7 +56,7 @@ class PartlyFakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.device = torch.device(device)
         self.in_model: Callable[[], bool] = lambda: False  # whether a module's forward runs; a recorder knows
-        self._room_is_fake = False
+        self._makes_up = False  # while an operator's result is made up, whatever it makes on its way is fake
         self._repeated = RepeatedOps(self)
         self._stale: set[int] = set()  # addresses of the storages of such real tensors
 
@@ -62,12 +64,14 @@ class PartlyFakeMode(FakeTensorMode):
         kwargs = kwargs or {}
         tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):
+            if tensors and grows_large(func, tensors):
+                return self._make_up(func, types, *self._moved(args, kwargs))
             if tensors or self._makes_values(func, args, kwargs):
                 return func(*args, **kwargs)
             if self.in_model() and kwargs.get("device") == torch.device("cpu"):
                 # The model asks for it beside the batch, which is on its device.
                 kwargs = kwargs | {"device": self.device}
-            return self.dispatch(func, types, args, kwargs)
+            return self._make_up(func, types, args, kwargs)
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             with self:  # the kernels take other dtypes too, only the meta kernel refuses them
                 return _create_grouped_mm_output_tensor(*args[:2], args[2], None)
@@ -76,20 +80,28 @@ class PartlyFakeMode(FakeTensorMode):
         if all(isinstance(tensor, FakeTensor) for tensor in tensors):
             return self._run_or_repeat(func, types, args, kwargs)
         written = self._real_written(func, args)
-        output = self.dispatch(func, types, *self._on_one_device(tensors, args, kwargs))
+        output = self._make_up(func, types, *self._on_one_device(tensors, args, kwargs))
         return output if written is None else written
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is compiled, and to tell Dynamo so at each operator takes time
 
+    def _make_up(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        """What FakeTensorMode returns."""
+        before, self._makes_up = self._makes_up, True
+        try:
+            return self.dispatch(func, types, args, kwargs)
+        finally:
+            self._makes_up = before
+
     def _run_or_repeat(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         key = self._repeated.key_of(func, args, kwargs)
         if key is None:
-            return self.dispatch(func, types, args, kwargs)
+            return self._make_up(func, types, args, kwargs)
         output = self._repeated.repeat(key, args)
         if output is None:
-            output = self.dispatch(func, types, args, kwargs)
+            output = self._make_up(func, types, args, kwargs)
             self._repeated.remember(key, func, args, kwargs, output)
         return output
 
@@ -100,9 +112,11 @@ class PartlyFakeMode(FakeTensorMode):
         return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
 
     def _makes_values(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        if self._makes_up:
+            return False
         if func.overloadpacket in MAKE_VALUES:
             return True
-        if func.overloadpacket not in MAKE_ROOM or self._room_is_fake:
+        if func.overloadpacket not in MAKE_ROOM:
             return False
         dtype = kwargs.get("dtype")
         if dtype is None:
@@ -130,6 +144,10 @@ class PartlyFakeMode(FakeTensorMode):
         is_apart = self.device.index is not None  # else device and host are one, and their tensors mix
         if not is_apart or not any(isinstance(x, FakeTensor) and x.device == self.device for x in tensors):
             return args, kwargs
+        return self._moved(args, kwargs)
+
+    def _moved(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments, with fake ones on the model's device for what is real."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, FakeTensor):
@@ -137,8 +155,17 @@ class PartlyFakeMode(FakeTensorMode):
             with self:
                 return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
-        with patch.object(self, "_room_is_fake", True):  # of integers too
+        with patch.object(self, "_makes_up", True):  # integers too
             return tree_map_only(torch.Tensor, moved, (args, kwargs))
+
+
+def grows_large(func: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether an operator makes something large of small tensors: a mask of all pairs of positions, as a rule. Nobody
+    asks for its values, and for a long row it would fill this machine's memory."""
+    if len(tensors) < 2 or torch.Tag.pointwise not in func.tags:
+        return False
+    num_values = math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    return num_values > LARGE and num_values > max(tensor.numel() for tensor in tensors)
 
 
 def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -58,7 +58,6 @@ def test_rows_measured_again(flags: dict, tmp_path: Path) -> None:
         assert again[key] == pytest.approx(row[key], rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="python -m benchmarks.families has measured some of the rows so far")
 def test_every_row_is_there() -> None:
     """What can be measured here is in the table, 25 families with images among it."""
     flags = [row["flags"] for row in read_result(FAMILIES_MATRIX)["rows"]]

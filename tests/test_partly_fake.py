@@ -40,6 +40,17 @@ def test_weights_and_what_comes_of_them_are_fake(fake_mode: PartlyFakeMode) -> N
             bool(features.isfinite().all())
 
 
+def test_integers_that_come_of_weights_are_fake(fake_mode: PartlyFakeMode) -> None:
+    """Those of topk, sort and argmax, and the room that is made beside them for what is chosen."""
+    scores = fake(fake_mode, 4, 8)
+    with fake_mode:
+        chosen = scores.topk(2).indices
+        mask = chosen.new_zeros((4, 8), dtype=torch.bool).scatter(-1, chosen, True)
+        found = (chosen, scores.sort().indices, scores.argmax(-1), mask, torch.zeros_like(chosen))
+        assert all(isinstance(tensor, FakeTensor) for tensor in found)
+        assert not isinstance(torch.zeros(4, 8, dtype=torch.bool), FakeTensor)
+
+
 def test_masks_of_the_batch_select_from_what_is_fake(fake_mode: PartlyFakeMode) -> None:
     """The form of a selection by a mask is known, in one dimension or in two, and of what is repeated."""
     hidden_states, mask = fake(fake_mode, 2, 3, 5), torch.tensor([[True, False, True], [False, False, True]])
@@ -83,3 +94,15 @@ def test_what_is_real_is_where_the_model_is() -> None:
             on_host * weight
         fake_mode.in_model = lambda: True
         assert torch.randn(4, device=torch.arange(4).device).device == torch.device("cpu:0")
+
+
+def test_a_mask_of_all_pairs_of_many_positions_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few it is real; on the model's device, apart from the host, it is there."""
+    monkeypatch.setattr("memory.partly_fake.LARGE", 1000)
+    with PartlyFakeMode("cpu:0"):
+        for length, is_large in ((30, False), (40, True)):
+            positions = torch.arange(length)
+            mask = positions[:, None] >= positions
+            assert isinstance(mask, FakeTensor) == is_large and mask.dtype == torch.bool
+            assert isinstance(mask[:, :1] & mask, FakeTensor) == is_large
+    assert mask.device == torch.device("cpu:0") and mask.shape == (40, 40)

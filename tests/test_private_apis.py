@@ -329,6 +329,7 @@ APIS = [
             ("_scaled_dot_product_flash_attention_for_cpu", "has a workspace on a CPU"),
             ("_scaled_dot_product_flash_attention_for_cpu_backward", "has a workspace on a CPU"),
             ("_softmax_backward_data", "has a workspace on a GPU"),
+            ("_safe_softmax", "has a workspace"),
         )
     ],
     Api("bitsandbytes", "ops.gemm_4bit", "memory/kernels.py", "its workspace is computed from its first arguments",

@@ -1,11 +1,15 @@
 """ZeRO traced: strategies against each other, and against real DeepSpeed and DDP on the CPU."""
 
+from pathlib import Path
+
 import pytest
 from tiny_records import parameter_bytes, small_buckets, tiny_config, traced
 
+from benchmarks.families import row_config
 from memory.measure_cpu import measure_cpu
 from memory.placed import PlacedRecord
 from memory.predict import trace_strategy
+from memory.record import PHASES
 from memory.strategy import Strategy
 
 
@@ -75,3 +79,40 @@ def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, flag
         if attempt == 2 or predicted_bytes == pytest.approx(measured_bytes, rel=1e-3):
             break
     assert predicted_bytes == pytest.approx(measured_bytes, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "name", "offload", "world_size", "flags"),
+    [
+        ("qwen3_vl", "zero3", "param", 1, {}),
+        ("gemma3", "zero2", "none", 1, {"lora_r": 0}),
+        ("qwen3_5", "zero3", "param", 2, {}),
+        ("internvl", "ddp", "none", 2, {}),
+    ],
+)
+def test_prediction_of_a_real_run_of_other_families(
+    family: str, name: str, offload: str, world_size: int, flags: dict, tmp_path: Path
+) -> None:
+    """The same, within 0.1 %; two processes allocated 0.004 to 0.008 % more than predicted."""
+    strategy = small_buckets(Strategy.from_flags(name, offload, world_size))
+    config = row_config({"family": family} | flags, tmp_path)
+    predicted_bytes = trace_strategy(config, strategy).device.peak_bytes
+    for attempt in range(3):
+        measured_bytes = measure_cpu(config, strategy)
+        if attempt == 2 or predicted_bytes == pytest.approx(measured_bytes, rel=1e-3):
+            break
+    assert predicted_bytes == pytest.approx(measured_bytes, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4", "qwen2_5_vl", "mllama"])
+def test_other_families_on_two_memories(family: str, tmp_path: Path) -> None:
+    """A step and answers on a GPU beside its host: nothing mixes the two, the weights are in pinned memory, and the
+    device has no more of them than are gathered at a time."""
+    strategy = small_buckets(Strategy.from_flags("zero3", "param"))
+    config = row_config({"family": family, "device": "cuda", "eval_samples": 1}, tmp_path)
+    record = trace_strategy(config, strategy)
+    weights = record.pinned.breakdown()["weights"] + record.pinned.breakdown()["trained"]
+    assert weights > 1.5 * (record.device.breakdown()["weights"] + record.device.breakdown()["trained"]) > 0
+    assert {phase for _, phase in record.device.phase_starts} == set(PHASES)
