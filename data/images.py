@@ -5,10 +5,10 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation; Pillow inverts images 
 LEAVES = "leaves the image folder by a link; to allow such links, give --follow_links"
 MOVED = "images found where MGM's own loader looks for them: ocr_vqa as .png, vg/VG_100K as vg/images"
 MAX_ASPECT_RATIO = 100  # scaled so that the short side fits the tower, a longer strip would take gigabytes
+T = TypeVar("T")
 
 
 @contextmanager
@@ -87,22 +88,22 @@ def open_image(image_folder: Path, name: str, record_id: str, follow_links: bool
         UserError: it is missing, truncated, too large, not an image, or a link out of the folder (unless
             `follow_links`).
     """
-    path = Path(path_of(image_folder, name))
-    where = f"record {record_id}: image {path}"
-    with naming(where):
-        if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):
-            raise UserError(f"{where} {LEAVES}")
-        return read_rgb(path)
+    return _read(image_folder, name, record_id, follow_links, read_rgb)
 
 
 def read_size(image_folder: Path, name: str, record_id: str, follow_links: bool = False) -> tuple[int, int]:
     """Width and height by an image's header. Raises UserError as open_image does, for what the header shows."""
+    return _read(image_folder, name, record_id, follow_links, size_of_image)
+
+
+def _read(image_folder: Path, name: str, record_id: str, follow_links: bool, read: Callable[[Path], T]) -> T:
+    """`read(path)` of a record's image. Errors name the record and the image."""
     path = Path(path_of(image_folder, name))
     where = f"record {record_id}: image {path}"
     with naming(where):
         if not follow_links and not path.resolve().is_relative_to(image_folder.resolve()):
             raise UserError(f"{where} {LEAVES}")
-        return size_of_image(path)
+        return read(path)
 
 
 def size_of_image(file: Path | BinaryIO) -> tuple[int, int]:
