@@ -1,6 +1,7 @@
-"""Errors of the folder in which `datasets` keeps its Arrow files."""
+"""The Arrow files that `datasets` keeps: how many processes make one, and errors of the folder that holds them."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,14 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from utils import UserError, brief_error, is_disk_full
+
+
+MAX_PROCESSES = 16
+
+
+def num_processes(num_records: int, records_per_process: int) -> int | None:
+    """For `Dataset.map`: None, for no process beside this one, if there are fewer records than are worth another."""
+    return min(os.cpu_count() or 1, MAX_PROCESSES, num_records // records_per_process) or None
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """How long each sample is, in tokens, and how many of them are learned: told without opening an image."""
 
-import os
-
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
@@ -13,7 +11,7 @@ from chat.image_text import has_fixed_images, identity, takes_images
 from chat.images import shrunk_size
 from chat.messages import messages_for
 from chat.render import TEMPLATE_ERRORS, Messages
-from data.cache import naming_the_cache
+from data.cache import naming_the_cache, num_processes
 from data.dataset import ConversationDataset
 from data.sizes import IMAGE_SIZES, with_image_sizes
 from utils import UserError, brief_error
@@ -22,7 +20,6 @@ from utils import UserError, brief_error
 # Of the cached counts. Raise it when chat/ or a processor of ours changes them.
 LENGTHS_VERSION = 2
 RECORDS_PER_PROCESS = 20_000  # some ten seconds of tokenizing: fewer are not worth another process
-MAX_PROCESSES = 16
 
 
 def measure_lengths(
@@ -44,7 +41,7 @@ def measure_lengths(
             lambda batch: count_batch(batch, processor, max_length, max_image_pixels),
             batched=True,
             batch_size=256,  # a thousand long conversations would hold a hundred megabytes of offsets
-            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(records) // RECORDS_PER_PROCESS) or None,
+            num_proc=num_processes(len(records), RECORDS_PER_PROCESS),
             remove_columns=records.column_names,  # else the cache would hold the conversations once more
             new_fingerprint=Hasher.hash((records._fingerprint, *dependencies, *settings)),
             desc="Measuring lengths",

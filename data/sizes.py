@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
 from chat.images import Size
-from data.cache import naming_the_cache
+from data.cache import naming_the_cache, num_processes
 from data.dataset import ConversationDataset
 from data.images import path_of, read_size, size_of_image
 from data.sources import Source
@@ -20,8 +20,7 @@ from utils import UserError
 
 IMAGE_SIZES = "image_sizes"  # a column: of each image its width and height, in pixels
 SIZES_VERSION = 1  # of the cached sizes
-IMAGES_PER_PROCESS = 20_000  # some seconds of reading headers
-MAX_PROCESSES = 16
+RECORDS_PER_PROCESS = 20_000  # some seconds of reading headers
 FEATURES = datasets.Features({IMAGE_SIZES: datasets.List(datasets.List(datasets.Value("int32")))})
 NOT_INSIDE = (0, 0)  # in the place of an image that its row does not hold, or not so that it can be read
 UNKNOWN: Size = (640, 480)  # of an image that cannot be read, where bad samples are skipped: so will this one be
@@ -43,7 +42,7 @@ def with_image_sizes(dataset: ConversationDataset) -> datasets.Dataset:
             lambda batch: {IMAGE_SIZES: [sizes_of(record, dataset, inside) for record in rows_of(batch)]},
             batched=True,
             features=FEATURES,
-            num_proc=min(os.cpu_count() or 1, MAX_PROCESSES, len(records) // IMAGES_PER_PROCESS) or None,
+            num_proc=num_processes(len(records), RECORDS_PER_PROCESS),
             remove_columns=records.column_names,
             new_fingerprint=Hasher.hash(key),
             desc="Reading the images' sizes",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_files import load_conversations
 from torch.utils.data import DataLoader, Dataset
 
+import data.cache
 import data.lengths
 from chat.encoding import count_tokens
 from chat.messages import messages_for
@@ -280,7 +281,7 @@ def test_lengths_by_several_processes(odd_records, processor, monkeypatch):
     messages = [messages_for(processor, turns) for turns in odd_records["conversations"]]
     expected = dict(zip(NAMES, count_tokens(processor, messages, max_length=40), strict=True))
     monkeypatch.setattr(data.lengths, "RECORDS_PER_PROCESS", 25)
-    monkeypatch.setattr(data.lengths.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(data.cache.os, "cpu_count", lambda: 8)
     lengths = measure_lengths(odd_records, processor, 40)
     caches = {Path(file["filename"]) for file in lengths.cache_files}
     assert sorted(path.name.partition("_")[2] for path in caches if "_of_" in path.name) == [
