@@ -5,6 +5,7 @@ from PIL import Image
 
 Size = tuple[int, int]  # width and height in pixels
 GREY = (127, 127, 127)
+PHOTO: Size = (640, 480)  # a size for images of which none is known
 
 
 def blank_image(size: Size) -> Image.Image:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
-from chat.images import Size
+from chat.images import PHOTO, Size
 from data.cache import naming_the_cache, num_processes
 from data.dataset import ConversationDataset
 from data.images import path_of, read_size, size_of_image
@@ -23,7 +23,6 @@ SIZES_VERSION = 1  # of the cached sizes
 RECORDS_PER_PROCESS = 20_000  # some seconds of reading headers
 FEATURES = datasets.Features({IMAGE_SIZES: datasets.List(datasets.List(datasets.Value("int32")))})
 NOT_INSIDE = (0, 0)  # in the place of an image that its row does not hold, or not so that it can be read
-UNKNOWN: Size = (640, 480)  # of an image that cannot be read, where bad samples are skipped: so will this one be
 
 
 def with_image_sizes(dataset: ConversationDataset) -> datasets.Dataset:
@@ -66,7 +65,7 @@ def sizes_of(record: dict[str, Any], dataset: ConversationDataset, inside: datas
     except UserError:
         if not dataset.skips_bad:
             raise
-        return [UNKNOWN] * len(record["images"])
+        return [PHOTO] * len(record["images"])  # it will be skipped when it is opened
 
 
 def size_of(index: int, name: str | None, inside: Size, record: dict[str, Any], dataset: ConversationDataset) -> Size:

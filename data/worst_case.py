@@ -15,7 +15,7 @@ from chat.arguments import find_positions, forward_arguments, image_token_ids, p
 from chat.encoding import num_image_tokens
 from chat.expansion import processed
 from chat.image_text import takes_images
-from chat.images import Size, blank_image, shrunk_size
+from chat.images import PHOTO, Size, blank_image, shrunk_size
 from data.sizes import IMAGE_SIZES
 from layers.chunked_loss import IGNORE_INDEX
 from step import StepConfig
@@ -23,7 +23,6 @@ from step import StepConfig
 
 Config = TypeVar("Config", bound=StepConfig)
 TEXT = "x"  # an ordinary token, between images and in the rest of a row
-PHOTO = (640, 480)  # a size for images of which none is known
 
 
 @dataclass(frozen=True)
