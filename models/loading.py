@@ -105,15 +105,17 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     is_quantized = quantize != "none"
     if is_quantized:
         require_quantization(quantize)
-        with torch.device("meta"), set_quantized_state():
-            skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
-        language_path = path_of(skeleton, language_model(skeleton))
     if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
             model = _from_config(auto_class, name, config, dtype, attn_implementation)
         if is_quantized:
-            quantize_language_model(model, language_path, dtype)
+            quantize_language_model(model, path_of(model, language_model(model)), dtype)
         return model
+    quantization_config = None
+    if is_quantized:
+        with torch.device("meta"), set_quantized_state():
+            skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
+        quantization_config = nf4_config(dtype, path_of(skeleton, language_model(skeleton)))
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -121,7 +123,7 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
-        quantization_config=nf4_config(dtype, language_path) if is_quantized else None,
+        quantization_config=quantization_config,
     )
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
