@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, get_cosine_schedule_with_warmup
 
 from data.demo import DEMO_QUESTIONS, DIGIT_SIDE, IMAGE_SIDE, Scan, choose_scans, draw_number, load_digits, load_scans
 from mgm.chat_templates import build_generation_config
@@ -73,9 +73,16 @@ def main(config: TinyConfig) -> dict:
     tokenizer = train_tokenizer(tiny().text_config.vocab_size, **NAMED_TOKENS)
     model = init_tiny_mgm(tokenizer)
     processor = build_processor(model.config, tokenizer)
+    return train_and_save(model, processor, config, train_vision, train_language)
+
+
+def train_and_save(
+    model: PreTrainedModel, processor: ProcessorMixin, config: TinyConfig, *stages: Callable[..., None]
+) -> dict:
+    """Run each stage of the training, write the model, and say how well it has learned."""
     model.train()
-    train_vision(model, processor, config)
-    train_language(model, processor, config)
+    for train in stages:
+        train(model, processor, config)
     model.eval()
     accuracy = place_accuracy(model, processor)
     model.save_pretrained(config.output)
@@ -250,7 +257,7 @@ def to_conversation(questions: list[tuple[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-def place_accuracy(model: MGMForConditionalGeneration, processor: MGMProcessor, num_images: int = 200) -> float:
+def place_accuracy(model: PreTrainedModel, processor: ProcessorMixin, num_images: int = 200) -> float:
     """Share of single questions about held-out scans that are answered exactly, greedily."""
     rng = random.Random(1)
     correct = total = 0

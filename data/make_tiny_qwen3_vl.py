@@ -28,9 +28,9 @@ from data.make_tiny_mgm import (
     init_narrow,
     optimize,
     patch_targets,
-    place_accuracy,
     place_conversations,
     random_scans,
+    train_and_save,
     train_tokenizer,
 )
 from mgm.chat_templates import build_generation_config
@@ -56,14 +56,7 @@ def main(config: TinyQwenConfig) -> dict:
     tokenizer = train_tokenizer(VOCAB_SIZE, SPECIAL_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     video = VideoSettings({"video_processor_type": "Qwen3VLVideoProcessor"})
     processor = Qwen3VLProcessor(build_image_processor(), tokenizer, video, chat_template=TEMPLATE)
-    model = init_tiny_qwen(tokenizer).train()
-    train_vision(model, processor, config)
-    train_language(model, processor, config)
-    model.eval()
-    accuracy = place_accuracy(model, processor)
-    model.save_pretrained(config.output)
-    processor.save_pretrained(config.output)
-    return {"status": "done", "output": config.output, "place_accuracy": accuracy}
+    return train_and_save(init_tiny_qwen(tokenizer), processor, config, train_vision, train_language)
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
