@@ -15,12 +15,10 @@ from peft.tuners.lora import LoraLayer
 from tiny_families import (
     CHATML,
     FAMILIES,
-    PROCESSORS,
     TEXT_FAMILIES,
     TIMM_FAMILIES,
     TORCHVISION_FAMILIES,
     VISION_FAMILIES,
-    gemma4,
     write_family,
 )
 from torch import nn
@@ -47,11 +45,6 @@ from models.parts import language_model, path_of, vision_tower
 from models.processors import read_tokenizer
 from step import StepConfig, build_model, check_model
 from utils import UserError
-
-
-# Later layers read the keys of earlier ones, as in Gemma 4 E2B and E4B.
-FAMILIES["gemma4_sharing"] = lambda: gemma4(num_kv_shared_layers=2)
-PROCESSORS["gemma4_sharing"] = PROCESSORS["gemma4"]
 
 
 def untied(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -310,6 +310,11 @@ def gemma4_moe() -> PreTrainedConfig:
     return gemma4(**experts, hidden_size_per_layer_input=0)
 
 
+def gemma4_sharing() -> PreTrainedConfig:
+    """As Gemma 4 E2B and E4B: later layers take the keys and values of earlier ones."""
+    return gemma4(num_kv_shared_layers=2)
+
+
 def gemma4_audio() -> PreTrainedConfig:
     """As Gemma 4 E2B and E4B: with an audio encoder, and layers that take the keys and values of others."""
     audio = {
@@ -488,8 +493,8 @@ VISION_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     make.__name__: make
     for make in (
         llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe,
-        idefics2, idefics3, smolvlm, paligemma, paligemma2, gemma3, gemma3n, gemma4, gemma4_moe, gemma4_audio,
-        internvl, pixtral, mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision, llama4, mllama,
+        idefics2, idefics3, smolvlm, paligemma, paligemma2, gemma3, gemma3n, gemma4, gemma4_moe, gemma4_sharing,
+        gemma4_audio, internvl, pixtral, mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision, llama4, mllama,
     )
 }  # fmt: skip
 TORCHVISION_FAMILIES = ("kimi_k25", "lfm2_vl", "llama4")  # transformers has no image processor without it
@@ -806,6 +811,7 @@ PROCESSORS: dict[str, Callable[[str], ProcessorMixin]] = {
     "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "gemma4_moe": _gemma4,
+    "gemma4_sharing": _gemma4,
     "gemma4_audio": _gemma4,
     "internvl": _internvl,
     "pixtral": _pixtral,
