@@ -494,7 +494,8 @@ VISION_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     for make in (
         llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe,
         idefics2, idefics3, smolvlm, paligemma, paligemma2, gemma3, gemma3n, gemma4, gemma4_moe, gemma4_sharing,
-        gemma4_audio, internvl, pixtral, mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision, llama4, mllama,
+        gemma4_audio, internvl, pixtral, mistral3, glm4v, glm4v_moe, kimi_k25, lfm2_vl, ovis2, aya_vision,
+        llama4, mllama,
     )
 }  # fmt: skip
 TORCHVISION_FAMILIES = ("kimi_k25", "lfm2_vl", "llama4")  # transformers has no image processor without it
