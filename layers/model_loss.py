@@ -34,7 +34,7 @@ def use_model_loss(model: PreTrainedModel, chunked: bool) -> None:
         UserError: the model's head is no linear layer, so that its loss cannot be computed by chunks.
     """
     model.chunked_loss = chunked
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if type(head) is nn.Linear:  # a subclass may compute something else
         head.__class__ = LanguageModelHead
     if chunked and not isinstance(head, LanguageModelHead):
@@ -44,6 +44,12 @@ def use_model_loss(model: PreTrainedModel, chunked: bool) -> None:
     if not hasattr(forward, "computes_loss"):
         # PEFT calls the base model's `forward` itself, so that hooks would not run.
         model.forward = MethodType(own_loss(forward), model)
+
+
+def head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes logits; some models leave it to a language model inside them."""
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((head for each in models if (head := each.get_output_embeddings()) is not None), None)
 
 
 def own_loss(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
@@ -97,7 +103,7 @@ class ModelLoss:
         self.labels = labels
         self.label_positions = label_positions
         self.num_items_in_batch = num_items_in_batch
-        self.head = model.get_output_embeddings()
+        self.head = head_of(model)
         self.reference = model.loss_function
         self.is_chunked = model.training and model.chunked_loss
         self.computed: list[torch.Tensor] = []  # what loss_function has computed

@@ -229,6 +229,10 @@ def _from_pretrained(auto_class: type, name: str, attn_implementation: str, **kw
     try:
         make = partial(auto_class.from_pretrained, name, **kwargs)
         return _with_attention(make, kwargs["config"], attn_implementation)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"--model {name}: the weights do not fit the config (tensors of other shapes)") from None
     except LOADING_ERRORS as error:
         check_no_adapter(name)
         raise _explained(error, name, attn_implementation) from None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from layers.model_loss import head_of
 from layers.quantization import is_quantized, num_values
 from models.family import family_of
 from models.parts import language_model, path_of, unused_modules, vision_tower
@@ -58,7 +59,7 @@ def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> s
 def linear_layers(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
     """The paths of a part's linear layers, each with its name: the path's last piece, and the one before it where that
     is a number."""
-    head, found = model.get_output_embeddings(), {}
+    head, found = head_of(model), {}
     for path, module in part.named_modules(prefix=path_of(model, part)):
         is_linear = type(module) in LINEAR_LAYERS or (isinstance(module, nn.Linear) and is_quantized(module))
         if is_linear and module is not head:
@@ -134,7 +135,7 @@ def default_modules(model: PreTrainedModel, has_adapter: bool) -> list[str]:
     names = list(family_of(model.config).trainable_modules)
     if has_adapter:
         return names
-    head = model.get_output_embeddings()
+    head = head_of(model)
     return names + [path_of(model, part) for part in (language_model(model), head) if part is not None]
 
 

@@ -350,7 +350,9 @@ def test_layers_that_a_family_lacks():
     assert "choose k_proj, o_proj, q_proj, v_proj or all-linear" in said(
         "mixtral", lora_target_modules=["gate_up_proj"]
     )
-    assert "Mamba2Model has no such layer, choose in_proj" in said("mamba2", lora_target_modules=["out_proj"])
+    assert "Mamba2Model has no such layer, choose in_proj or all-linear" in said(
+        "mamba2", lora_target_modules=["out_proj"]
+    )
     assert "LlamaForCausalLM has no vision tower" in said("llama", lora_vision_tower=True)
     assert re.search(
         r"--lora_vision_tower true, --lora_target_modules q_proj v_proj: Qwen3VLVisionModel has no such layer, choose "
@@ -438,6 +440,15 @@ def test_decoders_that_look_like_encoders_are_not_refused(tmp_path):
     for config in (GPTNeoXConfig(), BertConfig(is_decoder=True)):
         config.save_pretrained(tmp_path / config.model_type)
         assert load_config(str(tmp_path / config.model_type)).model_type == config.model_type
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path):
+    write_family("llama", tmp_path, with_weights=True)
+    config = load_config(str(tmp_path))
+    config.intermediate_size += 8
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"--model .*: the weights do not fit the config \(tensors of other shapes\)"):
+        load_model(str(tmp_path), torch.float32, "sdpa")
 
 
 def test_families_that_the_table_does_not_name():

@@ -132,6 +132,39 @@ def test_a_head_of_another_class():
     small(OwnHead, chunked=False)
 
 
+class Around(GemmaForCausalLM):
+    """A model that leaves the head to a language model inside it, and takes the loss itself."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__(config)
+        del self.lm_head
+        self.language_model = GemmaForCausalLM(config)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        output = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=50)
+        return output
+
+
+def test_a_head_in_a_model_inside():
+    """Its loss and gradients are those of the inner model alone."""
+    around = small(Around)
+    inner = copy.deepcopy(around.language_model)
+    use_model_loss(inner, chunked=False)
+    losses = [model(**BATCH, num_items_in_batch=7) for model in (around, inner)]
+    assert losses[0].logits is None
+    torch.testing.assert_close(losses[0].loss, losses[1].loss)
+    for output in losses:
+        output.loss.backward()
+    torch.testing.assert_close(around.language_model.lm_head.weight.grad, inner.lm_head.weight.grad)
+    assert around.language_model.lm_head.__class__ is LanguageModelHead and "lm_head" not in vars(
+        around.language_model
+    )
+
+
 class OtherLoss(GemmaForCausalLM):
     """A model with a loss of its own."""
 
