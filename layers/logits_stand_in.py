@@ -21,9 +21,14 @@ from utils import UserError
 class LogitsStandIn:
     """Stands for the logits [..., V] of hidden states [..., D], and for what `steps` make of them."""
 
-    def __init__(self, hidden_states: torch.Tensor, steps: tuple[Step, ...] = ()) -> None:
+    def __init__(self, hidden_states: torch.Tensor, num_words: int, steps: tuple[Step, ...] = ()) -> None:
         self.hidden_states = hidden_states
+        self.num_words = num_words
         self.steps = steps
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden_states.shape[:-1], self.num_words))
 
     @property
     def device(self) -> torch.device:
@@ -34,7 +39,7 @@ class LogitsStandIn:
         return self.hidden_states.dtype
 
     def _then(self, step: Step) -> "LogitsStandIn":
-        return LogitsStandIn(self.hidden_states, (*self.steps, step))
+        return LogitsStandIn(self.hidden_states, self.num_words, (*self.steps, step))
 
     def __truediv__(self, number: float | torch.Tensor) -> "LogitsStandIn":
         check_not_trained(number)
@@ -54,7 +59,8 @@ class LogitsStandIn:
         is_slice = isinstance(index, tuple) and len(index) == 2 and index[0] is ... and isinstance(index[1], slice)
         if not is_slice:
             raise unknown_step(f"the index {index}")
-        return self._then(lambda logits: logits[index])
+        num_words = len(range(self.num_words)[index[1]])
+        return LogitsStandIn(self.hidden_states, num_words, (*self.steps, lambda logits: logits[index]))
 
     def float(self) -> "LogitsStandIn":
         return self  # each chunk is in fp32 anyway
@@ -100,7 +106,7 @@ class HeadStandIn:
         self.head = head
 
     def __call__(self, hidden_states: torch.Tensor) -> LogitsStandIn:
-        return LogitsStandIn(hidden_states)
+        return LogitsStandIn(hidden_states, self.head.out_features)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.head, name)

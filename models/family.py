@@ -34,7 +34,7 @@ class Family:
     # Whether the embeddings' output gets a gradient though it is frozen, as transformers and PEFT would have it: of no
     # use, but MGM's memory has been measured with it.
     keeps_input_gradients: bool = False
-    # Linear layers whose weights are read by fused kernels, which do not see LoRA; PEFT refuses them too.
+    # Layers of a state-space mixer whose weights are read by fused kernels, which do not see LoRA.
     layers_without_lora: tuple[str, ...] = ()
     # Of a family whose processors have none.
     chat_template: str | None = None
@@ -51,8 +51,14 @@ FAMILIES = {
     **{name: Family(refused_precisions=("fp16",)) for name in ("gemma3", "gemma3n", "gemma3n_text", "shieldgemma2")},
     "gemma3_text": Family(packs=True, refused_precisions=("fp16",)),
     **{
-        name: Family(layers_without_lora=("out_proj", "conv1d"))
-        for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+        name: Family(layers_without_lora=layers)
+        for layers, names in (
+            (("out_proj", "conv1d"), ("falcon_h1", "mamba2", "nemotron_h")),
+            (("out_proj", "conv1d", "x_proj", "dt_proj"), ("falcon_mamba", "mamba")),
+            (("out_proj",), ("bamba", "granitemoehybrid", "zamba2")),
+            (("dt_proj",), ("jamba", "zamba")),
+        )
+        for name in names
     },
     # Of these tests/test_family_steps.py shows that packed samples are trained as each by itself. Others put images or
     # time into positions (M-RoPE), mask images in both directions, or carry a state from sample to sample.

@@ -22,6 +22,7 @@ from utils import UserError
 ALL_LINEAR = "all-linear"  # PEFT's word
 # The second is GPT-2's, with a transposed weight. Others are subclasses, such as routers, which return something else.
 LINEAR_LAYERS = (nn.Linear, Conv1D, FalconLinear)
+INDEXER = "indexer"  # chooses the keys that sparse attention reads, and gets no gradient through that
 
 
 def lora_pattern(model: PreTrainedModel, names: list[str], has_tower: bool) -> str:
@@ -62,7 +63,8 @@ def linear_layers(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
     head, found = head_of(model), {}
     for path, module in part.named_modules(prefix=path_of(model, part)):
         is_linear = type(module) in LINEAR_LAYERS or (isinstance(module, nn.Linear) and is_quantized(module))
-        if is_linear and module is not head:
+        chooses = INDEXER in path.split(".")
+        if is_linear and module is not head and not chooses:
             *_, before, name = path.split(".")
             found[path] = f"{before}.{name}" if name.isdecimal() else name
     refused = {*family_of(model.config).layers_without_lora, *taken_for_experts(model, set(found.values()))}

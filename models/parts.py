@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder that reads text, without the head that makes logits."""
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its head a decoder
+        decoder = model.base_model
     while inner := _child_with(decoder, embeddings):
         decoder = inner  # Llama 4's is a language model with a head, around the decoder itself
     return decoder

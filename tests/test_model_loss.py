@@ -17,7 +17,7 @@ from utils import UserError
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
-TOKENS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(3, 49, (3, 9), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(torch.arange(9) < 4, -100, TOKENS)
 BATCH = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "labels": LABELS}
 
@@ -45,7 +45,7 @@ class GemmaWith(GemmaForCausalLM):
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.change(self.lm_head(outputs.last_hidden_state))
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=50, **kwargs)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return type(super().forward(input_ids=input_ids))(loss=loss, logits=logits)
 
 
@@ -53,7 +53,7 @@ CHANGES = {
     "scaled": lambda logits: 3 * (logits / 0.5) * torch.tensor(0.7),
     "capped": lambda logits: torch.tanh(logits.float() / 0.1) * 0.1,
     "capped by a module": lambda logits: nn.Tanh()(logits).tanh().to(torch.float32).contiguous(),
-    "cut": lambda logits: logits[..., :50] * 2,
+    "cut": lambda logits: logits[..., : logits.shape[-1] - 1] * 2,
 }
 
 
