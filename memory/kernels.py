@@ -33,6 +33,9 @@ CUDA_AUTOCAST_TO_FP32 = (
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "cumprod")
 # What a block needs of shared memory for the wider of the memory-efficient kernels.
 WIDE_BLOCK_BYTES = 128 * 2**10
+# What a block has on Hopper, where PyTorch prefers cuDNN's attention (from 9.15 on) for heads of up to 256.
+HOPPER_BLOCK_BYTES = 227 * 2**10
+CUDNN_HEAD_DIM = 256
 
 
 def _flash_backward(args: tuple) -> int:
@@ -62,8 +65,9 @@ def _efficient_block(width: int, block_shared_bytes: int) -> tuple[int, int, boo
     """The queries and keys that a block takes at a time, and whether its registers hold dk and dv."""
     if width <= 64:
         return 64, 64, True
-    if width > 128:
-        return 128, 64, False
+    if width > 128:  # cuDNN's kernel keeps dk and dv in 16 bits, at the price of dq's sum alone
+        is_cudnn = block_shared_bytes >= HOPPER_BLOCK_BYTES and width <= CUDNN_HEAD_DIM
+        return 128, 64, is_cudnn
     if block_shared_bytes >= WIDE_BLOCK_BYTES:
         return 128, 128, True
     return (128, 64, True) if width <= 96 else (64, 64, False)
@@ -246,8 +250,8 @@ def _cuda_attention(
     kernel; that one does not share keys among heads, and then attention is computed step by step.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. On Hopper, with cuDNN from 9.15 on, PyTorch prefers
-    cuDNN's attention for heads of up to 128. Only there can be seen what it allocates; here it counts as the kernel
-    that it replaces.
+    cuDNN's attention for heads of up to 256. Only there can be seen what it allocates; here it counts as the kernel
+    that it replaces, but for dk and dv in fp32.
     """
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     sizes = [x.shape[-1] for x in (query, key, value)]

@@ -64,6 +64,8 @@ class PartlyFakeMode(FakeTensorMode):
         kwargs = kwargs or {}
         tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):
+            if func is aten._to_copy.default and self._is_there(args[0], kwargs):
+                return args[0]
             if tensors and grows_large(func, tensors):
                 return self._make_up(func, types, *self._moved(args, kwargs))
             if tensors or self._makes_values(func, args, kwargs):
@@ -110,6 +112,11 @@ class PartlyFakeMode(FakeTensorMode):
         if isinstance(tensor, FakeTensor):
             return True
         return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
+
+    def _is_there(self, tensor: torch.Tensor, kwargs: dict) -> bool:
+        """Whether a real tensor is only sent to the model's device, where it counts as being."""
+        is_sent = self.device.index is not None and kwargs.get("device") == self.device
+        return is_sent and kwargs.get("dtype") in (None, tensor.dtype) and kwargs.get("memory_format") is None
 
     def _makes_values(self, func: Any, args: tuple, kwargs: dict) -> bool:
         if self._makes_up:

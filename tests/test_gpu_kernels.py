@@ -63,7 +63,7 @@ def measured_bytes(shape: tuple) -> int:
 @pytest.mark.parametrize("width", [64, 72, 80, 96, 128, 256])
 def test_attention(width: int, key_heads: int, has_mask: bool) -> None:
     """Two rows of 8 heads and 2048 positions in bf16, within 2 %. Keys that heads share have no mask, as transformers
-    calls it. On Hopper PyTorch may take cuDNN's kernel for heads of up to 128, which is not modelled: within 25 %."""
+    calls it. On Hopper PyTorch may take cuDNN's kernel, of which only dk and dv are modelled: within 25 %."""
     if has_mask and key_heads < 8:
         pytest.skip("transformers repeats such keys")
     shape = (2, 8, key_heads, 2048, width, has_mask)
@@ -71,4 +71,4 @@ def test_attention(width: int, key_heads: int, has_mask: bool) -> None:
     traced = traced_bytes(shape, nearest_gpu(torch.cuda.get_device_name(), capability))
     measured = measured_bytes(shape)
     print(shape, f"traced {traced:,} measured {measured:,} {traced / measured - 1:+.2%}")
-    assert traced == pytest.approx(measured, rel=0.25 if capability >= (9, 0) and width <= 128 else 0.02)
+    assert traced == pytest.approx(measured, rel=0.25 if capability >= (9, 0) else 0.02)

@@ -43,7 +43,9 @@ def test_workspaces_of_flash_attention() -> None:
 @pytest.mark.parametrize(
     ("gpu", "width", "dtype", "floats"),
     [
-        ("h100", 256, torch.bfloat16, 3 * 256),
+        ("h100", 320, torch.bfloat16, 320 + 2 * 384),
+        ("h100", 256, torch.bfloat16, 256),
+        ("rtx4090", 256, torch.bfloat16, 3 * 256),
         ("h100", 128, torch.bfloat16, 128),
         ("rtx4090", 128, torch.bfloat16, 3 * 128),
         ("rtx4090", 72, torch.bfloat16, 128),
@@ -72,9 +74,10 @@ def test_workspaces_of_a_cpus_attention() -> None:
         forward = workspaces["_scaled_dot_product_flash_attention_for_cpu"]((query, query, query))
         backward = workspaces["_scaled_dot_product_flash_attention_for_cpu_backward"]((output, query, query))
         is_half = dtype == torch.bfloat16
-        scores = 64 * 300 * torch.get_num_threads()
+        num_threads = torch.get_num_threads()
+        scores = 64 * 300 * num_threads
         of_forward = [forward - 2 * scores, 2 * scores] if is_half else [forward]
-        of_backward = [2 * 4 * scores, *([2 * 2 * scores] if is_half else []), 64 * 4]
+        of_backward = [2 * 4 * scores, *([2 * 2 * scores] if is_half else []), *[64 * 4] * num_threads]
         assert set(of_forward + of_backward) <= set(sizes) and backward == sum(of_backward)
 
 

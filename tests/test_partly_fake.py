@@ -96,6 +96,15 @@ def test_what_is_real_is_where_the_model_is() -> None:
         assert torch.randn(4, device=torch.arange(4).device).device == torch.device("cpu:0")
 
 
+def test_what_is_real_is_sent_to_the_model_without_a_copy() -> None:
+    """As generate() does with each tensor. A copy that is asked for, and another dtype, are copies."""
+    with PartlyFakeMode("cpu:0"):
+        pixels = torch.arange(4, dtype=torch.float32)
+        assert pixels.to("cpu:0").data_ptr() == pixels.data_ptr()
+        assert pixels.to("cpu", copy=True).data_ptr() != pixels.data_ptr()
+        assert pixels.to("cpu:0", torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_a_mask_of_all_pairs_of_many_positions_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few it is real; on the model's device, apart from the host, it is there."""
     monkeypatch.setattr("memory.partly_fake.LARGE", 1000)
