@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
@@ -858,7 +859,11 @@ def build_tiny_model(config: PreTrainedConfig) -> tf.PreTrainedModel:
     auto_class = tf.AutoModelForImageTextToText if has_images else tf.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return auto_class.from_config(config)
+        model = auto_class.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("attn_gate") or name.endswith("mlp_gate"):
+            nn.init.ones_(parameter)  # Mllama's begin at 0, where nothing of an image gets through
+    return model
 
 
 def _write_class_names(name: str, folder: Path) -> None:
