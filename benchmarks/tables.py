@@ -13,6 +13,8 @@ from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.rows import RESULTS, ROOT, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
+from models.family import packs
+from tests.tiny_families import FAMILIES, TRAINED
 from utils import GIB, MIB, markdown_table
 
 
@@ -25,6 +27,7 @@ DOCUMENTS = (
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
 CPU_MATRIX, GPU_MATRIX = RESULTS / "cpu/matrix.json", RESULTS / "gpu/matrix.json"
+GPU_FAMILIES = RESULTS / "gpu/families.json"
 HEADLINE, MGM_2B = RESULTS / "headline.json", RESULTS / "mgm_2b.json"
 HEADLINE_CARDS = ("rtx3070", "rtx3060", "rtxa4000", "rtx4090")  # 8, 12, 16 and 24 GB
 STRATEGIES = {  # the headline's, on one process
@@ -63,12 +66,23 @@ def error_rows(rows: list[dict[str, Any]]) -> list[str]:
     return [markdown_table(header, cells), f"Median error: {', '.join(summary)}."]
 
 
+def gpu_families_table() -> str:
+    """results/gpu/families.json: models of other families at their real size."""
+    matrix = read_result(GPU_FAMILIES)
+    rows = [row for row in matrix["rows"] if "predicted" in row]
+    return "\n\n".join([f"{matrix['machine']['gpu']}, PyTorch {matrix['machine']['torch']}.", *error_rows(rows)])
+
+
 def error(row: dict[str, Any], name: str) -> float:
     return row["predicted"][name] / row["measured"][name] - 1
 
 
 def describe(flags: dict[str, Any]) -> str:
-    words = [f"{name} {value}" for name, value in flags.items() if DEFAULTS.get(name) != value]
+    words = []
+    for name, value in flags.items():
+        if DEFAULTS.get(name) != value:
+            text = " ".join(value) if isinstance(value, list) else value
+            words.append(text if name == "model" else f"{name} {text}")
     return ", ".join(words) or "defaults"
 
 
@@ -152,6 +166,16 @@ def families_table() -> str:
     )
 
 
+def trained_families_table() -> str:
+    """What tests do with a tiny model of each family, and how near its predictions are in results/families.json."""
+    rows, cells = read_result(FAMILIES_MATRIX)["rows"], []
+    for family, title in TRAINED.items():
+        worst = max((row["error"] for row in rows if row["flags"]["family"] == family), key=abs)
+        packing = "yes" if packs(FAMILIES[family]()) else "refused"
+        cells.append([title, f"`{family}`", f"within {abs(worst):.3%}", "yes", "yes", "yes", packing])
+    return markdown_table(["models", "`model_type`", "predicted", "trained", "evaluated", "merged", "packed"], cells)
+
+
 def headline_table(is_short: bool = False) -> str:
     """Each row of results/headline.json: what it needs, which cards have that much, and what other estimators say.
 
@@ -206,8 +230,10 @@ TABLES = {
     "headline": headline_table,
     "headline-short": partial(headline_table, is_short=True),
     "gpu": gpu_table,
+    "gpu-families": gpu_families_table,
     "cpu": cpu_table,
     "families": families_table,
+    "trained-families": trained_families_table,
     "ladder": ladder_table,
     "loss": loss_table,
     "step": step_table,

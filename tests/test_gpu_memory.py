@@ -25,8 +25,9 @@ ALLOCATED_ERROR = 0.001
         ({"per_device_eval_batch_size": 8}, 0.01),
         ({"max_seq_len": 4096, "lora_target_modules": ["all-linear"]}, 0.01),
         ({"max_seq_len": 1024, "gradient_checkpointing": False, "packing": True}, 0.01),
-        # Under ZeRO-3 the allocator's reserve varies: so far the device held 0.2 to 3.6 % more than predicted.
-        (ZERO3 | {"max_seq_len": 1024}, 0.04),
+        # Where there is room, ZeRO-3 has reserved up to 57 % more than predicted, for one more gathered weight.
+        # Here the allocator may reserve 2.24 GiB, 15 % more, and the step has to do with that.
+        (ZERO3 | {"max_seq_len": 1024, "budget_gib": 2.75}, 0.1),
     ],
     ids=str,
 )

@@ -94,11 +94,11 @@ def test_out_of_memory_for_real(tmp_path: Path) -> None:
     """The process may have 256 MiB more than it has before the rehearsal, and the rehearsal needs more: explained in
     one line, with the prediction above it, and nothing is left of the run."""
     fault = Fault("training.rehearsal.worst_case_batch", 1, "little memory")
-    flags = FLAGS.replace("batch_size 4", "batch_size 4096")
+    flags = FLAGS.replace("batch_size 4", "batch_size 512")
     ended = run(f"{flags} --output_dir {tmp_path / 'out'}", tmp_path, faults=(fault,))
     assert ended.code == 2 and "out of memory before step 1" in ended.error and "of host memory" in ended.error
     assert "Predicted were" in ended.error and "limits on it" in ended.error, "the machine has enough"
-    smaller = "--per_device_train_batch_size 2048 --gradient_accumulation_steps 4: "
+    smaller = "--per_device_train_batch_size 256 --gradient_accumulation_steps 4: "
     for words in ("Predicted: ", "At the peak:", "frozen weights", "What to change:", smaller):
         assert words in ended.err, words
     assert not (tmp_path / "out").exists()

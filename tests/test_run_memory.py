@@ -30,6 +30,7 @@ STEP = {
     "lora_r": 4,
     "max_seq_len": 60,
     "mixed_precision": "no",
+    "eval_samples": 0,
 }
 
 
@@ -86,7 +87,7 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
     for name in ("weights", "trained", "optimizer"):
         assert got["measured"][f"{name}_bytes"] == record.breakdown()[name]
     assert got["measured"]["gradients_bytes"] == record.breakdown()["trained"]
-    assert got["predicted_batch"] == {"rows": 2, "num_tokens": 60, "num_images": 1}
+    assert got["predicted_batch"] == {"rows": 2, "num_tokens": 60, "num_images": 1, "image_size": (640, 480)}
     line = capsys.readouterr().out.splitlines()[-1]
     assert "predicted 0.0" in line and "measured 0.0" in line and "%)" in line
     events = EventAccumulator(str(tmp_path))

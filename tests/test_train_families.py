@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from forked_runs import run
-from test_encoding import MISSING, processor_of
+from test_encoding import processor_of
 from test_lengths import photo, records
-from tiny_families import write_family
+from tiny_families import TRAINED, write_family
 
 import train
 from chat.encoding import num_image_tokens
@@ -15,8 +15,6 @@ from data.worst_case import Row
 from utils import UserError
 
 
-FAMILIES = ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "gemma3", "gemma4", "mllama"]
-FAMILIES += ["internvl", "pixtral", "paligemma", "glm4v", "idefics3", "llama"]
 FLAGS = "--max_steps 3 --per_device_train_batch_size 2 --max_seq_len 400 --save_steps 0 --logging_steps 1 --lora_r 4"
 FLAGS += " --dataloader_num_workers 0 --eval_samples 4 --max_new_tokens 3 --max_image_pixels 100000"
 
@@ -36,7 +34,7 @@ def only_text(path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MISSING])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_run(name: str, mixed: Path, tmp_path: Path) -> None:
     """Rehearsal, questions, three steps, saving, questions; the prediction beside it is that of the largest row."""
     write_family(name, tmp_path / "model", with_weights=True)

@@ -13,10 +13,8 @@ import pytest
 import torch
 from forked_runs import run
 from PIL import Image
-from test_encoding import MISSING
 from test_lengths import photo
-from test_train_families import FAMILIES
-from tiny_families import write_family
+from tiny_families import TRAINED, write_family
 
 import eval as evaluation
 from conversion import merge
@@ -26,7 +24,6 @@ from models.loading import load_model, load_processor
 
 
 pytestmark = pytest.mark.slow
-NAMES = [name for name in FAMILIES if name not in MISSING]
 FLAGS = "--max_steps 100 --learning_rate 1e-2 --lora_target_modules all-linear --lora_r 16 --lora_dropout 0"
 FLAGS += " --per_device_train_batch_size 1 --max_seq_len 700 --max_image_pixels 10000 --mixed_precision no"
 FLAGS += " --save_steps 0 --dataloader_num_workers 0 --eval_samples 1 --max_new_tokens 40"
@@ -72,7 +69,7 @@ def trained(root: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_repeats_the_sample_it_has_learnt(name: str, root: Path) -> None:
     """train.py says so, and eval.py with the saved adapter."""
     folder = trained(root, name)
@@ -93,7 +90,7 @@ def test_it_repeats_the_sample_it_has_learnt(name: str, root: Path) -> None:
 @pytest.fixture(scope="module")
 def plain(root: Path) -> Path:
     """Merge every adapter, and compute logits in a process that has never heard of this project."""
-    folders = [trained(root, name) for name in NAMES]
+    folders = [trained(root, name) for name in TRAINED]
     for folder in folders:
         merge.main(merge.MergeConfig(adapter=str(folder / "out"), output=str(folder / "merged")))
         torch.save(dict(question(folder)), folder / "batch.pt")
@@ -108,7 +105,7 @@ def question(folder: Path) -> dict[str, torch.Tensor]:
     return prompt_inputs(processor, [record["conversations"][:1]], [images])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_peft_alone_reads_it(name: str, plain: Path) -> None:
     """The logits of a question: by PEFT and transformers alone, of the adapter and of the merged model, and by this
     project. They are not the base model's."""

@@ -826,6 +826,27 @@ PROCESSORS: dict[str, Callable[[str], ProcessorMixin]] = {
     "llama4": _llama4,
 }
 
+# Those that tests train from the first to the last line of train.py, by the names under which people know them.
+TRAINED = {
+    "qwen3_5": "Qwen3.5",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "gemma4": "Gemma 4",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma",
+    "paligemma2": "PaliGemma 2",
+    "mistral3": "Ministral 3, Mistral Small 3",
+    "pixtral": "Pixtral",
+    "smolvlm": "SmolVLM, SmolVLM2",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL 3, InternVL 3.5",
+    "llava": "LLaVA-1.5",
+    "llava_onevision": "LLaVA-OneVision",
+    "mllama": "Llama 3.2 Vision",
+    "glm4v": "GLM-4.1V",
+    "llama": "Llama (text alone)",
+}
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
