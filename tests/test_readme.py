@@ -43,7 +43,7 @@ def commands() -> list[list[str]]:
 
 def test_commands_are_found():
     assert {command[0] for command in commands()} == set(SCRIPTS)
-    assert len(OWN_DATA) == 2 and "python memory_probe.py --lora-r 16\n" in README
+    assert len(OWN_DATA) == 3 and "python memory_probe.py --lora-r 16\n" in README
     assert "accelerate launch --config_file accelerate_configs/zero3.yaml train.py\n" in README
     assert "`tensorboard --logdir outputs`" in README
 
@@ -77,7 +77,7 @@ OWN_DATA = [words for words in commands() if words[0] == "train.py" and "my.json
 
 @pytest.mark.parametrize("command", OWN_DATA, ids=" ".join)
 def test_own_data_line_trains_with_the_defaults(command, monkeypatch, tmp_path):
-    """The commands for MGM-2B on one's own data have nothing of the demo: what the memory probe assumes."""
+    """The commands for one's own data have nothing of the demo: what the memory probe assumes."""
     monkeypatch.chdir(tmp_path)
     config = parse_config(TrainConfig, command[1:])
     assert config.per_device_train_batch_size == ProbeConfig.per_device_train_batch_size == 1
