@@ -21,6 +21,7 @@ from benchmarks.tables import CPU_MATRIX, write_tables
 from memory.config import ProbeConfig
 from memory.probe import probe
 from mgm.configuration_mgm import MGMConfig, tiny
+from models.presets.mgm import processor_for
 from utils import environment, run_script
 
 
@@ -106,6 +107,8 @@ def model_path(name: str, folder: Path) -> str:
         auto_class = AutoModelForImageTextToText if isinstance(model_config, MGMConfig) else AutoModelForCausalLM
         torch.manual_seed(0)
         auto_class.from_config(model_config).save_pretrained(path)
+        if isinstance(model_config, MGMConfig):
+            processor_for(model_config).save_pretrained(path)
     return str(path)
 
 

@@ -45,12 +45,13 @@ def measure_rank(config: ProbeConfig) -> int:
     """
     probed = ProbedStep.build(config, launched_accelerator(config))
     probed.prepare()
+    questions_bytes = storage_bytes((probed.questions or {}).values())  # in a run the loader's, in shared memory
     for _ in range(DEEPSPEED_UPDATES * probed.accelerator.gradient_accumulation_steps):
-        before_bytes = bytes_in_use(probed.model)
+        before_bytes = bytes_in_use(probed.model) - questions_bytes
         with profile_memory() as profiler:
             probed.micro_batch()
     step_bytes = before_bytes + rise(memory_events(profiler))
-    before_bytes = bytes_in_use(probed.model)
+    before_bytes = bytes_in_use(probed.model) - questions_bytes
     with profile_memory() as profiler:
         probed.end_run()
     if torch.distributed.is_initialized():

@@ -26,8 +26,9 @@ MAKE_VALUES = (
     aten.arange, aten.linspace, aten.logspace, aten.scalar_tensor, aten.eye, aten.tril_indices, aten.triu_indices,
 )  # fmt: skip
 # Factories that make room for something. Integers and flags run, since a model makes positions and masks of them; what
-# is written into floats comes from weights, so that these are fake.
+# is written into floats comes from weights, so that these are fake. So are bytes, which hold packed 4-bit weights.
 MAKE_ROOM = (aten.empty, aten.empty_strided, aten.zeros, aten.ones, aten.full)
+PACKED = torch.uint8
 LARGE = 2**25  # values
 INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default)
 
@@ -128,7 +129,7 @@ class PartlyFakeMode(FakeTensorMode):
         dtype = kwargs.get("dtype")
         if dtype is None:
             return func.overloadpacket is aten.full and isinstance(args[1], int)
-        return not (dtype.is_floating_point or dtype.is_complex)
+        return not (dtype.is_floating_point or dtype.is_complex or dtype == PACKED)
 
     def _real_written(self, func: Any, args: tuple) -> torch.Tensor | None:
         """The real tensor that an operator writes something fake into, noted as stale."""

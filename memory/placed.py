@@ -42,6 +42,8 @@ class PlacedRecorder(Recorder):
     def _place(self, tensor: torch.Tensor, op: str) -> str:
         if tensor.device.type == "meta":
             return "nowhere"  # DeepSpeed notes shapes as such
+        if self.device == torch.device(HOST):
+            return "device"  # a CPU run has one memory
         if isinstance(tensor, FakeTensor):
             return "device" if tensor.device == self.device else "host"
         # Real tensors lie on the CPU. The batch's stand for the device's, and so does what the model makes of them.

@@ -5,6 +5,7 @@ function for the second time.
 """
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -146,6 +147,7 @@ def install(fault: Fault) -> None:
     owner = pkgutil.resolve_name(path)
     original, calls = getattr(owner, name), 0
 
+    @functools.wraps(original)
     def faulty(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1

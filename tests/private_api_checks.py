@@ -340,13 +340,17 @@ def check_fake_tensor() -> None:
 
 
 def check_partly_fake() -> None:
-    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator."""
+    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator, and so
+    is sending to a device."""
     written = [argument.alias_info is not None for argument in torch.ops.aten.add_.Tensor._schema.arguments]
     assert written == [True, False, False]
     assert torch.ops.aten.add_.Tensor._schema.is_mutable and not torch.ops.aten.add.Tensor._schema.is_mutable
     with PartlyFakeMode() as fake_mode:
         x, mask = fake_mode.from_tensor(torch.ones(3, 2)), torch.tensor([True, False, True])
         assert x[mask].shape == torch.ops.aten._unsafe_index.Tensor(x, [mask]).shape == (2, 2)
+        assert torch.equal(torch.ops.aten._to_copy(mask, device="cpu"), mask)
+    with PartlyFakeMode("cpu:0"):
+        assert mask.to("cpu:0").data_ptr() == mask.data_ptr()
 
 
 def check_checkpoint_keeps_random_state() -> None:
