@@ -340,7 +340,7 @@ def check_fake_tensor() -> None:
 
 
 def check_partly_fake() -> None:
-    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator, and so
+    """An operator's schema tells that it writes to its first argument alone; indexing by a mask is one operator, so
     is sending to a device."""
     written = [argument.alias_info is not None for argument in torch.ops.aten.add_.Tensor._schema.arguments]
     assert written == [True, False, False]
