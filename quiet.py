@@ -6,5 +6,7 @@ import os
 
 # On some CPUs bitsandbytes, which PEFT imports, warns of a kernel that nobody wants.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Without a network it tells of each new attempt; the error at the end says enough.
+logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 # torch's profiler warns of memory that was allocated before it began.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -162,7 +162,8 @@ def check_model(config: StepConfig) -> None:
         )
     if config.packing and not packs(model_config):
         raise UserError(
-            f"--packing true: nobody has shown that {model_config.model_type} keeps packed samples apart, leave it out"
+            f"--packing true: nobody has shown that {model_config.model_type} keeps the samples of a row apart, leave "
+            "it out"
         )
 
 

@@ -13,6 +13,7 @@ from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatt
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import field, fields
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -66,6 +67,12 @@ class Interrupted(BaseException):
 def brief_error(error: Exception) -> str:
     """The operating system's text, or the message's first line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" with the known words that are like it, or nothing."""
+    similar = get_close_matches(word, list(known))
+    return f", did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
@@ -196,7 +203,8 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     # Before the dataclass complains of what a mistyped flag has not set.
     flags, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}: see --help")
+        known = [f"--{name}" for name in names]
+        raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)} See --help")
     default_recipe = getattr(config_class, "default_recipe", None)
     if default_recipe is not None and (path := default_recipe(flags)) is not None:
         words = [*read_recipe(path, names), *words]

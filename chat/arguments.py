@@ -72,5 +72,6 @@ def image_token_ids(processor: ProcessorMixin) -> torch.Tensor:
     """The tokens that stand for images."""
     if not hasattr(processor, "image_token"):
         return torch.tensor([], dtype=torch.long)
-    ids = {processor.image_token_id, *processor.image_token_ids} - {None}
+    image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)  # Janus's has no image_token_id
+    ids = {image_token_id, *processor.image_token_ids} - {None}
     return torch.tensor(sorted(ids))

@@ -19,6 +19,7 @@ from chat.images import PHOTO, Size, blank_image, shrunk_size
 from data.sizes import IMAGE_SIZES
 from layers.chunked_loss import IGNORE_INDEX
 from step import StepConfig
+from utils import UserError
 
 
 Config = TypeVar("Config", bound=StepConfig)
@@ -78,7 +79,7 @@ def worst_case_batch(processor: ProcessorMixin | None, config: StepConfig, row: 
             tokenizer; any number will do as a token.
 
     Raises:
-        ValueError: the images take more positions than a row has, or the model has no vision side.
+        UserError: the images take more positions than a row has, or the model has no vision side.
     """
     rows, length = config.per_device_train_batch_size, row.num_tokens
     batch = full_rows(processor, config, row, rows, config.packing)
@@ -129,15 +130,14 @@ def full_rows(
     """
     num_images, length = row.num_images, row.num_tokens
     if num_images and (processor is None or not takes_images(processor)):
-        raise ValueError("the model has no vision side, so it takes 0")
+        raise UserError(f"--images_per_sample {num_images}: the model has no vision side, so it takes 0")
     if processor is None:
         return {name: torch.ones(rows, length, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     if num_images:
         size = photo_of(config, row)
         image_length = num_image_tokens(processor, size, num_images)
         if num_images * image_length > length:
-            what = "1 image takes" if num_images == 1 else f"{num_images} images take"
-            raise ValueError(f"{what} {num_images * image_length} positions, but max_seq_len is {length}")
+            raise too_long(num_images, num_images * image_length, length)
         if packing:
             num_images = length // image_length
         batch = images_alone(processor, size, num_images, length)
@@ -159,7 +159,16 @@ def images_alone(processor: ProcessorMixin, size: Size, num_images: int, length:
         batch = forward_arguments(processor, made)
         if batch["input_ids"].shape[1] <= length:
             return batch
-    raise ValueError(f"{num_images} images take {batch['input_ids'].shape[1]} positions, but max_seq_len is {length}")
+    raise too_long(num_images, batch["input_ids"].shape[1], length)
+
+
+def too_long(num_images: int, positions: int, length: int) -> UserError:
+    what = "1 image takes" if num_images == 1 else f"{num_images} images take"
+    enough = -(-positions // 256) * 256
+    return UserError(
+        f"--images_per_sample {num_images}: {what} {positions} positions, but max_seq_len is {length}; choose "
+        f"--max_seq_len {enough}, or shrink images with --max_image_pixels"
+    )
 
 
 def extended(processor: ProcessorMixin, batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ tensor.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,18 +38,22 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def nf4_config(compute_dtype: torch.dtype, language_model: str) -> BitsAndBytesConfig:
-    """For `from_pretrained`, which then loads the model to the device that computes. `language_model`: its path."""
+def nf4_config(compute_dtype: torch.dtype, language_model: str, left_out: Iterable[str] = ()) -> BitsAndBytesConfig:
+    """For `from_pretrained`, which then loads the model to the device that computes. `language_model`: its path;
+    `left_out`: the names of layers that are not quantized."""
+    skipped = [rf"(?!{re.escape(language_model)}\.).*", *(rf".*\.{re.escape(name)}" for name in left_out)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[rf"(?!{re.escape(language_model)}\.).*"],  # despite its name it also applies to 4 bits
+        llm_int8_skip_modules=skipped,  # despite its name it also applies to 4 bits
     )
 
 
-def quantize_language_model(model: PreTrainedModel, language_model: str, compute_dtype: torch.dtype) -> None:
+def quantize_language_model(
+    model: PreTrainedModel, language_model: str, compute_dtype: torch.dtype, left_out: Collection[str] = ()
+) -> None:
     """Replace the linear layers of the language model, which has this path, as `from_pretrained` does with
     `nf4_config`.
 
@@ -60,7 +64,8 @@ def quantize_language_model(model: PreTrainedModel, language_model: str, compute
     with torch.device("cpu"):  # it is computed from data, which tensors on `meta` lack
         name2qmap.setdefault("dynamic", create_dynamic_map())
     for path, module in list(model.get_submodule(language_model).named_modules(prefix=language_model)):
-        if type(module) is nn.Linear or isinstance(module, Conv1D):
+        is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+        if is_linear and path.rpartition(".")[2] not in left_out:
             model.set_submodule(path, quantize_linear(module, compute_dtype))
     model.is_loaded_in_4bit = True  # PEFT reads it
     keep_layout(model)

@@ -103,6 +103,9 @@ class TiledFunction(torch.autograd.Function):
         ctx: FunctionCtx, hidden_states: torch.Tensor, kept: Kept, mlp: nn.Module, num_tiles: int
     ) -> torch.Tensor:
         ctx.kept, ctx.mlp, ctx.num_tiles = kept, mlp, num_tiles
+        device = hidden_states.device.type
+        # Of the forward pass: in a backward pass it is off.
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         output = torch.empty_like(hidden_states)
         for source, target in zip(tiles(hidden_states, num_tiles), tiles(output, num_tiles), strict=True):
             target.copy_(mlp(source))
@@ -116,7 +119,7 @@ class TiledFunction(torch.autograd.Function):
         parts = (tiles(x, ctx.num_tiles) for x in (hidden_states, gradient, result))
         for source, source_gradient, target in zip(*parts, strict=True):
             source = source.detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 output = ctx.mlp(source)
             target.copy_(torch.autograd.grad(output, source, source_gradient)[0])
         return result, None, None, None

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from memory.gpus import GPUS
 from memory.strategy import STRATEGIES, Strategy
@@ -49,6 +50,9 @@ class ProbeConfig(StepConfig):
         check_minimum(self, images_per_sample=0)
         if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.image_size):
             raise UserError(f"--image_size {self.image_size}: write width and height in pixels, such as 640x480")
+        if math.prod(self.photo_size) > Image.MAX_IMAGE_PIXELS:
+            most = f"{Image.MAX_IMAGE_PIXELS:,}"
+            raise UserError(f"--image_size {self.image_size}: at most {most} pixels, as in training")
         if self.explain and self.mode == "measure":
             raise UserError("--explain: it explains a prediction; choose --mode predict or both")
         if self.budget_gib is not None and not 0 < self.budget_gib < math.inf:  # NaN is neither

@@ -62,7 +62,8 @@ def _traced(config: ProbeConfig, flags: dict[str, Any], device_bytes: int) -> di
 def explain(config: ProbeConfig, record: Record, suggestions: dict[str, Any]) -> list[str]:
     """Lines for a reader: the logits of the device's record, then each change with what it saves, most first."""
     vocab_size = load_config(config.model).get_text_config().vocab_size
-    lines = ["The logits:", *logits_lines(record, config.max_seq_len, vocab_size), "What to change first:"]
+    logits = logits_lines(record, config.max_seq_len, vocab_size)
+    lines = [*(["The logits:", *logits] if logits else []), "What to change first:"]
     for change in sorted(suggestions["changes"], key=lambda change: -change["saved_bytes"]):
         if change["saved_bytes"] > 0:
             lines.append(f"  {size(change['saved_bytes']):>12} less with {as_flags(change['flags'])}")

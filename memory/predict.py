@@ -39,9 +39,7 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
         raise UserError(
             f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip('.')}; choose sdpa"
         ) from None
-    except ValueError as error:
-        raise UserError(f"--images_per_sample {config.images_per_sample}: {error}") from None
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         if not type(load_config(config.model)).__module__.startswith("transformers."):
             raise  # the model is ours, and so is the mistake: it keeps its traceback
         raise UserError(

@@ -37,7 +37,7 @@ def worst_case_inputs(config: ProbeConfig) -> Inputs:
     They must be real: call it outside of any mode that makes tensors fake.
 
     Raises:
-        ValueError: the images need more positions than a row has.
+        UserError: the images need more positions than a row has.
     """
     processor = processor_of(config)
     row = Row(config.max_seq_len, config.images_per_sample, config.photo_size)
@@ -90,7 +90,7 @@ class ProbedStep:
         """`model`, `inputs` (worst_case_inputs's): those that are made already. `device`: where the batch lies.
 
         Raises:
-            ValueError: the images need more positions than a row has.
+            UserError: the images need more positions than a row has.
         """
         if model is None:
             model = step.build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)

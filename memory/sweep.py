@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from memory.charts import sweep_chart
 from memory.config import ProbeConfig
 from memory.probe import probe
-from memory.report import sweep_table
+from memory.report import as_flags, sweep_table
 from utils import UserError, flag_parser, write_json
 
 
@@ -26,22 +26,28 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     """Probe every combination. Rows that an interrupted sweep has saved are not probed again."""
     folder = Path(config.output or FOLDER)
     grid = parse_grid(config.sweep)
-    rows = []
+    rows, failed = [], []
     for values in tqdm(combinations(grid), desc="Probing", unit="row"):
         row_config = replace(config, sweep=None, output=None, **values)
         path = folder / "rows" / (row_name(values) + ".json")
         row = read_row(path, row_config)
         if row is None:
-            row = probe(row_config)
+            try:
+                row = probe(row_config)
+            except UserError as error:  # the other rows may be what is asked for
+                failed.append({"flags": values, "error": str(error)})
+                continue
             write_json(path, row)
         rows.append(row)
+    if not rows:
+        raise UserError(failed[0]["error"])
     table = sweep_table(rows, list(grid))
-    print(table, flush=True)
+    print(table, *(f"Not probed: {as_flags(row['flags'])}: {row['error']}" for row in failed), sep="\n", flush=True)
     (folder / "table.md").write_text(table + "\n")
     chart = sweep_chart(rows, list(grid))
     chart.savefig(folder / "chart.png", dpi=120)
     write_tensorboard(folder / "tensorboard", rows, list(grid), chart)
-    return {"rows": rows}
+    return {"rows": rows, "failed": failed}
 
 
 def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Figure) -> None:

@@ -36,7 +36,7 @@ def trace_single(config: ProbeConfig) -> Record:
 
     Raises:
         TraceError: the step does something whose memory depends on data.
-        ValueError: the images need more positions than a row has.
+        UserError: the images need more positions than a row has.
     """
     on_gpu = config.device == "cuda"
     config = copy.copy(config)
@@ -105,7 +105,8 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """Must run under a FakeTensorMode."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if not isinstance(tensor, nn.Parameter):
-        return fake
+        # What a model knows by number is real (memory/partly_fake.py): as an index, 0 is always right.
+        return fake if tensor.is_floating_point() else fake.zero_()
     parameter = nn.Parameter(fake, tensor.requires_grad)
     if (state := getattr(tensor, "quant_state", None)) is not None:
         parameter.quant_state = replace_tensors(state, lambda tensor: _fake(tensor, device))

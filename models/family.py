@@ -34,8 +34,8 @@ class Family:
     # Whether the embeddings' output gets a gradient though it is frozen, as transformers and PEFT would have it: of no
     # use, but MGM's memory has been measured with it.
     keeps_input_gradients: bool = False
-    # Layers of a state-space mixer whose weights are read by fused kernels, which do not see LoRA.
-    layers_without_lora: tuple[str, ...] = ()
+    # Layers of a state-space mixer whose weights fused kernels read: they see neither LoRA nor 4 bits.
+    fused_layers: tuple[str, ...] = ()
     # Of a family whose processors have none.
     chat_template: str | None = None
 
@@ -51,7 +51,7 @@ FAMILIES = {
     **{name: Family(refused_precisions=("fp16",)) for name in ("gemma3", "gemma3n", "gemma3n_text", "shieldgemma2")},
     "gemma3_text": Family(packs=True, refused_precisions=("fp16",)),
     **{
-        name: Family(layers_without_lora=layers)
+        name: Family(fused_layers=layers)
         for layers, names in (
             (("out_proj", "conv1d"), ("falcon_h1", "mamba2", "nemotron_h")),
             (("out_proj", "conv1d", "x_proj", "dt_proj"), ("falcon_mamba", "mamba")),

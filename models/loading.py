@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,13 +33,16 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from chat.text_processor import TextProcessor
 from layers.quantization import check_quantization, keep_layout, nf4_config, quantize_language_model
+from models.family import family_of
 from models.parts import language_model, path_of
 from models.presets import PRESETS
 from models.processors import give_chat_template, read_processor, read_tokenizer
-from utils import UserError, brief_error
+from utils import UserError, brief_error, suggestion
 
 
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError)
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError, SafetensorError)
+# What a config with wrong values raises besides: transformers' classes check some, PyTorch's others, none of them all.
+CONFIG_ERRORS = (AttributeError, TypeError, AssertionError, ZeroDivisionError, StrictDataclassError)
 
 
 def is_preset(name: str) -> bool:
@@ -103,19 +109,20 @@ def load_model(name: str, dtype: torch.dtype, attn_implementation: str, quantize
     config = load_config(name)
     auto_class = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
     is_quantized = quantize != "none"
+    left_out = family_of(config).fused_layers
     if is_quantized:
         require_quantization(quantize)
     if is_preset(name) or torch.get_default_device().type == "meta":  # no weights are read
         with set_quantized_state() if is_quantized else nullcontext():  # ZeRO-3 must partition the 4-bit weights only
             model = _from_config(auto_class, name, config, dtype, attn_implementation)
         if is_quantized:
-            quantize_language_model(model, path_of(model, language_model(model)), dtype)
+            quantize_language_model(model, path_of(model, language_model(model)), dtype, left_out)
         return model
     quantization_config = None
     if is_quantized:
         with torch.device("meta"), set_quantized_state():
             skeleton = _from_config(auto_class, name, config, dtype, attn_implementation)
-        quantization_config = nf4_config(dtype, path_of(skeleton, language_model(skeleton)))
+        quantization_config = nf4_config(dtype, path_of(skeleton, language_model(skeleton)), left_out)
     model, info = _from_pretrained(
         auto_class,
         name,
@@ -204,14 +211,21 @@ def check_is_no_preset(name: str) -> None:
     if is_preset(name):
         raise UserError(
             f"--model {name}: there is no such folder here, and the preset of that name has neither weights nor a "
-            "tokenizer; give a model's folder or hub id, or make MGM's folder with convert_mgm.py"
+            "tokenizer; give a folder, a hub id such as Qwen/Qwen3-VL-2B-Instruct, or what convert_mgm.py makes"
         )
 
 
 def check_exists(name: str) -> None:
-    """Raise UserError if `name` is neither a folder nor written like a hub id."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--model {name}: no such folder, and the presets are {', '.join(PRESETS)}")
+    """Raise UserError if `name` is neither a folder nor written like a hub id. A folder's name that is mistyped looks
+    like one; where the folder around it is here, the hub is not asked."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if len(path.parts) > 1 and path.parent.is_dir():
+        raise UserError(f"--model {name}: no such folder{suggestion(path.name, os.listdir(path.parent))}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        names = suggestion(name, PRESETS) or f", and the presets are {', '.join(PRESETS)}"
+        raise UserError(f"--model {name}: no such folder{names}")
 
 
 @contextmanager
@@ -219,7 +233,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a model's files into a UserError."""
     try:
         yield
-    except (*LOADING_ERRORS, AttributeError, TypeError) as error:  # the last two: settings of another form
+    except (*LOADING_ERRORS, *CONFIG_ERRORS) as error:
         check_no_adapter(name)
         raise UserError(f"--model {name}: cannot be loaded ({brief_error(error)})") from None
 

@@ -67,7 +67,7 @@ def linear_layers(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
         if is_linear and module is not head and not chooses:
             *_, before, name = path.split(".")
             found[path] = f"{before}.{name}" if name.isdecimal() else name
-    refused = {*family_of(model.config).layers_without_lora, *taken_for_experts(model, set(found.values()))}
+    refused = {*family_of(model.config).fused_layers, *taken_for_experts(model, set(found.values()))}
     return {path: name for path, name in found.items() if name not in refused}
 
 

@@ -6,10 +6,13 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3VLConfig
 
+from mgm import MGMConfig
 from training.model_card import build_model_card, hub_id
 
 
+MGM = MGMConfig()
 RUN = {
     "global_step": 88,
     "train_loss": 1.25,
@@ -29,9 +32,9 @@ RUN = {
 }
 
 
-def load(run: dict, folder: Path) -> ModelCard:
+def load(run: dict, folder: Path, config: PreTrainedConfig = MGM) -> ModelCard:
     """The card as the hub would read it from the folder."""
-    build_model_card(run).save(folder / "README.md")
+    build_model_card(run, config).save(folder / "README.md")
     return ModelCard.load(folder / "README.md")
 
 
@@ -133,3 +136,23 @@ def test_samples_that_lost_their_end_are_told(tmp_path):
         in load(run, tmp_path).text
     )
     assert "cut off" not in load(RUN, tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "tag", "task"),
+    [
+        (Qwen3VLConfig(), "a vision-language model of the type `qwen3_vl`", "qwen3_vl", "image-text-to-text"),
+        (LlamaConfig(), "a language model of the type `llama`", "llama", "text-generation"),
+    ],
+    ids=["qwen3_vl", "llama"],
+)
+@pytest.mark.parametrize("lora_r", [16, 0])
+def test_other_families(
+    tmp_path: Path, config: PreTrainedConfig, words: str, tag: str, task: str, lora_r: int
+) -> None:
+    """Their card does not speak of MGM, and transformers and PEFT alone load what it is about."""
+    card = load(RUN | {"config": RUN["config"] | {"model": "a/b", "lora_r": lora_r}}, tmp_path, config)
+    assert words in card.text and "mgm" not in card.content.lower().replace("mgm-2b", "")
+    assert tag in card.data.tags and card.data.pipeline_tag == task
+    assert "from transformers import Auto" in card.text and "models.loading" not in card.text
+    assert ('from_pretrained(model, "outputs/mine")' in card.text) == bool(lora_r)

@@ -15,6 +15,7 @@ from memory.config import ProbeConfig
 from memory.measure_cpu import measure_cpu, measure_single
 from memory.record import Record
 from memory.trace import trace_single
+from utils import UserError
 
 
 TINY_LORA = {"q_proj": 128 + 128, "v_proj": 128 + 32, "o_proj": 128 + 128}  # inputs + outputs, for each unit of rank
@@ -177,7 +178,7 @@ def test_the_callers_accelerator_is_left_alone() -> None:
 def test_images_must_fit_the_row() -> None:
     """The tiny model's image takes 16 positions: three fit 48, four do not."""
     trace_single(tiny_config(images_per_sample=3))
-    with pytest.raises(ValueError, match="4 images take 64 positions, but max_seq_len is 48"):
+    with pytest.raises(UserError, match="4 images take 64 positions, but max_seq_len is 48"):
         trace_single(tiny_config(images_per_sample=4))
 
 

@@ -30,6 +30,7 @@ from mgm.processing_mgm import MGMProcessor, build_processor
 from models.generation import generate_tokens
 from models.loading import load_processor
 from step import StepConfig
+from utils import UserError
 
 
 ROOT = Path(__file__).parent.parent
@@ -226,12 +227,12 @@ def test_images_that_do_not_fit(name: str) -> None:
     """As many positions as they take by their size; smaller images fit."""
     processor, config = processor_of(name), StepConfig(model="tiny")
     count = num_image_tokens(processor, (640, 480), 3)
-    with pytest.raises(ValueError, match=f"3 images take {3 * count} positions, but max_seq_len is {3 * count - 1}"):
+    with pytest.raises(UserError, match=f"3 images take {3 * count} positions, but max_seq_len is {3 * count - 1}"):
         worst_case_batch(processor, config, Row(3 * count - 1, 3, (640, 480)))
     config.max_image_pixels = 56 * 56
     smaller = num_image_tokens(processor, (64, 48), 3)
     assert worst_case_batch(processor, config, Row(3 * smaller + 2, 3, (640, 480)))["input_ids"].shape[0] == 1
-    with pytest.raises(ValueError, match="the model has no vision side, so it takes 0"):
+    with pytest.raises(UserError, match="the model has no vision side, so it takes 0"):
         worst_case_batch(processor_of("llama"), config, Row(100, 1))
 
 

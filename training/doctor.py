@@ -178,7 +178,9 @@ def judge_model(model: str) -> list[Finding]:
     what = (
         f"{model} is a preset, which has neither weights nor a tokenizer: this machine can be checked, not trained on"
     )
-    return [Finding("warning", what, f"get the folder {model} first: docs/gpu_guide.md")]
+    is_mgm = load_config(model).model_type == "mgm"
+    remedy = f"get the folder {model} first: docs/gpu_guide.md" if is_mgm else "give the model's folder or hub id"
+    return [Finding("warning", what, remedy)]
 
 
 def judge_python(facts: Facts) -> list[Finding]:

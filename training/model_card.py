@@ -4,34 +4,17 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
+from models.loading import is_text_only
 from utils import GIB, markdown_table
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-USE = {
-    True: """\
-```python
-import torch
-from peft import PeftModel
-from models.loading import load_model, load_processor
-
-model = PeftModel.from_pretrained(load_model("{model}", torch.bfloat16, "sdpa"), "{folder}")
-processor = load_processor("{folder}")
-```""",
-    False: """\
-```python
-import torch
-from models.loading import load_model, load_processor
-
-model = load_model("{folder}", torch.bfloat16, "sdpa")
-processor = load_processor("{folder}")
-```""",
-}
 
 
-def build_model_card(run: dict) -> ModelCard:
-    """The card of a finished run, from what run.json holds."""
+def build_model_card(run: dict, model_config: PreTrainedConfig) -> ModelCard:
+    """The card of a finished run, from what run.json holds and the config of its model."""
     config = run["config"]
     folder = Path(config["output_dir"])
     kind = "A LoRA adapter for" if config["lora_r"] else "A fine-tuned"
@@ -39,10 +22,10 @@ def build_model_card(run: dict) -> ModelCard:
     peaks = ", ".join(f"{phase} {peak / GIB:.2f} GiB" for phase, peak in run["peak"].items())
     body = [
         f"# {folder.name}",
-        f"{kind} `{config['model']}`, a Mini-Gemini (MGM) vision-language model. "
+        f"{kind} `{config['model']}`, {describe_family(model_config)}. "
         f"{trained:,} of {total:,} parameters ({trained / total:.2%}) were trained.",
         "## Use",
-        USE[config["lora_r"] > 0].format(model=config["model"], folder=folder),
+        use(model_config, config["model"] if config["lora_r"] else None, folder),
         "## Data",
         f"`{config['dataset'] or 'the embedded demo'}`, {run['global_step']:,} updates, "
         f"training loss {run['train_loss']:.3f}.{describe_cut(run)}",
@@ -55,19 +38,52 @@ def build_model_card(run: dict) -> ModelCard:
         "## Versions",
         markdown_table(["what", "value"], run["environment"].items()),
     ]
-    return ModelCard(f"---\n{metadata(run, folder.name).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
+    return ModelCard(f"---\n{metadata(run, folder.name, model_config).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
 
-def metadata(run: dict, name: str) -> ModelCardData:
+def describe_family(model_config: PreTrainedConfig) -> str:
+    if is_mgm(model_config):
+        return "a Mini-Gemini (MGM) vision-language model"
+    kind = "language" if is_text_only(model_config) else "vision-language"
+    return f"a {kind} model of the type `{model_config.model_type}`"
+
+
+def is_mgm(model_config: PreTrainedConfig) -> bool:
+    return model_config.model_type == "mgm"
+
+
+def use(model_config: PreTrainedConfig, base: str | None, folder: Path) -> str:
+    """Python that loads the model. `base`: what the adapter belongs to; None: the folder holds a whole model.
+
+    MGM is a class of this project's; transformers has the others.
+    """
+    name = base or folder
+    lines = ["import torch", *(["from peft import PeftModel"] if base else [])]
+    if is_mgm(model_config):
+        lines += ["from models.loading import load_model, load_processor", ""]
+        loaded, processor = f'load_model("{name}", torch.bfloat16, "sdpa")', f'load_processor("{folder}")'
+    else:
+        is_text = is_text_only(model_config)
+        model_class = "AutoModelForCausalLM" if is_text else "AutoModelForImageTextToText"
+        processor_class = "AutoTokenizer" if is_text else "AutoProcessor"
+        lines += [f"from transformers import {model_class}, {processor_class}", ""]
+        loaded = f'{model_class}.from_pretrained("{name}", dtype=torch.bfloat16)'
+        processor = f'{processor_class}.from_pretrained("{folder}")'
+    lines += [f"model = {loaded}", *([f'model = PeftModel.from_pretrained(model, "{folder}")'] if base else [])]
+    return "\n".join(["```python", *lines, f"processor = {processor}", "```"])
+
+
+def metadata(run: dict, name: str, model_config: PreTrainedConfig) -> ModelCardData:
     """What the hub searches by. It accepts hub ids only; a local folder's name appears in the text alone."""
     config = run["config"]
+    family = ["mgm", "mini-gemini"] if is_mgm(model_config) else [model_config.model_type]
     return ModelCardData(
         model_name=name,
         base_model=hub_id(config["model"]),
         datasets=[hub_id(config["dataset"])] if hub_id(config["dataset"]) else None,
         library_name="peft" if config["lora_r"] else "transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["mgm", "mini-gemini", *(["lora"] if config["lora_r"] else [])],
+        pipeline_tag="text-generation" if is_text_only(model_config) else "image-text-to-text",
+        tags=[*family, *(["lora"] if config["lora_r"] else [])],
         eval_results=eval_results(run),
     )
 

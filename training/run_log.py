@@ -20,6 +20,7 @@ from data.dataset import ConversationDataset
 from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
+from models.loading import load_config
 from models.lora import count_parameters
 from training.checkpoint_files import remove_temporaries
 from training.config import TrainConfig
@@ -285,7 +286,8 @@ class RunLog:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
-            build_model_card(result).save(self.output_dir / CARD)  # replaces PEFT's empty one
+            card = build_model_card(result, load_config(self.config.model))
+            card.save(self.output_dir / CARD)  # replaces PEFT's empty one
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
         return result if self.accelerator.is_main_process else None

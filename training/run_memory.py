@@ -58,6 +58,7 @@ class RunMemory:
         self.num_micro_batches = 0
         self.profiler: profile | None = None
         self.in_use_bytes = 0
+        self.measured_shape: tuple[int, int] | None = None  # rows and tokens, on a CPU
         if not torch.cuda.is_available():
             self.handle = model.register_forward_pre_hook(self._before_forward)
         self.writer.add_custom_scalars(layout())
@@ -79,6 +80,7 @@ class RunMemory:
             from_worker_bytes = storage_bytes(tensor for tensor in batch.values() if tensor.is_shared())
             step_bytes = rise(memory_events(self.profiler))
             self.measured["peak_allocated_bytes"] = self.in_use_bytes + from_worker_bytes + step_bytes
+            self.measured_shape = tuple(batch["input_ids"].shape)
             self.profiler = None
 
     def log(self, global_step: int) -> None:
@@ -113,7 +115,11 @@ class RunMemory:
             f"measured {gib(measured_bytes)}" if measured_bytes else "nothing measured",
         ]
         error = predicted_bytes / measured_bytes - 1 if predicted_bytes and measured_bytes else None
-        if error is not None:
+        largest = (self.rows, self.longest_row.num_tokens)
+        if error is not None and self.measured_shape not in (None, largest):
+            rows, num_tokens = self.measured_shape
+            words[1] += f" in a smaller batch ({rows} x {num_tokens} tokens; predicted: {largest[0]} x {largest[1]})"
+        elif error is not None:
             words[1] += f" ({error:+.2%})"
         elif measured_bytes is None:
             words[1] += " (on a CPU that is done in the second update)"
