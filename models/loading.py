@@ -147,7 +147,7 @@ def _from_config(
     try:
         make = partial(auto_class.from_config, config, dtype=dtype)
         return _with_attention(make, config, attn_implementation)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AssertionError) as error:
         raise _explained(error, name, attn_implementation) from None
 
 
@@ -222,7 +222,8 @@ def check_exists(name: str) -> None:
     if path.is_dir():
         return
     if len(path.parts) > 1 and path.parent.is_dir():
-        raise UserError(f"--model {name}: no such folder{suggestion(path.name, os.listdir(path.parent))}")
+        folders = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        raise UserError(f"--model {name}: no such folder{suggestion(path.name, folders)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         names = suggestion(name, PRESETS) or f", and the presets are {', '.join(PRESETS)}"
         raise UserError(f"--model {name}: no such folder{names}")
@@ -247,7 +248,7 @@ def _from_pretrained(auto_class: type, name: str, attn_implementation: str, **kw
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(f"--model {name}: the weights do not fit the config (tensors of other shapes)") from None
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AssertionError) as error:
         check_no_adapter(name)
         raise _explained(error, name, attn_implementation) from None
 

@@ -4,6 +4,7 @@ Tiny models of the real classes, with batches by the real processors (tiny_famil
 """
 
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,7 +312,8 @@ def test_generation_with_a_cache_is_generation_without(name):
 
 @families(["llava", "qwen3_5", "gemma4", "smolvlm", "llama4", "gpt2", "mixtral", "mamba2"])
 def test_4_bit_layers_are_the_language_models(name):
-    """All linear layers of the decoder, and no layer of a tower, a projector or the head."""
+    """All linear layers of the decoder but those whose weights kernels read, and no layer of a tower, a projector or
+    the head."""
     model = load_model(folder(name), torch.float32, config_of(name).attn_implementation, "nf4")
     path = path_of(model, language_model(model))
     quantized = {p for p, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
@@ -320,6 +322,7 @@ def test_4_bit_layers_are_the_language_models(name):
         p
         for p, m in plain.get_submodule(path).named_modules(prefix=path)
         if type(m) is nn.Linear or type(m).__name__ == "Conv1D"
+        if p.rpartition(".")[2] not in family_of(plain.config).fused_layers
     }
     assert quantized == expected and quantized
     found = step_of(model_of(name, quantize="nf4"), batch_of(name))
@@ -440,6 +443,34 @@ def test_decoders_that_look_like_encoders_are_not_refused(tmp_path):
     for config in (GPTNeoXConfig(), BertConfig(is_decoder=True)):
         config.save_pretrained(tmp_path / config.model_type)
         assert load_config(str(tmp_path / config.model_type)).model_type == config.model_type
+
+
+def test_an_embedding_in_fp32_beside_weights_in_bf16():
+    """Its hidden states are fp32 in every layer. Under autocast a step is the same without checkpointing."""
+    flags = {"trainable_modules": ["embed_tokens"], "mixed_precision": "bf16"}
+    batch = batch_of("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (
+            step_of(model_of("llama", gradient_checkpointing=checkpointing, **flags), batch)
+            for checkpointing in (True, False)
+        )
+    assert_same(found, expected, 0.02)
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    write_family("llama", tmp_path, with_weights=True)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot be loaded .*header"):
+        load_model(str(tmp_path), torch.float32, "sdpa")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"vocab_size": 100}], ids=str)
+def test_a_config_with_wrong_values_is_refused(change, tmp_path):
+    write_family("llama", tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match="cannot be loaded"), torch.device("meta"):
+        load_model(str(tmp_path), torch.float32, "sdpa")
 
 
 def test_weights_of_other_shapes_are_refused(tmp_path):

@@ -177,9 +177,20 @@ def test_a_preset_is_not_trained_nor_asked(name, tmp_path):
 
 def test_an_unknown_name_lists_the_presets():
     with pytest.raises(UserError) as refused:
-        load_config("qwen3-vl-3b")
+        load_config("vicuna")
     assert "no such folder, and the presets are tiny, mgm-1.5b" in str(refused.value)
     assert all(name in str(refused.value) for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("qwen3-vl-3b", "qwen3-vl-2b"), ("data/tiny_qwen3", "did you mean tiny_qwen3_vl?")],
+)
+def test_a_mistyped_name(name: str, remedy: str) -> None:
+    """The names that are like it, of presets or of the folders beside it; nobody asks the hub."""
+    with pytest.raises(UserError, match="no such folder, did you mean") as refused:
+        load_config(name)
+    assert remedy in str(refused.value)
 
 
 def test_a_folder_comes_before_a_preset(tmp_path: Path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import write_family
 from torch import nn
 
 from conversion.merge import MergeConfig
@@ -19,7 +20,8 @@ from utils import UserError
 
 def trained_model(**flags: object) -> nn.Module:
     """Trained, as it were: what is to be trained has other values than at first."""
-    model = build_model(StepConfig(model="data/tiny_mgm", lora_r=4, **flags), is_deepspeed=False)
+    config = StepConfig(**({"model": "data/tiny_mgm", "lora_r": 4} | flags))
+    model = build_model(config, is_deepspeed=False)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trained_parameters(model):
@@ -30,6 +32,15 @@ def trained_model(**flags: object) -> nn.Module:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return trained_model()
+
+
+def test_an_embedding_trained_in_fp32_beside_bf16(tmp_path: Path) -> None:
+    """PEFT would read it back in the dtype of the frozen weights."""
+    write_family("llama", tmp_path / "model", with_weights=True)
+    model = trained_model(model=str(tmp_path / "model"), trainable_modules=["embed_tokens"], mixed_precision="bf16")
+    model.save_pretrained(tmp_path / "out")
+    with torch.autocast("cpu", torch.bfloat16):  # as accelerate's forward
+        check_saved(model, tmp_path / "out")
 
 
 def test_accepts_what_was_trained(model: nn.Module, tmp_path: Path) -> None:

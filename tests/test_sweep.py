@@ -59,6 +59,17 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
+def test_a_row_that_cannot_be_probed(tmp_path, capsys):
+    """The others are; below the table stands why it is not. Where none can be, the first reason ends it."""
+    config = tiny_config(sweep=["images_per_sample=4,1"], output=str(tmp_path))
+    found = run_sweep(config)
+    assert [row["config"]["images_per_sample"] for row in found["rows"]] == [1]
+    assert [row["flags"] for row in found["failed"]] == [{"images_per_sample": 4}]
+    assert "Not probed: --images_per_sample 4: " in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="4 images take 64 positions"):
+        run_sweep(tiny_config(sweep=["images_per_sample=4"], output=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "word", ["lora_r", "lora_r=", "rank=8", "lora_r=eight", "gradient_checkpointing=maybe", "sweep=1"]
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from models.gather import is_partitioned
@@ -45,6 +45,12 @@ def check_logits(model: PeftModel, folder: Path) -> None:
     is_fp32 = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     # DeepSpeed trains in the dtype of the compute; PEFT would load that as fp32, which rounds otherwise.
     model.load_adapter(str(folder), READ_BACK, torch_device=str(model.device), autocast_adapter_dtype=is_fp32)
+    if is_fp32:  # of modules that are trained in full PEFT makes copies in the dtype of the frozen ones
+        for name, parameter in model.named_parameters():
+            if READ_BACK in name.split("."):
+                parameter.data = parameter.data.float()
+        weights = load_peft_weights(str(folder), device=str(model.device))
+        set_peft_model_state_dict(model, weights, adapter_name=READ_BACK)
     model.set_adapter(READ_BACK)
     saved = last_logits(model)
     model.set_adapter("default")
