@@ -81,7 +81,7 @@ def describe(flags: dict[str, Any]) -> str:
     words = []
     for name, value in flags.items():
         if DEFAULTS.get(name) != value:
-            text = " ".join(value) if isinstance(value, list) else value
+            text = (" ".join(value) or "none") if isinstance(value, list) else value
             words.append(text if name == "model" else f"{name} {text}")
     return ", ".join(words) or "defaults"
 
