@@ -45,10 +45,11 @@ def check_logits(model: PeftModel, folder: Path) -> None:
     is_fp32 = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     # DeepSpeed trains in the dtype of the compute; PEFT would load that as fp32, which rounds otherwise.
     model.load_adapter(str(folder), READ_BACK, torch_device=str(model.device), autocast_adapter_dtype=is_fp32)
-    if is_fp32:  # of modules that are trained in full PEFT makes copies in the dtype of the frozen ones
-        for name, parameter in model.named_parameters():
-            if READ_BACK in name.split("."):
-                parameter.data = parameter.data.float()
+    # Of modules that are trained in full PEFT makes copies in the dtype of the frozen ones.
+    copies = (parameter for name, parameter in model.named_parameters() if READ_BACK in name.split("."))
+    if is_fp32 and (narrow := [copy for copy in copies if copy.dtype != torch.float32]):
+        for copy in narrow:
+            copy.data = copy.data.float()
         weights = load_peft_weights(str(folder), device=str(model.device))
         set_peft_model_state_dict(model, weights, adapter_name=READ_BACK)
     model.set_adapter(READ_BACK)
