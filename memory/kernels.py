@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memory.allocator import MIN_BLOCK_BYTES
-from memory.gpus import GPUS
+from memory.gpus import GPUS, HOPPER
 from memory.recorder import Workspace
 
 
@@ -33,8 +33,7 @@ CUDA_AUTOCAST_TO_FP32 = (
 CUDA_AUTOCAST_FP32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "cumprod")
 # What a block needs of shared memory for the wider of the memory-efficient kernels.
 WIDE_BLOCK_BYTES = 128 * 2**10
-# What a block has on Hopper, where PyTorch prefers cuDNN's attention (from 9.15 on) for heads of up to 256.
-HOPPER_BLOCK_BYTES = 227 * 2**10
+# On Hopper PyTorch prefers cuDNN's attention (from 9.15 on) for heads of up to that.
 CUDNN_HEAD_DIM = 256
 
 
@@ -66,7 +65,7 @@ def _efficient_block(width: int, block_shared_bytes: int) -> tuple[int, int, boo
     if width <= 64:
         return 64, 64, True
     if width > 128:  # cuDNN's kernel keeps dk and dv in 16 bits, at the price of dq's sum alone
-        is_cudnn = block_shared_bytes >= HOPPER_BLOCK_BYTES and width <= CUDNN_HEAD_DIM
+        is_cudnn = block_shared_bytes >= HOPPER.block_shared_bytes and width <= CUDNN_HEAD_DIM
         return 128, 64, is_cudnn
     if block_shared_bytes >= WIDE_BLOCK_BYTES:
         return 128, 128, True
