@@ -40,7 +40,8 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
             f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip('.')}; choose sdpa"
         ) from None
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-        if not type(load_config(config.model)).__module__.startswith("transformers."):
+        is_ours = not type(load_config(config.model)).__module__.startswith("transformers.")
+        if is_ours and not isinstance(error, ValueError):  # that is DeepSpeed's word for a config it refuses
             raise  # the model is ours, and so is the mistake: it keeps its traceback
         raise UserError(
             f"--model {config.model}: its training step cannot be traced ({brief_error(error)})"

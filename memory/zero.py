@@ -43,7 +43,7 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
 
     Raises:
         TraceError: the step does something whose memory depends on data.
-        ValueError: DeepSpeed or the batch refuses the configuration.
+        ValueError: DeepSpeed refuses the configuration.
         RuntimeError: the step mixes the memories of host and device, as it would fail on a GPU.
     """
     # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
