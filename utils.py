@@ -204,7 +204,7 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     flags, unknown = parser.parse_known_args(words)
     if unknown:
         known = [f"--{name}" for name in names]
-        raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)} See --help")
+        raise UserError(f"unknown argument {unknown[0]}: see --help{suggestion(unknown[0], known)}")
     default_recipe = getattr(config_class, "default_recipe", None)
     if default_recipe is not None and (path := default_recipe(flags)) is not None:
         words = [*read_recipe(path, names), *words]
