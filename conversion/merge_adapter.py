@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 from transformers import PreTrainedModel
 
 from conversion.weight_files import Tensors, read_weights
+from layers.model_loss import head_of
 from models.adapter import base_of
 from utils import UserError
 
@@ -25,7 +26,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> Tensors:
         UserError: the folder holds no LoRA adapter, or one whose tensors do not all fit the model.
     """
     adapter_config = read_adapter_config(folder)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), head_of(model))
     tied = {path for path, module in model.named_modules() if module in ends} & changed_modules(folder)
     if tied and model.config.tie_word_embeddings:
         # PEFT trains a copy for one of the two; merged, the model has a single weight for both.

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from layers.model_loss import head_of
 from models.parts import language_model, path_of
 from utils import UserError, name_some
 
@@ -20,7 +21,7 @@ BY_DESIGN = {".lora_A.": "LoRA's A, because B is 0 at first", ".experts.": "expe
 def outside_language_model(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Of the parameters' names those that are neither in the language model nor in its head."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    inside = [path_of(model, part) for part in (language_model(base), base.get_output_embeddings())]
+    inside = [path_of(model, part) for part in (language_model(base), head_of(base))]
     return [name for name in names if not name.startswith(tuple(f"{path}." for path in inside))]
 
 
