@@ -20,7 +20,6 @@ from data.dataset import ConversationDataset
 from data.worst_case import Row
 from evaluation.held_out import Prediction, exact_match
 from evaluation.pictures import caption, captioned
-from models.loading import load_config
 from models.lora import count_parameters
 from training.checkpoint_files import remove_temporaries
 from training.config import TrainConfig
@@ -56,6 +55,7 @@ class RunLog:
         self.accelerator = accelerator
         self.config = config
         self.output_dir = Path(config.output_dir)
+        self.model_config = accelerator.unwrap_model(model).config
         self.total_params, self.trainable_params = count_parameters(model)
         self.num_steps = num_steps
         self.global_step = self.start_step = start_step
@@ -286,7 +286,7 @@ class RunLog:
                 metrics["hparams/exact_match"] = self.eval["exact_match"]
             self.writer.add_hparams(hparams, metrics, run_name=".", global_step=global_step)
             (self.output_dir / RUN_JSON).write_text(json.dumps(result, indent=2) + "\n")
-            card = build_model_card(result, load_config(self.config.model))
+            card = build_model_card(result, self.model_config)
             card.save(self.output_dir / CARD)  # replaces PEFT's empty one
             print(f"Saved to {self.output_dir}", flush=True)
         self.accelerator.end_training()
