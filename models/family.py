@@ -77,6 +77,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES.get(config.model_type, Family())
 
 
+def is_mgm(config: PreTrainedConfig) -> bool:
+    """Whether the model's class is this project's own."""
+    return config.model_type == "mgm"
+
+
 def packs(config: PreTrainedConfig) -> bool:
     """Whether the family may pack samples, and the family of the language model in it too."""
     return family_of(config).packs and family_of(config.get_text_config()).packs

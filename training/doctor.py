@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
+from models.family import is_mgm
 from models.loading import is_preset, load_config
 from utils import GIB, size
 
@@ -178,8 +179,8 @@ def judge_model(model: str) -> list[Finding]:
     what = (
         f"{model} is a preset, which has neither weights nor a tokenizer: this machine can be checked, not trained on"
     )
-    is_mgm = load_config(model).model_type == "mgm"
-    remedy = f"get the folder {model} first: docs/gpu_guide.md" if is_mgm else "give the model's folder or hub id"
+    guide, other = f"get the folder {model} first: docs/gpu_guide.md", "give the model's folder or hub id"
+    remedy = guide if is_mgm(load_config(model)) else other
     return [Finding("warning", what, remedy)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from models.family import is_mgm
 from models.loading import is_text_only
 from utils import GIB, markdown_table
 
@@ -46,10 +47,6 @@ def describe_family(model_config: PreTrainedConfig) -> str:
         return "a Mini-Gemini (MGM) vision-language model"
     kind = "language" if is_text_only(model_config) else "vision-language"
     return f"a {kind} model of the type `{model_config.model_type}`"
-
-
-def is_mgm(model_config: PreTrainedConfig) -> bool:
-    return model_config.model_type == "mgm"
 
 
 def use(model_config: PreTrainedConfig, base: str | None, folder: Path) -> str:
