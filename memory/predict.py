@@ -13,6 +13,7 @@ from memory.record import Record, TraceError
 from memory.strategy import Strategy
 from memory.trace import trace_single
 from memory.zero import trace_deepspeed
+from models.family import is_mgm
 from models.loading import load_config
 from utils import UserError, allocator_settings, brief_error
 
@@ -40,8 +41,8 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
             f"--attn_implementation {config.attn_implementation}: {brief_error(error).rstrip('.')}; choose sdpa"
         ) from None
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-        is_ours = not type(load_config(config.model)).__module__.startswith("transformers.")
-        if is_ours and not isinstance(error, ValueError):  # that is DeepSpeed's word for a config it refuses
+        is_refused = isinstance(error, ValueError)  # DeepSpeed's word for a config
+        if is_mgm(load_config(config.model)) and not is_refused:
             raise  # the model is ours, and so is the mistake: it keeps its traceback
         raise UserError(
             f"--model {config.model}: its training step cannot be traced ({brief_error(error)})"
