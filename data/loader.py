@@ -13,7 +13,7 @@ from data.dataset import ConversationDataset
 from data.dummy_image import needs_dummy_images
 from data.lengths import column_values
 from data.packing import PackedCollator, PackedDataset, pack
-from data.sharing import PREFETCH_FACTOR, workers_that_fit
+from data.sharing import PREFETCH_FACTOR, ignore_lost_reader, workers_that_fit
 from data.skipping import CheckedCollator, CheckedUpdates
 from data.worst_case import Row, longest_row, worst_case_batch
 from step import StepConfig
@@ -62,6 +62,7 @@ def build_loader(
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=num_workers,
+        worker_init_fn=ignore_lost_reader,
         prefetch_factor=PREFETCH_FACTOR if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

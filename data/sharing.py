@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -53,3 +54,18 @@ def share(tensors: Tensors) -> Tensors:
         except RuntimeError as error:
             raise UserError(f"shared memory is full ({brief_error(error)}): {SHARED_MEMORY_REMEDY}") from None
     return tensors
+
+
+def ignore_lost_reader(worker_id: int) -> None:
+    """Keep a worker quiet when the training process hangs up; a DataLoader calls it in each worker at its start.
+
+    If another worker dies, the training process may be in the middle of taking a batch from this one. The thread that
+    hands out shared memory would print a traceback beside the one line that says what happened.
+    """
+    report_others = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, (ConnectionError, EOFError)):
+            report_others(kind, error, traceback)
+
+    sys.excepthook = report

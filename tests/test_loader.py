@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,12 @@ import psutil
 import pytest
 import torch
 from forked_runs import Run, run
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import data.loader
 import data.sharing
 from data.loader import largest_batch_bytes
-from data.sharing import share, workers_that_fit
+from data.sharing import ignore_lost_reader, share, workers_that_fit
 from data.worst_case import Row
 from mgm.configuration_mgm import tiny
 from models.loading import load_processor
@@ -80,6 +82,33 @@ def test_small_shared_memory_for_real(tmp_path: Path) -> None:
     assert "MiB free shared memory" in done.stdout
 
 
+class HandsOut(Dataset):
+    """Each sample is an address, at which its worker hands out shared memory to who asks."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> str:
+        self.kept = resource_sharer.DupFd(1)
+        return self.kept._id[0]
+
+
+@pytest.mark.parametrize("starts_with", [None, ignore_lost_reader])
+def test_a_reader_that_hangs_up(starts_with: Callable[[int], None] | None, capfd: pytest.CaptureFixture) -> None:
+    """As the training process does when another worker dies: no traceback from this one."""
+    loader = DataLoader(
+        HandsOut(), batch_size=None, num_workers=1, worker_init_fn=starts_with, persistent_workers=True
+    )
+    batches = iter(loader)
+    address = next(batches)
+    with socket.socket(socket.AF_UNIX) as reader:
+        reader.connect(address)
+        wait_for(lambda: reader.recv(1, socket.MSG_PEEK))  # a challenge has come, which is left unread
+    time.sleep(0.5)
+    del batches, loader
+    assert ("ConnectionResetError" in capfd.readouterr().err) == (starts_with is None)
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -98,6 +127,7 @@ def test_a_killed_worker(num_processes: int, tmp_path: Path) -> None:
     os.kill(workers[0].pid, signal.SIGKILL)
     ended = started.wait(60)
     assert ended.code == 1 and f"a data worker (process {workers[0].pid}) was killed" in ended.error
+    assert ".." not in ended.error
     assert "host ran out of memory" in ended.error and "Kept step " in ended.error
     [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])

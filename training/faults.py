@@ -180,12 +180,12 @@ def explain_death(message: str) -> str:
     pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
     who = f"a data worker (process {pids[1]})" if pids else "a data worker"
     if "Bus error" in message:
-        return f"{who} found no more shared memory: {SHARED_MEMORY_REMEDY}."
+        return f"{who} found no more shared memory: {SHARED_MEMORY_REMEDY}"
     if "signal: Killed" in message or message.endswith("exited unexpectedly"):  # torch has missed the signal
         why = "most likely because the host ran out of memory ('dmesg' tells)"
-        return f"{who} was killed, {why}: choose fewer --dataloader_num_workers."
+        return f"{who} was killed, {why}: choose fewer --dataloader_num_workers"
     how = re.search(r"(?:is killed by|exited) .*", message)
-    return f"{who} died ({how[0].strip(' .') if how else message})."
+    return f"{who} died ({how[0].strip(' .') if how else message})"
 
 
 def find_launcher() -> int | None:
