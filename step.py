@@ -15,13 +15,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from layers.checkpoint import checkpoint_with_less_work
+from layers.fused_lora import fuse_lora
+from layers.fused_norm import fuse_norms
+from layers.fused_rotary import fuse_rotary
+from layers.gated_mlp import fuse_gated_mlps
 from layers.model_loss import use_model_loss
 from layers.quantization import QUANTIZATIONS
-from layers.recompute_activation import recompute_activations
 from layers.tiled_mlp import tile_frozen_mlps
 from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
-from models.family import family_of, packs
+from models.family import family_of, has_router_loss, packs, reads_padding_mask
 from models.loading import load_config, load_model, num_positions
 from models.lora import (
     ALL_LINEAR,
@@ -36,6 +40,7 @@ from models.lora import (
     trained_parameters,
 )
 from models.parts import language_model
+from models.zero3_leaves import gather_layers_whole
 from utils import UserError, check_choice, check_minimum, flag, free_on_resume, name_some
 
 
@@ -72,7 +77,9 @@ class StepConfig(ModelConfig):
     gradient_accumulation_steps: int = free_on_resume(1, "micro-batches of an update, which is one optimizer step")
     gradient_checkpointing: bool = free_on_resume(True, "recompute activations in the backward pass")
     checkpoint_every_n_layers: int = free_on_resume(1, "1: checkpoint every layer; 2: every other layer")
-    mlp_tiles: int = free_on_resume(4, "tiles in which a checkpointed layer's frozen MLP runs; 1: all tokens at once")
+    mlp_tiles: int = free_on_resume(
+        0, "tiles in which a checkpointed layer's frozen MLP runs; 1: all tokens at once; 0: as many as long rows need"
+    )
     optim: str = flag("adamw_torch", " | ".join(OPTIMIZERS))
     max_grad_norm: float = flag(1.0, "clip the gradients to this norm; 0: no clipping")
     seed: int = flag(42, "for the adapter's first weights, the order of samples, and dropout")
@@ -86,7 +93,7 @@ class StepConfig(ModelConfig):
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
-        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=1, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=0, checkpoint_every_n_layers=1, max_grad_norm=0)
         check_minimum(self, max_image_pixels=0, dataloader_num_workers=0, seed=0)
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
@@ -167,6 +174,13 @@ def check_model(config: StepConfig) -> None:
         )
 
 
+def needs_padding_mask(config: StepConfig) -> bool:
+    """Whether batches bring `attention_mask`. A causal kernel without one takes half the time. In fp32, and on the
+    older GPUs that train in fp16, PyTorch's kernels without a mask do not share keys among heads, and take more
+    memory."""
+    return reads_padding_mask(load_config(config.model)) or config.mixed_precision != "bf16"
+
+
 def build_model(
     config: StepConfig, is_deepspeed: bool, report: Callable[[str], None] = lambda line: None
 ) -> nn.Module:
@@ -205,12 +219,28 @@ def build_model(
     if not trained_parameters(model):
         raise UserError(f"--trainable_modules {' '.join(names)}: nothing is left to train")
     keep_frozen_towers_in_eval(base)
-    tile_frozen_mlps(language_model(base), config.mlp_tiles)
-    recompute_activations(model)
+    lighten(config, model, base, dtype, is_deepspeed)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
             parameter.data = parameter.data.float()
     return model
+
+
+def lighten(
+    config: StepConfig, model: nn.Module, base: PreTrainedModel, dtype: torch.dtype, is_deepspeed: bool
+) -> None:
+    """Let the model's layers compute the same in fewer kernels, and keep less."""
+    fuse_norms(base)
+    fuse_rotary(language_model(base))
+    fuse_gated_mlps(model, reads_weights=not is_deepspeed)
+    num_tokens = config.per_device_train_batch_size * config.max_seq_len
+    tile_frozen_mlps(language_model(base), config.mlp_tiles, num_tokens, dtype)
+    if is_deepspeed:  # it gathers weights for a module's own forward alone
+        gather_layers_whole(base)
+    else:
+        fuse_lora(model)
+        if not has_router_loss(base.config):
+            checkpoint_with_less_work(model)
 
 
 def lora_config(config: StepConfig, model: PreTrainedModel, pattern: str, modules: list[str]) -> LoraConfig:
@@ -231,9 +261,18 @@ def lora_config(config: StepConfig, model: PreTrainedModel, pattern: str, module
 
 
 def build_optimizer(
-    model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0
+    model: nn.Module, optim: str, learning_rate: float, weight_decay: float = 0.0, fused: bool = False
 ) -> torch.optim.Optimizer:
-    return OPTIMIZERS[optim](trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
+    """`fused`: all parameters are updated in one kernel, without temporaries."""
+    parameters = trained_parameters(model)
+    return OPTIMIZERS[optim](parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+
+
+def fuses_optimizer(accelerator: Accelerator) -> bool:
+    """On a GPU. Not with a loss scaler: accelerate would not see the steps that it skips. DeepSpeed moves the
+    parameters itself."""
+    is_plain = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
+    return is_plain and accelerator.device.type == "cuda"
 
 
 def training_step(
@@ -263,7 +302,8 @@ def training_step(
     accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
     grad_norm = None
     if accelerator.sync_gradients:
-        grad_norm = accelerator.clip_grad_norm_(trained_parameters(model), max_grad_norm or math.inf)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
     is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
     if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips

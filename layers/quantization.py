@@ -93,6 +93,16 @@ def dequantize(packed: torch.Tensor, state: "QuantState") -> torch.Tensor:
     return dequantize_4bit(packed, state)
 
 
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, state: "QuantState", bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What a 4-bit linear layer computes, without a graph, in x's dtype."""
+    from bitsandbytes import matmul_4bit
+
+    with torch.no_grad():
+        return matmul_4bit(x, packed, state, bias=bias)
+
+
 def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking the weights when a CPU evaluates: the new form has no backward pass."""
     for module in model.modules():

@@ -31,11 +31,10 @@ class Family:
     packs: bool = False
     # Values of --mixed_precision in which its activations overflow.
     refused_precisions: tuple[str, ...] = ()
-    # Whether the embeddings' output gets a gradient though it is frozen, as transformers and PEFT would have it: of no
-    # use, but MGM's memory has been measured with it.
-    keeps_input_gradients: bool = False
     # Layers of a state-space mixer whose weights fused kernels read: they see neither LoRA nor 4 bits.
     fused_layers: tuple[str, ...] = ()
+    # Classes of modules, besides layers, that ZeRO-3 gathers as a whole.
+    gathered_whole: tuple[str, ...] = ()
     # Of a family whose processors have none.
     chat_template: str | None = None
 
@@ -44,7 +43,9 @@ PACKS = Family(packs=True)
 
 FAMILIES = {
     "mgm": Family(
-        trainable_modules=("multi_modal_projector", "patch_info_mining"), packs=True, keeps_input_gradients=True
+        trainable_modules=("multi_modal_projector", "patch_info_mining"),
+        packs=True,
+        gathered_whole=("ConvNextStage",),
     ),
     "paligemma": Family(chat_template=PALIGEMMA),
     # Gemma 3's residual stream grows beyond fp16's largest number.
@@ -85,3 +86,17 @@ def is_mgm(config: PreTrainedConfig) -> bool:
 def packs(config: PreTrainedConfig) -> bool:
     """Whether the family may pack samples, and the family of the language model in it too."""
     return family_of(config).packs and family_of(config.get_text_config()).packs
+
+
+def reads_padding_mask(config: PreTrainedConfig) -> bool:
+    """Whether the padding behind a row's tokens changes what is trained, unless a mask hides it.
+
+    It does not where a token sees only what comes before it, as in the families that pack. A router's loss counts all
+    tokens.
+    """
+    return not packs(config) or has_router_loss(config)
+
+
+def has_router_loss(config: PreTrainedConfig) -> bool:
+    """Whether the model adds to its loss how evenly its routers deal out tokens."""
+    return getattr(config.get_text_config(), "output_router_logits", False)

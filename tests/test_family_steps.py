@@ -6,6 +6,7 @@ Tiny models of the real classes, with batches by the real processors (tiny_famil
 import functools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from transformers import (
     CLIPConfig,
     Florence2Config,
     GPTNeoXConfig,
+    MixtralConfig,
     PreTrainedConfig,
     ProcessorMixin,
     T5Config,
@@ -38,9 +40,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_torchvision_available
 
 from chat.text_processor import TextProcessor
+from data.batching import is_padded_behind
 from layers.chunked_loss import IGNORE_INDEX
 from models.checkpointing import decoder_layers
-from models.family import family_of, packs
+from models.family import family_of, packs, reads_padding_mask
 from models.loading import load_config, load_model, load_processor
 from models.parts import language_model, path_of, vision_tower
 from models.processors import read_tokenizer
@@ -237,6 +240,23 @@ def test_a_frozen_tower_costs_nothing(name):
     assert len(num_calls) == 1 and decoder_layers(base)[0].training
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_routers_loss_reaches_checkpointed_layers(name, tmp_path):
+    """Its logits leave a layer by a hook."""
+    shutil.copytree(folder(name), tmp_path / name)
+    path = tmp_path / name / "config.json"
+    changes = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    batch = batch_of(name)
+    checkpointed, plain = (
+        step_of(model_of(name, model=str(path.parent), gradient_checkpointing=on), batch) for on in (True, False)
+    )
+    assert_same(checkpointed, plain)
+    without = step_of(model_of(name), batch)
+    with pytest.raises(AssertionError):
+        assert_same(checkpointed, without)
+
+
 @families([name for name in FAMILIES if name != "gpt2"])  # its positions are a row's, whatever the mask says
 def test_padding_makes_no_difference(name):
     """A short row padded on the left or on the right."""
@@ -277,6 +297,27 @@ def test_packed_samples_are_trained_as_each_by_itself(name):
         del packed["position_ids"]
         with pytest.raises(AssertionError):
             assert_same(step_of(model, packed, num_items_in_batch=num_items), expected)
+
+
+@families(PACKED, quick=["llava", "internvl", "smolvlm", "mistral3", "llama", "gemma2", "gpt2", "mixtral"])
+def test_padding_behind_the_tokens_needs_no_mask(name):
+    """Where a token sees only what comes before it. (InternVL's processor pads before them; here they are moved.)"""
+    model, batch = model_of(name), batch_of(name)
+    tokens = batch["attention_mask"].bool()
+    for key in [key for key in batch if batch[key].shape == tokens.shape]:
+        batch[key] = torch.stack(
+            [torch.cat([row[own], row[~own]]) for row, own in zip(batch[key], tokens, strict=True)]
+        )
+    assert not reads_padding_mask(model.config) and not tokens.all() and is_padded_behind(batch["attention_mask"])
+    expected = step_of(model, batch)
+    assert_same(step_of(model, {key: value for key, value in batch.items() if key != "attention_mask"}), expected)
+
+
+def test_who_reads_the_mask_of_padding():
+    """Families that see images in both directions or count positions by it, and a router's loss."""
+    for name in ("gemma3", "paligemma2", "qwen3_vl", "gemma4"):
+        assert reads_padding_mask(FAMILIES[name]())
+    assert reads_padding_mask(MixtralConfig(output_router_logits=True)) and not reads_padding_mask(MixtralConfig())
 
 
 def test_other_families_do_not_pack():

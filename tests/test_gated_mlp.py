@@ -1,4 +1,4 @@
-"""Gated MLPs that recompute their activation against plain ones: the same step, with less in memory."""
+"""Gated MLPs with a backward pass of their own against plain ones: the same step, with less in memory."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from transformers import (
     Qwen3VLTextConfig,
     SmolLM3Config,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bitnet.modeling_bitnet import BitNetMLP
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
@@ -33,8 +34,11 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
+import layers.gated_mlp
 import step
-from layers.recompute_activation import GatedActivation, is_gated_mlp, recompute_activations
+from layers.gated_mlp import FrozenGatedMLP, GatedActivation, _in_place, fuse_gated_mlps, is_gated_mlp
+from layers.quantization import quantize_linear
+from layers.unused_output import without_output
 from memory.config import ProbeConfig
 from memory.trace import trace_single
 from mgm.configuration_mgm import PRESETS
@@ -62,14 +66,14 @@ class Layer(GradientCheckpointingLayer):
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes that GatedActivation is given from now on."""
-    shapes, forward = [], GatedActivation.forward
+    """The shapes of the gates that are activated on the way forward from now on."""
+    shapes, activated = [], layers.gated_mlp._activated
 
-    def counted(ctx: object, gate: torch.Tensor, *rest: object) -> torch.Tensor:
+    def counted(gate: torch.Tensor, *rest: object) -> torch.Tensor:
         shapes.append(gate.shape)
-        return forward(ctx, gate, *rest)
+        return activated(gate, *rest)
 
-    monkeypatch.setattr(GatedActivation, "forward", staticmethod(counted))
+    monkeypatch.setattr(layers.gated_mlp, "_activated", counted)
     return shapes
 
 
@@ -77,21 +81,78 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     ("flags", "num_layers"),
     [
         ({"gradient_checkpointing": False}, 4),
-        ({"checkpoint_every_n_layers": 2}, 2),
+        ({"checkpoint_every_n_layers": 2}, 4),  # a checkpointed layer's runs once, then without its output
         ({"gradient_checkpointing": False, "lora_target_modules": ["all-linear"]}, 4),
         ({"gradient_checkpointing": False, "lora_r": 0}, 4),
-        ({}, 0),
+        ({}, 4),
+        ({"mlp_tiles": 3}, 4 * 3),
     ],
 )
 def test_step_is_the_same(monkeypatch, tiny_step, flags, num_layers):
-    """Loss and all trainable gradients within 1e-5, in the layers that are not checkpointed."""
+    """Loss and all trainable gradients within 1e-5, with and without checkpointing, and in tiles."""
     shapes = count_calls(monkeypatch)
     found = tiny_step(**flags)
     assert len(shapes) == num_layers
-    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(step, "fuse_gated_mlps", lambda model, reads_weights: None)
     expected = tiny_step(**flags)
     assert len(shapes) == num_layers
     assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("act_fn", "is_known"),
+    [
+        *((name, True) for name in ("silu", "swish", "gelu", "gelu_pytorch_tanh")),
+        *(
+            (name, False)
+            for name in ("gelu_new", "gelu_python", "gelu_python_tanh", "quick_gelu", "relu", "tanh", "linear")
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations(act_fn, is_known, dtype):
+    """The gradients of torch's own are computed in place, of others by autograd: both as without this file."""
+    torch.manual_seed(0)
+    act_fn = ACT2FN[act_fn]
+    assert (_in_place(act_fn) is not None) == is_known
+    gate, up, gradient = (torch.randn(4, 37, dtype=dtype) for _ in range(3))
+    inputs = gate.requires_grad_(), up.requires_grad_()
+    expected = torch.autograd.grad(act_fn(gate) * up, inputs, gradient)
+    found = torch.autograd.grad(GatedActivation.apply(gate * 1, up * 1, act_fn), inputs, gradient)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 2 * torch.finfo(dtype).eps * other.norm()
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("act_fn", ["gelu_pytorch_tanh", "relu", "linear"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_frozen_mlp(is_quantized, act_fn, dtype):
+    """One function against its layers one by one, biases and autocast too; then without the output."""
+    torch.manual_seed(0)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act=act_fn, mlp_bias=True))
+    mlp.requires_grad_(False)
+    for name, part in list(mlp.named_children()) if is_quantized else []:
+        if name != "act_fn":
+            setattr(mlp, name, quantize_linear(part, dtype or torch.float32))
+    hidden_states, gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 64)
+
+    def run() -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            output = mlp(hidden_states * 1)
+        return [output, *torch.autograd.grad(output, hidden_states, gradient.to(output.dtype))]
+
+    expected = run()
+    assert type(expected[0].grad_fn) is not FrozenGatedMLP._backward_cls
+    fuse_gated_mlps(Layer(mlp))
+    found = run()
+    assert type(found[0].grad_fn) is FrozenGatedMLP._backward_cls
+    tolerance = 1e-6 if dtype is None else 0.01
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+    with without_output(mlp):
+        output, of_hidden = run()
+    assert output.shape == hidden_states.shape
+    assert torch.equal(of_hidden, found[1])
 
 
 @pytest.mark.parametrize("mlp_class", CONFIGS)
@@ -111,7 +172,7 @@ def test_mlps_of_many_families(mlp_class, dtype):
 
     expected = run()
     plain_forward = layer.mlp.forward
-    recompute_activations(layer)
+    fuse_gated_mlps(layer)
     assert layer.mlp.forward is not plain_forward
     for found, tensor in zip(run(), expected, strict=True):
         assert (found - tensor).norm() <= 2 * torch.finfo(dtype).eps * tensor.norm()
@@ -141,7 +202,7 @@ def test_a_quarter_less_is_kept(monkeypatch):
         per_device_train_batch_size=32,
     )
     traces = [trace_single(config)]
-    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(step, "fuse_gated_mlps", lambda model, reads_weights: None)
     traces.append(trace_single(config))
     slim, plain = (trace.peak_bytes for trace in traces)
     text_config = load_model("tiny", torch.float32, "sdpa").config.text_config
@@ -180,16 +241,9 @@ def test_an_mlp_of_another_formula_is_left_alone(mlp):
     """Whatever its parts are called, it computes what it did before."""
     hidden_states = torch.randn(2, 3, 4)
     expected = mlp(hidden_states)
-    recompute_activations(Layer(mlp))
+    fuse_gated_mlps(Layer(mlp))
     assert "forward" not in vars(mlp)
     assert torch.equal(mlp(hidden_states), expected)
-
-
-def test_a_checkpointed_layer_is_left_alone():
-    layer = Layer(small_mlp(GemmaMLP))
-    layer.gradient_checkpointing = True
-    recompute_activations(layer)
-    assert "forward" not in vars(layer.mlp)
 
 
 def test_all_language_models_of_the_presets_are_known():
@@ -211,10 +265,19 @@ def test_another_formula_is_told_apart(mlp_class):
     assert is_gated_mlp(mlp)
 
 
-def test_an_activation_with_weights_of_its_own_is_left_alone():
+@pytest.mark.parametrize("act_fn", [nn.PReLU(), nn.SiLU(inplace=True)])
+def test_an_activation_that_is_trained_or_overwrites_its_input_is_left_alone(act_fn):
     mlp = small_mlp(GemmaMLP)
-    mlp.act_fn = nn.PReLU()
+    mlp.act_fn = act_fn
     assert not is_gated_mlp(mlp)
+
+
+def test_what_is_trained_later_gets_gradients():
+    layer = Layer(small_mlp(GemmaMLP)).requires_grad_(False)
+    fuse_gated_mlps(layer)
+    layer.requires_grad_(True)
+    layer.mlp(torch.randn(1, 3, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
 def test_an_mlp_trained_in_full_beside_lora(monkeypatch, tiny_step):
@@ -223,5 +286,5 @@ def test_an_mlp_trained_in_full_beside_lora(monkeypatch, tiny_step):
     flags = {"trainable_modules": ["layers.0.mlp"], "gradient_checkpointing": False}
     found = tiny_step(**flags)
     assert len(shapes) == 4
-    monkeypatch.setattr(step, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(step, "fuse_gated_mlps", lambda model, reads_weights: None)
     assert_same_gradients(found, tiny_step(**flags))
