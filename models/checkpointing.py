@@ -6,7 +6,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.family import family_of
 from models.parts import language_model, towers
 from utils import UserError
 
@@ -43,8 +42,7 @@ def without_input_gradients(model: PreTrainedModel) -> None:
     """Undo what transformers' checkpointing and PEFT each do: let the output of every embedding need a gradient, the
     frozen tower's patches too, whose whole backward pass then runs for nothing. Checkpointing that is not reentrant
     does without. To be called after each of them: the model remembers the hooks of the last call alone."""
-    if not family_of(model.config).keeps_input_gradients:
-        model.disable_input_require_grads()
+    model.disable_input_require_grads()
 
 
 def keep_frozen_towers_in_eval(model: PreTrainedModel) -> None:

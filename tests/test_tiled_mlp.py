@@ -8,15 +8,24 @@ import torch
 from conftest import assert_same_gradients
 from torch import nn
 from transformers import DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig, SeedOssConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
-from layers.tiled_mlp import takes_tokens_one_by_one, tile_frozen_mlps, tiles
+from layers.tiled_mlp import takes_tokens_one_by_one, tile_frozen_mlps, tiles, tiles_needed
 from memory.config import ProbeConfig
 from memory.trace import trace_single
+
+
+class Layer(GradientCheckpointingLayer):
+    gradient_checkpointing = True
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
 
 
 def cpu_config(**flags: object) -> ProbeConfig:
@@ -66,10 +75,24 @@ def test_others_are_left_alone(step, flags):
     assert all(torch.equal(tiled[0][name], tensor) for name, tensor in whole[0].items())
 
 
+def test_rows_that_do_not_follow_each_other():
+    """Hidden states whose first two dimensions are exchanged: output and gradient as those of a copy."""
+    torch.manual_seed(0)
+    layer = Layer(LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2)))
+    layer.train().requires_grad_(False)
+    tile_frozen_mlps(layer, 2, 15, torch.float32)
+    hidden_states = torch.randn(5, 3, 16).transpose(0, 1).requires_grad_()
+    copied = hidden_states.detach().contiguous().requires_grad_()
+    torch.testing.assert_close(layer.mlp(hidden_states), layer.mlp(copied))
+    gradients = [torch.autograd.grad(layer.mlp(x).square().sum(), x)[0] for x in (hidden_states, copied)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_tiles_are_all_tokens_in_order():
     hidden_states = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
     parts = tiles(hidden_states, 4)
     assert [part.shape for part in parts] == [(1, 3, 3), (1, 3, 3), (1, 2, 3), (1, 2, 3)]
+    assert all(part.stride(0) == part.numel() for part in parts), "or a product of one row becomes one of a batch"
     assert torch.equal(torch.cat(parts, dim=1).view(2, 5, 3), hidden_states)
     assert len(tiles(hidden_states, 100)) == 100
 
@@ -105,7 +128,19 @@ def test_tiling_lowers_the_predicted_peak():
 
 
 def test_a_model_without_mlps_is_no_error():
-    tile_frozen_mlps(torch.nn.Linear(2, 2), 4)
+    tile_frozen_mlps(nn.Linear(2, 2), 4, 8, torch.float32)
+    assert tiles_needed(nn.Identity(), 8, torch.float32) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "expected"), [(2048, "bfloat16", 1), (2049, "bfloat16", 2), (8192, "float32", 8)]
+)
+def test_tiles_needed(num_tokens, dtype, expected):
+    """Three tensors as wide as MGM-2B's MLP stay within 192 MiB, also where its weights are packed."""
+    with torch.device("meta"):
+        mlp = LlamaMLP(LlamaConfig(hidden_size=2048, intermediate_size=16384))
+    mlp.gate_proj.weight = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+    assert tiles_needed(mlp, num_tokens, getattr(torch, dtype)) == expected
 
 
 def test_checkpointing_every_other_layer(step):

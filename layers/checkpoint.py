@@ -1,0 +1,107 @@
+"""Gradient checkpointing of a layer that costs the host little: torch's, without a hook for each saved tensor.
+
+torch.utils.checkpoint calls Python for each tensor that a layer saves: when it is saved, when it is computed again and
+when it is used. On a fast GPU the host is too slow for that. Here the forward pass runs without a graph, so nothing is
+saved; the backward pass runs the layer again with one, and goes back through it.
+
+    checkpoint_with_less_work(model)    # once transformers' own checkpointing is switched on; not under DeepSpeed
+
+The backward pass of a layer fills `.grad` itself, so torch.autograd.grad finds no gradients of its parameters. Layers
+that have another input with a gradient than the first one, or something to hand on, are left to torch. What hooks take
+out of a layer, such as a router's logits, has no gradient here.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from layers.autocast import autocast_now
+from layers.frozen_linear import has_hooks
+from layers.unused_output import adds_mlp_to_residual, without_output
+
+
+Output = torch.Tensor | tuple[torch.Tensor | None, ...]
+
+
+def checkpoint_with_less_work(model: nn.Module) -> None:
+    """Give the model's checkpointed layers this file's checkpointing."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+            unused = layer.mlp if adds_mlp_to_residual(layer) else None
+            layer._gradient_checkpointing_func = partial(_run, layer._gradient_checkpointing_func, is_trained, unused)
+
+
+def _run(
+    torchs: Callable[..., Output], is_trained: bool, mlp: nn.Module | None, run: Callable[..., Output], *args: Any
+) -> Output:
+    """`torchs`: torch's checkpointing; `mlp`: whose output only the layer's output depends on; `run`: the layer's
+    forward, with its keyword arguments."""
+    hidden_states, *others = args or (None,)
+    if not torch.is_grad_enabled():
+        return run(*args)
+    captured = (*others, *getattr(run, "args", ())[1:], *getattr(run, "keywords", {}).values())
+    if not isinstance(hidden_states, torch.Tensor) or not all(_is_constant(value) for value in captured):
+        return torchs(run, *args)
+    if not (is_trained or hidden_states.requires_grad):
+        return run(*args)
+    anchor = torch.empty(0, device=hidden_states.device, requires_grad=True)  # for a first layer's trained parameters
+    return Checkpoint.apply(anchor, hidden_states, mlp, run, others)
+
+
+def _is_constant(value: object) -> bool:
+    """Whether it needs no gradient, and the layer cannot hand on anything by it: some put their keys into a dict."""
+    if isinstance(value, torch.Tensor):
+        return not value.requires_grad
+    if isinstance(value, tuple):
+        return all(_is_constant(each) for each in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+class Checkpoint(torch.autograd.Function):
+    """run(hidden_states, *others), whose graph is made in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        anchor: torch.Tensor,
+        hidden_states: torch.Tensor,
+        mlp: nn.Module | None,
+        run: Callable[..., Output],
+        others: list[Any],
+    ) -> Output:
+        ctx.mlp, ctx.run, ctx.others = mlp, run, others
+        ctx.autocast = autocast_now(hidden_states.device.type)
+        ctx.cpu_state = torch.get_rng_state()
+        ctx.devices, ctx.device_states = get_device_states(hidden_states)
+        ctx.save_for_backward(hidden_states)
+        output = run(hidden_states, *others)
+        parts = output if isinstance(output, tuple) else (output,)
+        if not all(part is None or isinstance(part, torch.Tensor) for part in parts):
+            raise TypeError(f"a checkpointed layer returns {[type(part).__name__ for part in parts]}, not tensors")
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden_states = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
+        device_type = ctx.autocast[0]
+        # fork_rng asks for a device that computes; the CPU's state is kept in any case.
+        with torch.random.fork_rng(ctx.devices, device_type=device_type if ctx.devices else "cuda"):
+            torch.set_rng_state(ctx.cpu_state)
+            set_device_states(ctx.devices, ctx.device_states, device_type=device_type)
+            is_unused = ctx.mlp is not None and not has_hooks(ctx.mlp)  # hooks may read the output
+            unused = without_output(ctx.mlp) if is_unused else nullcontext()
+            with torch.enable_grad(), torch.autocast(*ctx.autocast), unused:
+                output = ctx.run(hidden_states, *ctx.others)
+        parts = output if isinstance(output, tuple) else (output,)
+        pairs = [(part, gradient) for part, gradient in zip(parts, gradients, strict=True) if gradient is not None]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        return None, hidden_states.grad, None, None, None
