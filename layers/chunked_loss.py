@@ -5,6 +5,10 @@ Here the tokens are taken in chunks. For each chunk the forward pass computes th
 gradient of the hidden states, and then frees the logits. That works because the loss is the last operation of the
 model: its gradient is known up to one factor, by which the backward pass multiplies. Nothing is recomputed.
 
+A chunk's logits are in the dtype of the hidden states. Some rows of them at a time are taken to fp32, and become the
+logits' gradient, in the logits' place. So a chunk can be large, as matrix products need it to be fast, and only a
+small piece is in fp32.
+
 layers/model_loss.py puts it in the place of a model's own loss.
 """
 
@@ -14,14 +18,16 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from utils import MIB
+
 
 IGNORE_INDEX = -100  # torch's cross entropy leaves such labels out
 FIRST_LABEL = 1  # no token predicts position 0
-# Each matrix product reads the whole head, so larger chunks are faster. A chunk holds its logits in the dtype of the
-# hidden states and in fp32: 94 MiB for MGM-2B in bf16. benchmarks/loss.py measures other sizes. With a smaller
-# vocabulary a chunk has more tokens: up to CHUNK_ELEMENTS logits.
-CHUNK_TOKENS = 64
-CHUNK_ELEMENTS = 2**22
+# Each matrix product reads the whole head, so larger chunks are faster; these are as large as what a layer's backward
+# pass holds anyway (layers/tiled_mlp.py). 256 tokens of MGM-2B in bf16. benchmarks/loss.py measures other sizes.
+CHUNK_BYTES = 128 * MIB  # of logits in the dtype of the hidden states
+PIECE_BYTES = 64 * MIB  # of logits in fp32
+ROWS = 64  # a chunk and a piece have a multiple of it, as a GPU's matrix product has at a time
 WEIGHT_GRADIENT_ROWS = 2**13  # vocabulary entries whose gradient is computed at a time
 Step = Callable[[torch.Tensor], torch.Tensor]  # what a model does to its logits, element by element
 
@@ -59,26 +65,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         steps: tuple[Step, ...] = (),
     ) -> torch.Tensor:
         _, weight_is_trained, _, bias_is_trained, *_ = (*ctx.needs_input_grad, False)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        log_probabilities = torch.empty(len(targets), 1, dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.empty_like(hidden_states)
         weight_gradient = torch.zeros_like(weight) if weight_is_trained else None
         bias_gradient = torch.zeros_like(bias) if bias_is_trained else None
         head = weight.to(hidden_states.dtype)
-        chunk_size = max(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight))
         # This code chooses its dtypes itself; autocast would choose others.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            for start in range(0, len(hidden_states), chunk_size):
-                chunk = slice(start, start + chunk_size)
-                chunk_loss, gradient = _loss_and_gradient(hidden_states[chunk], head, targets[chunk], bias, steps)
-                loss += chunk_loss
-                torch.mm(gradient, head, out=hidden_gradient[chunk])
+            for chunk in _slices(len(targets), CHUNK_BYTES, len(weight) * hidden_states.itemsize):
+                values = hidden_states[chunk] @ head.T  # holds the logits, then their gradient
+                for piece in _slices(len(values), PIECE_BYTES, len(weight) * 4):
+                    rows = slice(chunk.start + piece.start, chunk.start + piece.stop)
+                    _replace_by_gradient(values[piece], targets[rows], log_probabilities[rows], bias, steps)
+                torch.mm(values, head, out=hidden_gradient[chunk])
                 if weight_is_trained:
-                    _add_weight_gradient(weight_gradient, gradient, hidden_states[chunk])
+                    _add_weight_gradient(weight_gradient, values, hidden_states[chunk])
                 if bias_is_trained:
-                    bias_gradient += gradient.sum(dim=0)
-                del gradient  # frees it before the next chunk's logits are computed
+                    bias_gradient += values.sum(dim=0)
+                del values  # frees it before the next chunk's logits are computed
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
-        return loss
+        return -log_probabilities.sum()
 
     @staticmethod
     @once_differentiable
@@ -90,37 +96,42 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, bias, None
 
 
-def _loss_and_gradient(
-    hidden_states: torch.Tensor,
-    head: torch.Tensor,
+def _slices(length: int, nbytes: int, row_bytes: int) -> list[slice]:
+    """As many rows at a time as there is room for in `nbytes`."""
+    size = max(nbytes // row_bytes, 1)
+    size -= size % ROWS if size > ROWS else 0
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _replace_by_gradient(
+    products: torch.Tensor,
     targets: torch.LongTensor,
+    log_probabilities: torch.Tensor,
     bias: torch.Tensor | None = None,
     steps: tuple[Step, ...] = (),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A chunk's summed cross entropy, and its gradient by the head's product in the dtype of the hidden states.
+) -> None:
+    """Overwrite the head's products [N, V] with the gradient of their summed cross entropy with targets [N], and write
+    the targets' log probabilities [N, 1].
 
-    Computed in place: without steps no more than two tensors as large as the logits exist at any time.
+    Computed in place: without steps no more than one tensor of that size exists in fp32 at any time.
     """
-    values = (hidden_states @ head.T).float()  # holds the logits, then the probabilities, then the gradient
+    values = products.float()  # holds the logits, then their log probabilities
     if bias is not None:
         values += bias
-    product = values
     if steps:
-        values = product.requires_grad_()
+        inputs = values.requires_grad_()
         with torch.enable_grad():
             for step in steps:
                 values = step(values)
         logits, values = values, values.detach().clone()
     targets = targets[:, None]
-    values -= values.amax(dim=1, keepdim=True)
-    target_values = values.gather(1, targets)
-    sums = values.exp_().sum(dim=1, keepdim=True)
-    loss = (sums.log() - target_values).sum()
-    values /= sums
-    values.scatter_add_(1, targets, values.new_full(targets.shape, -1))
+    torch.log_softmax(values, dim=1, out=values)
+    torch.gather(values, 1, targets, out=log_probabilities)
+    gradient = values if steps else products  # one operator takes it to the products' dtype
+    torch.exp(values, out=gradient)
+    gradient.scatter_(1, targets, log_probabilities.expm1().to(gradient.dtype))
     if steps:
-        (values,) = torch.autograd.grad(logits, product, values)
-    return loss, values.to(hidden_states.dtype)
+        products.copy_(torch.autograd.grad(logits, inputs, gradient)[0])
 
 
 def _add_weight_gradient(weight_gradient: torch.Tensor, gradient: torch.Tensor, hidden_states: torch.Tensor) -> None:

@@ -27,8 +27,8 @@ def loss_and_gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000])
 def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
     """Also in chunks that do not divide the tokens, and with words that do not divide into rows."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", chunk_size)
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * chunk_size * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "PIECE_BYTES", 4 * 3 * VOCAB_SIZE)
     monkeypatch.setattr(chunked_loss, "WEIGHT_GRADIENT_ROWS", 128)
     head = make_head(weight_is_trained)
     hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)
@@ -44,8 +44,8 @@ def test_head_is_cross_entropy(monkeypatch, chunk_size, weight_is_trained):
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_head_with_a_bias_and_steps(monkeypatch, is_trained):
     """What a bias, a scale and a soft cap make of the logits, and what all of them get as gradients."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 7)
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 7 * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "PIECE_BYTES", 4 * 3 * VOCAB_SIZE)
     torch.manual_seed(0)
     head = LanguageModelHead(HIDDEN_SIZE, VOCAB_SIZE).requires_grad_(is_trained)
     hidden_states = torch.randn(50, HIDDEN_SIZE, requires_grad=True)
@@ -72,26 +72,26 @@ def test_a_head_in_16_bits_is_never_copied_to_fp32():
 
 
 @pytest.mark.parametrize(
-    ("min_tokens", "elements", "sizes"), [(20, 0, [20, 20, 10]), (20, 40 * VOCAB_SIZE, [40, 10]), (1, 1, [1] * 50)]
+    ("dtype", "sizes"), [(torch.float32, [6, 6, 6, 2, 6, 6, 6, 2, 6, 4]), (torch.bfloat16, [6] * 6 + [4, 6, 4])]
 )
-def test_chunk_sizes(monkeypatch, min_tokens, elements, sizes):
-    """So many tokens at least, and more where the vocabulary leaves room."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", min_tokens)
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
-    work, found = chunked_loss._loss_and_gradient, []
-    monkeypatch.setattr(chunked_loss, "_loss_and_gradient", lambda *args: found.append(len(args[0])) or work(*args))
-    make_head(False)(torch.randn(50, HIDDEN_SIZE), torch.zeros(50, dtype=torch.long))
+def test_chunk_and_piece_sizes(monkeypatch, dtype, sizes):
+    """Chunks of so many bytes in the dtype of the hidden states, and pieces of them of so many in fp32."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 20 * VOCAB_SIZE)
+    monkeypatch.setattr(chunked_loss, "PIECE_BYTES", 4 * 6 * VOCAB_SIZE)
+    work, found = chunked_loss._replace_by_gradient, []
+    monkeypatch.setattr(chunked_loss, "_replace_by_gradient", lambda *args: found.append(len(args[0])) or work(*args))
+    make_head(False, dtype)(torch.randn(50, HIDDEN_SIZE).to(dtype), torch.zeros(50, dtype=torch.long))
     assert found == sizes
 
 
 def test_one_chunk_at_a_time(monkeypatch):
-    """The peak is a chunk's logits and what stays, its hidden states' gradients: no chunk waits for the next."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 0)
+    """The peak is a chunk's logits and what stays, the hidden states' gradients: no chunk waits for the next."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 50 * 20_000)
     head = LanguageModelHead(HIDDEN_SIZE, 20_000, bias=False).requires_grad_(False)
     hidden_states, targets = torch.randn(256, HIDDEN_SIZE, requires_grad=True), torch.randint(0, 20_000, (256,))
     with profile_memory() as profiler:
         head(hidden_states, targets)
-    assert 1 <= rise(memory_events(profiler)) / (4 * 20_000 * chunked_loss.CHUNK_TOKENS) < 1.1
+    assert 1 <= rise(memory_events(profiler)) / (20_000 * 4 * 50) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
