@@ -22,9 +22,9 @@ from torch import nn
 from mgm.configuration_mgm import MGMConfig
 
 
-# Elements of the auxiliary features that are processed together: 32 MiB in bf16, a sixth of an MGM-2B image's. The
-# peak is about three times that.
-CHUNK_ELEMENTS = 2**24
+# Elements of the auxiliary features that are processed together: 64 MiB in bf16, a third of an MGM-2B image's. The
+# peak is about three times that, as in a layer's backward pass (layers/tiled_mlp.py).
+CHUNK_ELEMENTS = 2**25
 
 
 class MiningKey(nn.Sequential):
@@ -144,7 +144,7 @@ class View:
             upsampled_rows(stage, height, top, bottom)[..., column * side : (column + 1) * side] for stage in stages
         ]
         if is_whole:
-            maps = [F.interpolate(x, scale_factor=1 / self.image_grid, mode="bilinear") for x in maps]
+            maps = [scaled(x, 1 / self.image_grid) for x in maps]
         squares = torch.cat([split_into_squares(x, self.patch_grid_size) for x in maps], dim=-1)
         return squares.flatten(3, 4).flatten(1, 2)
 
@@ -171,8 +171,14 @@ def upsampled_rows(features: torch.Tensor, height: int, top: int, bottom: int) -
     if scale == 1:
         return features[:, :, top:bottom]
     first, last = max(0, top // scale - 1), -(-bottom // scale) + 1
-    rows = F.interpolate(features[:, :, first:last], scale_factor=scale, mode="bilinear")
+    rows = scaled(features[:, :, first:last], scale)
     return rows[:, :, top - first * scale : bottom - first * scale]
+
+
+def scaled(features: torch.Tensor, factor: float) -> torch.Tensor:
+    """Features [n, C, h, w] of another height and width, in their own dtype: under autocast they would become fp32."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.interpolate(features, scale_factor=factor, mode="bilinear")
 
 
 def normalize(features: torch.Tensor, eps: float) -> torch.Tensor:
