@@ -32,7 +32,7 @@ from data.spot_check import check_lengths, learned_text
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import check_is_no_preset, load_processor, num_positions
-from step import build_accelerator, build_model, build_optimizer, check_model, training_step
+from step import build_accelerator, build_model, build_optimizer, check_model, fuses_optimizer, training_step
 from training.checkpoints import (
     Checkpoints,
     Position,
@@ -96,7 +96,9 @@ def main(config: TrainConfig) -> dict | None:
     )
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
-    optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
+    optimizer = build_optimizer(
+        model, config.optim, config.learning_rate, config.weight_decay, fused=fuses_optimizer(accelerator)
+    )
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     scheduler = build_scheduler(config, optimizer, num_steps)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

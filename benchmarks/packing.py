@@ -23,7 +23,7 @@ from transformers import ProcessorMixin, get_scheduler
 import step
 from benchmarks.loader import PACKAGES
 from benchmarks.rows import machine
-from benchmarks.step import clock
+from benchmarks.step_watch import clock
 from data.batching import TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
 from data.demo import ensure_demo

@@ -26,6 +26,8 @@ class Batch:
     sample_ids: list[str]
     bad: list[UnusableSample] | None = None  # of this micro-batch; None: nobody has looked for them
     bad_in_update: list[UnusableSample] | None = None  # at an update's start: of all its micro-batches on this process
+    num_samples: int = 0
+    num_tokens: int = 0  # without padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()}

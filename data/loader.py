@@ -16,7 +16,7 @@ from data.packing import PackedCollator, PackedDataset, pack
 from data.sharing import PREFETCH_FACTOR, ignore_lost_reader, workers_that_fit
 from data.skipping import CheckedCollator, CheckedUpdates
 from data.worst_case import Row, longest_row, worst_case_batch
-from step import StepConfig
+from step import StepConfig, needs_padding_mask
 
 
 def build_loader(
@@ -51,7 +51,8 @@ def build_loader(
     )
     num_images = pc.list_value_length(records.data.column("images")).to_pylist()
     dummy_images = needs_dummy_images(processor, num_images, num_processes)
-    collator = BatchCollator(collator_class(processor, config.max_seq_len, config.max_image_pixels, dummy_images))
+    collator = collator_class(processor, config.max_seq_len, config.max_image_pixels, dummy_images)
+    collator = BatchCollator(collator, keeps_mask=needs_padding_mask(config))
     if skips_bad:
         dataset, collator = CheckedUpdates(dataset), CheckedCollator(collator)
     longest = longest_row(records, num_tokens, processor, config.max_image_pixels)

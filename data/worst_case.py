@@ -18,7 +18,7 @@ from chat.image_text import takes_images
 from chat.images import PHOTO, Size, blank_image, shrunk_size
 from data.sizes import IMAGE_SIZES
 from layers.chunked_loss import IGNORE_INDEX
-from step import StepConfig
+from step import StepConfig, needs_padding_mask
 from utils import UserError
 
 
@@ -90,6 +90,8 @@ def worst_case_batch(processor: ProcessorMixin | None, config: StepConfig, row: 
     if config.packing:
         del batch["attention_mask"]
         batch["position_ids"] = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1)
+    elif not needs_padding_mask(config):
+        del batch["attention_mask"]
     elif rows > 1:  # attention needs a mask as soon as one row is padded
         batch["attention_mask"][-1, -1] = 0
     return batch | find_positions(processor, batch)

@@ -97,4 +97,4 @@ def test_bad_samples_reach_the_batch(is_packed: bool, num_workers: int) -> None:
 def test_a_filler_has_no_id() -> None:
     """It stands for a sample that a process lacks, and no message may name it."""
     batch = BatchCollator(lambda samples: {"x": torch.ones(1)})([{"id": "a"}, {"conversations": []}])
-    assert batch == Batch(batch.inputs, ["a"])
+    assert batch == Batch(batch.inputs, ["a"], num_samples=2)

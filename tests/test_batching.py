@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,12 +26,13 @@ import data.cache
 import data.lengths
 from chat.encoding import count_tokens
 from chat.messages import messages_for
-from data.batching import TrainCollator, UpdateBatchSampler
+from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler
 from data.dataset import FILLER, open_dataset
 from data.demo import ensure_demo
 from data.lengths import column_values, measure_lengths
 from layers.chunked_loss import IGNORE_INDEX
 from models.loading import load_processor
+from step import needs_padding_mask
 from utils import UserError
 
 
@@ -382,7 +384,7 @@ def test_freed_memory_is_returned():
     """In a process of its own, two hundred megabytes in buffers of a view's size, all but the last freed."""
     code = """
 import psutil, torch
-from data.batching import return_freed_memory
+from data.batching import BatchCollator, return_freed_memory
 torch.ones(5_000_000)  # freed: from now on glibc takes such buffers from its heap
 before = psutil.Process().memory_info().rss
 buffers = [torch.ones(1_000_000) for _ in range(50)]
@@ -447,3 +449,33 @@ def test_an_epochs_last_sample_is_trained_on(flags: str, tmp_path: Path) -> None
             assert results[config][key] == pytest.approx(results["single"][key], rel=1e-4), (config, key)
         for name, tensor in adapters[config].items():
             assert (tensor - adapters["single"][name]).abs().max() < 1e-3, (config, name)
+
+
+def test_a_needless_mask_is_left_out():
+    """But not where padding stands before a row's tokens, nor for a model that reads it."""
+    behind, before = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    for mask, keeps_mask, expected in ((behind, False, False), (before, False, True), (behind, True, True)):
+        collate = BatchCollator(lambda _, mask=mask: {"attention_mask": mask}, keeps_mask)
+        assert ("attention_mask" in collate([]).inputs) == expected
+    assert collate([]).inputs["attention_mask"].equal(behind)
+
+
+def test_which_steps_need_a_mask(monkeypatch):
+    """In bf16 none does, unless its model reads the mask."""
+    monkeypatch.setattr("step.reads_padding_mask", lambda config: config.model_type == "mllama")
+    monkeypatch.setattr("step.load_config", lambda model: SimpleNamespace(model_type=model))
+    for model, mixed_precision, expected in (
+        ("gemma", "bf16", False), ("gemma", "fp16", True), ("gemma", "no", True), ("mllama", "bf16", True)
+    ):  # fmt: skip
+        assert needs_padding_mask(SimpleNamespace(model=model, mixed_precision=mixed_precision)) == expected
+
+
+def test_tokens_and_samples_are_counted():
+    """With a mask, packed, and where the mask has been left out."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    for keeps_mask in (True, False):
+        batch = BatchCollator(lambda _: {"attention_mask": mask.clone()}, keeps_mask)([{"id": "a"}, {}])
+        assert (batch.num_samples, batch.num_tokens, batch.sample_ids) == (2, 4, ["a"])
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])
+    batch = BatchCollator(lambda _: {"position_ids": positions})([[{}, {}], [{}]])
+    assert (batch.num_samples, batch.num_tokens) == (3, 7)

@@ -24,6 +24,7 @@ from data.sharing import ignore_lost_reader, share, workers_that_fit
 from data.worst_case import Row
 from mgm.configuration_mgm import tiny
 from models.loading import load_processor
+from step import StepConfig
 from training.faults import explain_death
 from utils import UserError
 
@@ -34,7 +35,7 @@ FLAGS = "--eval_samples 0 --no_rehearse --per_device_train_batch_size 2 --datase
 
 def test_the_largest_batch() -> None:
     """Four int64 values a token but where an image stands, and two pictures an image."""
-    config = SimpleNamespace(per_device_train_batch_size=3, packing=False, max_image_pixels=0)
+    config = StepConfig(model="tiny", per_device_train_batch_size=3, mixed_precision="no")
     sizes = tiny().vision_config.image_size, tiny().vision_config_aux.image_size
     pictures_bytes = 3 * sum(3 * size * size * 4 for size in sizes)
     assert 0 < largest_batch_bytes(load_processor("tiny"), config, Row(100, 1)) - pictures_bytes <= 3 * 100 * 4 * 8

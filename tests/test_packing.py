@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 import step
 from chat.arguments import per_token
-from data.batch import Batch
-from data.batching import TrainCollator, UpdateBatchSampler
+from data.batching import BatchCollator, TrainCollator, UpdateBatchSampler
 from data.dataset import ConversationDataset, open_dataset
 from data.lengths import column_values, measure_lengths
 from data.packing import PackedCollator, PackedDataset, Packing, pack
@@ -240,13 +239,18 @@ def test_packed_in_eval_mode(dataset, processor, reference_model):
 
 def test_log_counts_samples_and_tokens(dataset, processor):
     """RunLog's sums of a packed batch with those of its samples, which have a mask."""
+    rows = [[dataset[sample] for sample in row] for row in ROWS]
+    samples = [sample for row in rows for sample in row]
     sums = []
-    for batches in (unpacked(dataset, processor), [packed(dataset, processor, ROWS)]):
+    for collator, batches in (
+        (TrainCollator(processor, 1000), [[sample] for sample in samples]),
+        (PackedCollator(processor, 1000), [rows]),
+    ):
         log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), memory=None)
-        for batch in batches:
-            RunLog.micro_batch(log, Batch(batch, []), torch.tensor(0.0))
+        for batch in map(BatchCollator(collator), batches):
+            RunLog.micro_batch(log, batch, torch.tensor(0.0))
         sums.append(log.window.tolist())
-    assert sums[0] == sums[1] and sums[0][2] == sum(map(len, ROWS))
+    assert sums[0] == sums[1] and sums[0][1] > sums[0][2] == len(samples)
 
 
 def test_flash_attention_packs_one_row(tmp_path):

@@ -122,16 +122,10 @@ class RunLog:
     def micro_batch(self, batch: Batch, loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
-        inputs = batch.inputs
-        if "attention_mask" in inputs:
-            tokens, samples = inputs["attention_mask"].sum(), len(inputs["input_ids"])
-        else:  # packed: every sample has a second token, and padding has position 0
-            samples = (inputs["position_ids"] == 1).sum()
-            tokens = (inputs["position_ids"] > 0).sum() + samples
-        self.window[1] += tokens
-        self.window[2] += samples
+        self.window[1] += batch.num_tokens
+        self.window[2] += batch.num_samples
         if self.memory is not None:
-            self.memory.micro_batch(inputs)
+            self.memory.micro_batch(batch.inputs)
 
     def update(
         self,
