@@ -28,6 +28,17 @@ def test_optimizer_state_is_what_adamw_makes(cpu_accelerator: Accelerator) -> No
         assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
 
 
+def test_a_fused_optimizer_counts_on_the_device(cpu_accelerator: Accelerator) -> None:
+    """Others count on the host."""
+    for fused, expected in ((True, "meta"), (False, "cpu")):
+        state = build(cpu_accelerator)
+        state.parameters = {name: parameter.to("meta") for name, parameter in state.parameters.items()}
+        state.optimizer.defaults["fused"] = fused
+        state.make_optimizer_state()
+        steps = [state.optimizer.state[parameter]["step"] for parameter in state.parameters.values()]
+        assert {step.device.type for step in steps} == {expected}
+
+
 def test_what_is_saved_is_loaded(cpu_accelerator: Accelerator) -> None:
     """Parameters, moments and the step's number, into an optimizer that has not stepped."""
     trained, resumed = (build(cpu_accelerator) for _ in range(2))

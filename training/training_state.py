@@ -94,7 +94,8 @@ class TrainingState:
         for tensor in self._updated_tensors():
             if not self.optimizer.state.get(tensor):
                 moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[tensor] = {STEP: torch.tensor(0.0), **moments}
+                step = torch.tensor(0.0, device=tensor.device if self.optimizer.defaults["fused"] else "cpu")
+                self.optimizer.state[tensor] = {STEP: step, **moments}
 
     def stop_learning(self) -> None:
         """Until `load_values` a step with gradients of 0 changes no parameter, whatever the weight decay."""
