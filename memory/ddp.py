@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from memory.record import Allocation, Record
+from memory.work import Operation
 
 
 # torch.nn.parallel.DistributedDataParallel: the bucket that is ready first is small, so that its reduction starts
@@ -29,8 +30,8 @@ def ddp_bucket_sizes(parameter_sizes_bytes: Iterable[int]) -> list[int]:
     return [*buckets, current] if current else buckets
 
 
-def with_ddp_buckets(record: Record) -> Record:
-    """The record of a process that also holds DDP's buckets, from the end of loading on.
+def with_ddp_buckets(record: Record, world_size: int) -> Record:
+    """The record of a process that also holds DDP's buckets, from the end of loading on, and sends them to the others.
 
     `gradient_as_bucket_view` is off by default: each gradient exists twice, by itself and in a bucket.
     """
@@ -49,4 +50,16 @@ def with_ddp_buckets(record: Record) -> Record:
     events = [(nbytes, copies[allocation]) for nbytes, allocation in record.events]
     events[first_step:first_step] = [(bucket.nbytes, bucket) for bucket in buckets]
     phase_starts = [(index if phase == "load" else moved(index), phase) for index, phase in record.phase_starts]
-    return Record(events, phase_starts, record.notes)
+    return Record(events, phase_starts, record.notes, with_reduction(record.work, sum(sizes), world_size))
+
+
+def with_reduction(work: list[list[Operation]], nbytes: int, world_size: int) -> list[list[Operation]]:
+    """The operations of an update whose gradients are summed over all processes, in a ring: each sends and receives
+    nearly all of them twice. It ends before they are clipped."""
+    if not work or world_size == 1:
+        return work
+    *before, last = work
+    sent_bytes = 2 * nbytes * (world_size - 1) // world_size
+    reduction = Operation("transfer", "all_reduce", "backward", False, sent_bytes)
+    first = next(i for i, operation in enumerate(last) if operation.phase == "step")
+    return [*before, [*last[:first], reduction, *last[first:]]]

@@ -49,6 +49,10 @@ class PlacedRecorder(Recorder):
         # Real tensors lie on the CPU. The batch's stand for the device's, and so does what the model makes of them.
         return "device" if op == "load" or self.phase == "evaluate" or self.is_in_model() else "host"
 
+    def in_host_memory(self, tensor: torch.Tensor) -> bool:
+        is_apart = self.device != torch.device(HOST)
+        return is_apart and isinstance(tensor, FakeTensor) and tensor.fake_device == torch.device(HOST)
+
     def on_stream(self, stream: int) -> AbstractContextManager:
         return patch.object(self, "stream", stream)
 
@@ -80,7 +84,7 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
         pinned=record_of("pinned"),
         host=record_of("host", num_events_before_steps),
     )
-    placed.device.notes = recorder.record.notes
+    placed.device.notes, placed.device.work = recorder.record.notes, recorder.work.micro_batches
     return placed
 
 

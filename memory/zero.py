@@ -22,6 +22,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
 from memory.config import ProbeConfig
@@ -35,7 +36,7 @@ from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerat
 from memory.record import TraceError
 from memory.stand_in import STAND_IN_DEVICE, install_stand_in
 from memory.strategy import Strategy
-from memory.trace import build_fake_model, categorize, random_states, record_loaded
+from memory.trace import build_fake_model, categorize, random_states, record_loaded, run_updates
 
 
 def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
@@ -74,7 +75,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
             if is_split:
                 pin_tied(recorder, model)
             num_events_before_steps = len(recorder.record.events)
-            probed.run_updates(DEEPSPEED_UPDATES)
+            run_updates(recorder, probed, DEEPSPEED_UPDATES)
             with known_length():
                 probed.end_run(recorder.enter_phase)
     categorize(recorder.record, model)
@@ -91,7 +92,7 @@ def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:
     optimizer = private(zero, "optimizer")
     if probed.config.device == "cuda" and not (is_stage_3 and private(zero, "offload_optimizer")):
         use_foreach(optimizer)
-    optimizer.register_step_post_hook(lambda *_: recorder.mark_state(optimizer))
+    _watch_optimizer(recorder, optimizer)
     _categorize_prepared(recorder, engine)
     _watch_phases(recorder, engine)
     if is_stage_3:
@@ -127,6 +128,16 @@ def pin_tied(recorder: PlacedRecorder, model: nn.Module) -> None:
         if name not in names and recorder.places.get(recorder.find(part)) == "pinned":
             with recorder.of_category("weights"):
                 recorder.note_pinned(part.clone())
+
+
+def _watch_optimizer(recorder: PlacedRecorder, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(*_: object) -> None:
+        recorder.mark_state(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        recorder.work.end_optimizer(sum(p.numel() for p in parameters if recorder.in_host_memory(p)))
+
+    optimizer.register_step_pre_hook(lambda *_: recorder.work.begin_optimizer())
+    optimizer.register_step_post_hook(after_step)
 
 
 def _watch_phases(recorder: PlacedRecorder, engine: nn.Module) -> None:

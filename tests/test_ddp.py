@@ -3,7 +3,8 @@
 import torch
 from tiny_records import parameter_bytes, traced
 
-from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets
+from memory.ddp import DDP_BUCKET_BYTES, ddp_bucket_sizes, with_ddp_buckets, with_reduction
+from memory.work import Operation
 from utils import MIB
 
 
@@ -33,8 +34,17 @@ def test_ddp_adds_the_trained_parameters_once_more() -> None:
         assert nbytes == 0 or ddp.events[at] == (nbytes, allocation)
 
 
+def test_ddp_sums_gradients_before_they_are_clipped() -> None:
+    """Of two processes each sends as many bytes as its gradients have; one alone sends none."""
+    first, last = (Operation("kernel", "mm", phase, True) for phase in ("backward", "step"))
+    assert with_reduction([[first, last]], 100, 1) == [[first, last]]
+    (found,) = with_reduction([[first, last]], 100, 2)
+    assert [each.kind for each in found] == ["kernel", "transfer", "kernel"]
+    assert found[1].nbytes == 100
+
+
 def test_ddp_leaves_the_given_record_alone() -> None:
     record = traced("single").device
     before = [(nbytes, a.start, a.end) for nbytes, a in record.events]
-    with_ddp_buckets(record)
+    with_ddp_buckets(record, 2)
     assert [(nbytes, a.start, a.end) for nbytes, a in record.events] == before
