@@ -40,8 +40,12 @@ def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None
 
 
 def refuse_gpu_in_use() -> None:
-    """Raise UserError where another process computes on the GPU: its memory would be taken for the step's."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+    """Raise UserError where another process computes on the GPU: its memory would be taken for the step's.
+
+    A process on another GPU of the host does not count.
+    """
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", f"--id={gpu}", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0 and done.stdout.strip():
         raise UserError(f"the GPU is in use by process {done.stdout.split(',')[0]}: wait for it or stop it")

@@ -10,6 +10,7 @@ from memory.gpus import GPUS, NCCL_BYTES
 from memory.host import host_breakdown
 from memory.placed import PlacedRecord
 from memory.record import Record, TraceError
+from memory.step_time import time_of
 from memory.strategy import Strategy
 from memory.trace import trace_single
 from memory.zero import trace_deepspeed
@@ -56,7 +57,7 @@ def trace_strategy(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
     record = trace_single(config)
     # accelerate wraps the model on GPUs even for one process, on a CPU for several.
     if strategy.name == "ddp" and (strategy.world_size > 1 or config.device == "cuda"):
-        record = with_ddp_buckets(record)
+        record = with_ddp_buckets(record, strategy.world_size)
     return PlacedRecord(device=record, pinned=Record(), host=Record())
 
 
@@ -64,7 +65,7 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     """What is reported of a traced step."""
     host = host_breakdown(record, config.dataloader_num_workers, config.world_size, config.device)
     totals = device_memory(record.device, config) | {"host_bytes": sum(host.values())}
-    return describe(record.device) | totals | {"notes": record.device.notes}
+    return describe(record.device) | totals | time_of(record.device, config) | {"notes": record.device.notes}
 
 
 def describe(record: Record) -> dict[str, Any]:

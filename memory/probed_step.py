@@ -95,7 +95,8 @@ class ProbedStep:
         if model is None:
             model = step.build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
         batch, questions = inputs or worst_case_inputs(config)
-        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3)
+        is_fused = step.fuses_optimizer(accelerator)
+        optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3, fused=is_fused)
         return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device), questions)
 
     def prepare(self, **options: list[bool]) -> None:
@@ -103,8 +104,9 @@ class ProbedStep:
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, **options)
         self.scheduler = get_scheduler("constant", self.optimizer)
 
-    def micro_batch(self) -> None:
-        """The last one of an update includes the optimizer's step."""
+    def micro_batch(self, waits_for_norm: bool = False) -> None:
+        """The last one of an update includes the optimizer's step. `waits_for_norm`: as train.py does, to skip a step
+        whose norm is not finite; that takes no memory, but time."""
         with self.accelerator.accumulate(self.model):
             step.training_step(
                 self.accelerator,
@@ -114,12 +116,13 @@ class ProbedStep:
                 self.batch,
                 num_items_in_batch=self.batch["labels"].numel(),
                 max_grad_norm=self.config.max_grad_norm,
+                skip_nonfinite=waits_for_norm,
             )
 
-    def run_updates(self, num_updates: int = 2) -> None:
+    def run_updates(self, num_updates: int = 2, waits_for_norm: bool = False) -> None:
         """From the second update on the optimizer has its state."""
         for _ in range(num_updates * self.accelerator.gradient_accumulation_steps):
-            self.micro_batch()
+            self.micro_batch(waits_for_norm)
 
     def end_run(self, enter_phase: Callable[[str], None] = lambda phase: None, copies_to_host: bool = True) -> None:
         """What train.py does after the last update: copy what was trained to the host, and answer held-out questions.

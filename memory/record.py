@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from memory.categories import CATEGORIES
+from memory.work import Operation
 
 
 PHASES = ("load", "forward", "backward", "step", "save", "evaluate")
@@ -37,12 +38,14 @@ class Record:
     """What was allocated and freed, in order, and what follows from it. All figures are bytes.
 
     `events` holds (bytes, allocation): positive bytes at its start, negative at its end. `phase_starts` holds the
-    index of a phase's first event, and its name. `notes` are sentences for a reader.
+    index of a phase's first event, and its name. `notes` are sentences for a reader. `work` is what the
+    last update asks of host and GPU, by micro-batch; it is empty for a CPU.
     """
 
     events: list[tuple[int, Allocation]] = field(default_factory=list)
     phase_starts: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    work: list[list[Operation]] = field(default_factory=list)
 
     def timeline(self) -> list[int]:
         """Bytes in use after each event."""

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memory.known import ItemAnswers
 from memory.partly_fake import tensors_in
 from memory.record import PHASES, Allocation, Record, TraceError
+from memory.work import Work
 
 
 aten = torch.ops.aten
@@ -39,7 +40,8 @@ class ModuleTracker:
     find a node's module again, and nothing has to be attached to the graph.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, on_enter: Callable[[], None]) -> None:
+        self.on_enter = on_enter  # called for each module whose forward begins
         self.paths = {module: path for path, module in model.named_modules()}
         self.running: list[nn.Module] = []
         self.first_nodes: list[int] = [0]
@@ -71,6 +73,7 @@ class ModuleTracker:
         if module in self.paths:
             self.running.append(module)
             self._mark_nodes()
+            self.on_enter()
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> None:
         if module in self.running:
@@ -95,7 +98,8 @@ class Recorder(TorchDispatchMode):
         self.record = Record()
         self.workspaces = workspaces or {}
         self.block_bytes = block_bytes
-        self.modules = ModuleTracker(model)
+        self.work = Work()
+        self.modules = ModuleTracker(model, self.work.enter_module)
         self.phase = PHASES[0]
         self.answers_items = False
         self.items = ItemAnswers()
@@ -120,19 +124,25 @@ class Recorder(TorchDispatchMode):
         self._addend = self._sum = 0
         is_item = func is aten._local_scalar_dense.default
         if is_item and self.answers_items and isinstance(args[0], FakeTensor):
+            self._note_work(func, args, None, [])
             return self.items.answer(args[0])
         try:
             output = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             path = self.modules.current()[0] or "the training step"
             raise TraceError(f"{func} in {path} depends on the data: its memory cannot be predicted") from error
-        for tensor in tensors_in((output,)):
+        outputs = tensors_in((output,))
+        for tensor in outputs:
             self.allocated(tensor, str(func))
-        if func in IN_PLACE_OF_REAL and self.phase == "backward" and not self.modules.running:
+        if func in IN_PLACE_OF_REAL and not self._makes_graph():
             self._watch_sum(args[0], output)
         workspace = self.workspaces.get(func.overloadpacket.__name__)
-        if workspace is not None and (nbytes := workspace(args)):
+        given = (*args, kwargs["out"]) if "out" in kwargs else args
+        nbytes = 0
+        if workspace is not None and (nbytes := workspace(given)):
             self._end(self.reserve(nbytes, str(func)))
+        if self.work.is_noting:
+            self._note_work(func, args, output, outputs, nbytes)
         return output
 
     @classmethod
@@ -167,14 +177,37 @@ class Recorder(TorchDispatchMode):
     def mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         self.set_category("optimizer", (value for state in optimizer.state.values() for value in state.values()))
 
+    def in_host_memory(self, tensor: torch.Tensor) -> bool:
+        """Rather than in the device's. Here there is one memory."""
+        return False
+
     def is_in_model(self) -> bool:
         """Whether a module's forward runs."""
         return bool(self.modules.running)
 
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
+        self.work.enter_phase(phase)
         self.answers_items = phase == "evaluate"  # generation asks after every token which answers have ended
         self.record.phase_starts.append((len(self.record.events), phase))
+
+    def _note_work(
+        self, func: Any, args: tuple, output: Any, outputs: list[torch.Tensor], workspace_bytes: int = 0
+    ) -> None:
+        inputs = tensors_in(args)
+        from_host = bool(inputs) and self.in_host_memory(inputs[-1])
+        self.work.note(
+            func,
+            args,
+            output,
+            inputs,
+            outputs,
+            is_python=self._makes_graph(),
+            stream=self.stream,
+            from_host=from_host,
+            to_host=self.in_host_memory(outputs[0]) if outputs else from_host,
+            workspace_bytes=workspace_bytes,
+        )
 
     def _begin(self, nbytes: int, shape: tuple[int, ...], dtype: str, op: str) -> Allocation:
         path, is_forward = self.modules.current()
@@ -186,8 +219,7 @@ class Recorder(TorchDispatchMode):
 
     def _end(self, allocation: Allocation) -> None:
         allocation.end = len(self.record.events)
-        in_backward = self.phase == "backward" and not self.modules.running  # running: a recomputation
-        allocation.saved_for_backward = allocation.made_in_forward and in_backward
+        allocation.saved_for_backward = allocation.made_in_forward and not self._makes_graph()
         self.record.events.append((-allocation.nbytes, allocation))
 
     def _freed(self, key: int) -> None:
@@ -195,6 +227,10 @@ class Recorder(TorchDispatchMode):
         allocation = self._live.pop(key, None)
         if allocation is not None and not self._becomes_sum(key, allocation):
             self._end(allocation)
+
+    def _makes_graph(self) -> bool:
+        """Whether a forward pass runs or is run again, maybe without the layer's hooks; else autograd runs."""
+        return self.phase != "backward" or bool(self.modules.running) or torch.is_grad_enabled()
 
     def _watch_sum(self, addend: torch.Tensor, total: torch.Tensor) -> None:
         """Autograd adds in place if nothing else holds the addend (a view is held by its base). A fake addend is freed

@@ -15,7 +15,7 @@ def report(result: dict) -> str:
     lines = [title(result), ""]
     if result.get("breakdown"):
         lines += [*breakdown_lines(result), ""]
-    lines += [*total_lines(result), *phase_lines(result)]
+    lines += [*total_lines(result), *phase_lines(result), *time_lines(result)]
     lines += [f"  note: {note}" for note in result.get("notes", [])]
     lines += ["", verdict(result)]
     if result.get("oom"):
@@ -72,6 +72,19 @@ def phase_lines(result: dict) -> list[str]:
     return [f"  peaks: {', '.join(peaks)}"] if peaks else []
 
 
+def time_lines(result: dict) -> list[str]:
+    """What is known of the time: of a prediction for a GPU."""
+    if result.get("step_seconds") is None:
+        return []
+    return [f"  an update, estimated: {duration(result)}, {result['tokens_per_second']:,.0f} tokens a second"]
+
+
+def duration(result: dict) -> str:
+    """An update's seconds, to three digits."""
+    seconds = result.get("step_seconds")
+    return "" if seconds is None else f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
 def verdict(result: dict) -> str:
     budget, needed = result["budget_bytes"], result["device_bytes"]
     config = result["config"]
@@ -82,15 +95,16 @@ def verdict(result: dict) -> str:
 
 
 def sweep_table(rows: list[dict], keys: list[str]) -> str:
-    """A Markdown row for each configuration: the flags that set it apart, what it needs, and whether it fits."""
+    """A Markdown row for each configuration: the flags that set it apart, what it needs, how long an update takes, and
+    whether it fits."""
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "budget_bytes")
     cells = [
         [row["config"][key] for key in keys]
         + [size(row[name]) if name in row else "" for name in names]
-        + ["yes" if row["fits"] else "**no**"]
+        + [duration(row), "yes" if row["fits"] else "**no**"]
         for row in rows
     ]
-    return markdown_table([*keys, "allocated", "reserved", "device", "host", "budget", "fits"], cells)
+    return markdown_table([*keys, "allocated", "reserved", "device", "host", "budget", "update", "fits"], cells)
 
 
 def as_flags(changes: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from utils import UserError, flag_parser, write_json
 
 
 FOLDER = "results/sweep"
-METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes")
+METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "step_seconds", "tokens_per_second")
 
 
 def run_sweep(config: ProbeConfig) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Fi
             flags = {
                 name: value for name, value in row["config"].items() if isinstance(value, (bool, int, float, str))
             }
-            metrics = {f"memory/{name}": row[name] for name in METRICS}
+            metrics = {f"memory/{name}": row[name] for name in METRICS if row.get(name) is not None}
             writer.add_hparams(flags, metrics, run_name=row_name({key: row["config"][key] for key in keys}))
 
 

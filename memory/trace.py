@@ -20,7 +20,7 @@ from torch import nn
 import step
 from layers.quantization import replace_tensors, state_tensors
 from memory.config import ProbeConfig
-from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, workspaces_of
+from memory.kernels import BLOCK_BYTES, kernels_of, use_foreach, use_fused, workspaces_of
 from memory.known import known_length, known_quantization
 from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
@@ -39,10 +39,10 @@ def trace_single(config: ProbeConfig) -> Record:
         UserError: the images need more positions than a row has.
     """
     on_gpu = config.device == "cuda"
-    config = copy.copy(config)
-    if config.mixed_precision == "fp16":
-        config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     inputs = worst_case_inputs(config)  # real
+    config, has_scaler = copy.copy(config), config.mixed_precision == "fp16"
+    if has_scaler:
+        config.mixed_precision = "bf16"  # the CPU has no fp16 autocast; either takes two bytes
     fake_mode = PartlyFakeMode()
     with local_accelerator(config) as accelerator:
         model = build_fake_model(config, fake_mode)
@@ -51,16 +51,26 @@ def trace_single(config: ProbeConfig) -> Record:
             probed = ProbedStep.build(config, accelerator, model, inputs=inputs)
             record_loaded(recorder, probed)
             if on_gpu:
-                use_foreach(probed.optimizer)
+                (use_foreach if has_scaler else use_fused)(probed.optimizer)
             watch_step(recorder, probed)
             with recorder, noted(recorder.record, config.device), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
-                probed.run_updates()
+                run_updates(recorder, probed, 2)
                 with known_length():
                     probed.end_run(recorder.enter_phase, copies_to_host=not on_gpu)
     categorize(recorder.record, model)
+    recorder.record.work = recorder.work.micro_batches
     return recorder.record
+
+
+def run_updates(recorder: Recorder, probed: ProbedStep, num_updates: int) -> None:
+    """Run them, and for a GPU note what the last one asks of it."""
+    probed.run_updates(num_updates - 1)
+    if probed.config.device == "cuda":
+        recorder.work.start()
+    probed.run_updates(1)
+    recorder.work.stop()
 
 
 def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
@@ -122,9 +132,12 @@ def watch_step(recorder: Recorder, probed: ProbedStep) -> None:
 
     def before_step(*_: object) -> None:
         recorder.answers_items = True
+        recorder.work.wait()  # train.py reads the gradients' norm
+        recorder.work.begin_optimizer()
 
     def after_step(*_: object) -> None:
         recorder.answers_items = False
+        recorder.work.end_optimizer()
         recorder.mark_state(optimizer)
 
     probed.watch_phases(recorder.enter_phase)

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from memory.calibrate import calibrate, entry, overheads
+from memory.calibrate import calibrate, entry, host_constants, overheads
 from memory.config import ProbeConfig
-from memory.gpus import GPUS, Family, Gpu
+from memory.gpus import GPUS, Family, Gpu, Speed
+from memory.step_time import CONSTANTS, Constants, issue_seconds
+from memory.work import Operation
 
 
 ROOT = Path(__file__).parent.parent
@@ -32,12 +35,31 @@ def test_the_entry_is_python():
         "cublas_workspace_bytes": 3,
         "nccl_bytes": 4,
         "block_shared_bytes": 5,
+        "speed": asdict(Speed(1e12, 2e12, 3e12, 4e12, 5e-6, 6)),
+        "constants": asdict(CONSTANTS),
     }
     lines = entry(result).splitlines()
-    names = {"Family": Family, "Gpu": Gpu}
-    exec("\n".join([*lines[:2], "CARDS = {", lines[2], "}", lines[3]]), names)
-    assert names["CARDS"] == {"rtx4090": Gpu("NVIDIA GeForce RTX 4090, 25 GB", 25 * 2**30, Family(1, 2, 3, 5))}
-    assert names["NCCL_BYTES"] == 4
+    names = {"Family": Family, "Gpu": Gpu, "Speed": Speed, "Constants": Constants}
+    exec("\n".join([*lines[:3], "CARDS = {", lines[3], "}", *lines[4:]]), names)
+    family, speed = Family(1, 2, 3, 5), Speed(1e12, 2e12, 3e12, 4e12, 5e-6, 6)
+    assert names["CARDS"] == {"rtx4090": Gpu("NVIDIA GeForce RTX 4090, 25 GB", 25 * 2**30, family, speed)}
+    assert names["NCCL_BYTES"] == 4 and names["CONSTANTS"] == CONSTANTS
+
+
+def test_the_hosts_constants():
+    """With them the host needs as long as was measured, in both passes; Python's keep their proportions."""
+    operations = [
+        Operation("kernel", "mm", "forward", True, views=3, modules=2),
+        Operation("kernel", "mm", "backward", True, modules=1),
+        Operation("kernel", "mm", "backward", False, views=1),
+        Operation("kernel", "mm", "backward", False),
+    ]
+    found = host_constants(operations, {"forward": 2e-4, "backward": 5e-4, "step": 1.0})
+    assert issue_seconds(operations, "forward", found) == pytest.approx(2e-4)
+    assert issue_seconds(operations, "backward", found) == pytest.approx(5e-4)
+    assert found.view_seconds / found.python_seconds == pytest.approx(
+        CONSTANTS.view_seconds / CONSTANTS.python_seconds
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -56,3 +78,5 @@ def test_what_the_table_says_of_this_gpu():
     assert min(result[key] for key in ("context_bytes", "kernels_bytes", "nccl_bytes", "cublas_workspace_bytes")) > 0
     for gpu in (gpu for gpu in GPUS.values() if gpu.title.partition(",")[0] in result["gpu_name"]):
         assert result["context_bytes"] == pytest.approx(gpu.family.context_bytes, abs=64 * 2**20)
+        for name in ("matmul_flops", "memory_bytes_per_second"):
+            assert result["speed"][name] == pytest.approx(getattr(gpu.speed, name), rel=0.2)

@@ -11,6 +11,7 @@ import torch
 
 from memory.config import ProbeConfig
 from memory.gpus import nearest_gpu
+from memory.measure_time import measure_time
 from memory.probe import probe
 
 
@@ -43,6 +44,17 @@ def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> N
     assert abs(found["error"]) < ALLOCATED_ERROR
     assert abs(errors["evaluate"]) < ALLOCATED_ERROR
     assert abs(errors["device_bytes"]) < device_error
+
+
+@pytest.mark.parametrize("flags", [{}, {"per_device_train_batch_size": 4, "gradient_checkpointing": False}], ids=str)
+def test_the_time_of_an_update(flags: dict[str, Any]) -> None:
+    """Measured, within 30 % of the prediction: where the host is the slower one, and where the GPU is."""
+    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    config = ProbeConfig(model="mgm-2b", mode="predict", gpu=gpu, eval_samples=0, **flags)
+    measured = measure_time(config, config.launch)
+    seconds = probe(config)["step_seconds"]
+    print(flags, f"{seconds:.3f} s predicted, {measured['step_seconds']:.3f} s measured")
+    assert seconds == pytest.approx(measured["step_seconds"], rel=0.3)
 
 
 @pytest.mark.parametrize("model", ["qwen3-vl-2b", "smolvlm2-2.2b", "gemma-3-4b"])

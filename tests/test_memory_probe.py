@@ -16,6 +16,7 @@ from memory.gpus import GPUS
 from memory.host import WORKER_BYTES
 from memory.predict import summarize, trace_step
 from memory.probe import probe
+from memory.report import report
 from memory_probe import main
 from step import StepConfig
 from train import TrainConfig
@@ -24,7 +25,7 @@ from utils import GIB, FlagParser, UserError
 
 ROOT = Path(__file__).parent.parent
 KEYS = "mode model config peak_allocated_bytes breakdown phases largest_tensors peak_reserved_bytes device_bytes"
-KEYS += " host_bytes budget_bytes fits seconds notes"
+KEYS += " host_bytes budget_bytes fits seconds notes step_seconds tokens_per_second"
 
 
 def tiny_config(**flags: object) -> ProbeConfig:
@@ -127,6 +128,17 @@ def test_more_takes_more(flag):
     values = {"max_seq_len": (48, 96, 192), "per_device_train_batch_size": (2, 4, 8), "lora_r": (2, 8, 32)}[flag]
     peaks = [probe(tiny_config(**{flag: value}))["peak_allocated_bytes"] for value in values]
     assert peaks == sorted(set(peaks))
+
+
+def test_the_time_is_said_to_be_estimated(predicted):
+    """One line. A prediction for a CPU knows no time, and says nothing of it."""
+    rate = 48 / predicted["step_seconds"]
+    assert predicted["tokens_per_second"] == pytest.approx(rate)
+    line = f"  an update, estimated: {1000 * predicted['step_seconds']:.0f} ms, {rate:,.0f} tokens a second"
+    assert line in report(predicted).splitlines()
+    on_cpu = probe(tiny_config(device="cpu"))
+    assert on_cpu["step_seconds"] is on_cpu["tokens_per_second"] is None
+    assert "estimated" not in report(on_cpu)
 
 
 @pytest.mark.slow

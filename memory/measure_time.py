@@ -1,0 +1,108 @@
+"""Measure the seconds of an update on a GPU, in a fresh process: what memory/step_time.py predicts.
+
+The step is memory/probed_step.py's, with all of an update's micro-batches, and it waits for the gradients' norm as
+train.py does.
+"""
+
+import os
+import time
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import step
+from memory.config import ProbeConfig
+from memory.launch import in_fresh_process, launched
+from memory.measure_gpu import build_as_loaded
+from memory.probed_step import ProbedStep
+from memory.strategy import Strategy
+from utils import ALLOCATOR_VARIABLE, UserError, allocator_settings
+
+
+WARM_UP_UPDATES = 4  # DeepSpeed fetches ahead from the second on, and kernels are chosen in the first
+MIN_UPDATES, MAX_UPDATES, MAX_SECONDS = 5, 30, 5.0
+
+
+def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
+    """The seconds of the fastest update, what the host and the GPU do in it, and how many kernels there are.
+
+    The median of all updates stands beside it. Other programs on the machine slow the host down, most of all.
+
+    Raises:
+        UserError: the strategy has several processes.
+    """
+    if strategy.world_size > 1:
+        raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
+    is_deepspeed = strategy.name.startswith("zero")
+    launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
+    with launch if is_deepspeed else nullcontext():
+        return in_fresh_process(measure_time_here, config)
+
+
+def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
+    """What measure_time returns. For a fresh process."""
+    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
+    accelerator = step.build_accelerator(
+        config.mixed_precision,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.max_grad_norm,
+    )
+    is_deepspeed = accelerator.state.deepspeed_plugin is not None
+    model = build_as_loaded(config, is_deepspeed)
+    probed = ProbedStep.build(config, accelerator, model if is_deepspeed else model.cuda(), device="cuda")
+    probed.prepare()
+    clear_device_cache()  # as train.py does
+    clock = PhaseClock()
+    probed.watch_phases(clock.enter_phase)
+    probed.run_updates(WARM_UP_UPDATES, waits_for_norm=True)
+    updates: list[dict[str, float]] = []
+    end = time.perf_counter() + MAX_SECONDS
+    while len(updates) < MIN_UPDATES or (len(updates) < MAX_UPDATES and time.perf_counter() < end):
+        torch.cuda.synchronize()
+        clock.start()
+        probed.run_updates(1, waits_for_norm=True)
+        torch.cuda.synchronize()
+        updates.append(clock.stop())
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        probed.run_updates(1, waits_for_norm=True)
+        torch.cuda.synchronize()
+    on_gpu = (event for event in profiler.events() if event.device_type == DeviceType.CUDA)
+    kernels = [event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation]
+    fastest = min(updates, key=lambda update: sum(update.values()))
+    return {
+        "step_seconds": sum(fastest.values()),
+        "median_seconds": median(sum(update.values()) for update in updates),
+        "phase_seconds": fastest,
+        "busy_seconds": sum(kernels) / 1e6,
+        "num_kernels": len(kernels),  # copies and fills as well
+        "num_updates": len(updates),
+    }
+
+
+class PhaseClock:
+    """How long the host is in each phase of an update. It does not wait for the GPU at the end of a phase, but in
+    `step`: for the norm, and for all that is left."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.phase, self.since = "step", 0.0
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys(("forward", "backward", "step"), 0.0)
+        self.phase, self.since = "step", time.perf_counter()
+
+    def enter_phase(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by phase; they add up to the update's."""
+        self.enter_phase("step")
+        return self.seconds
