@@ -65,7 +65,8 @@ def read_result(name: str | Path) -> dict[str, Any]:
 def machine(*packages: str) -> dict[str, Any]:
     """The cores, the GPU, Python, and the packages' versions: what figures hold for."""
     versions = environment(*packages)
-    gpu = versions.pop("device") if torch.cuda.is_available() else "no GPU"
+    device = versions.pop("device")
+    gpu = device if torch.cuda.is_available() else "no GPU"
     return {"machine": f"{os.cpu_count()} cores, {gpu}", "python": versions.pop("python"), "versions": versions}
 
 

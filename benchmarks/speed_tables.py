@@ -1,9 +1,14 @@
-"""The tables of docs/speed.md, from results/step.json, packing.json, loader.json and waiting.json."""
+"""The tables of docs/speed.md, from step.json, packing.json, loader.json, waiting.json and gpu/step_time.json."""
 
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from benchmarks.rows import RESULTS, read_result
 from utils import GIB, markdown_table
+
+
+LONGEST_REASON = 90  # letters of an error that a cell shows
 
 
 def step_table() -> str:
@@ -12,23 +17,66 @@ def step_table() -> str:
 
 
 def step_tables(name: str) -> str:
+    """A table for each model, and one of the ratios."""
     step = read_result(name)
     versions = ", ".join(f"{name} {number}" for name, number in step["versions"].items())
-    sizes = f"{step['num_parameters'] / 1e6:.0f} M parameters, 1 row of {step['num_tokens']} tokens"
-    caption = f"{step['machine']}; {versions}. {sizes}, {step['label_share']:.0%} with labels, {step['dtype']}:"
-    rows = []
-    for row in step["rows"]:
-        rows.append([variant(row["kind"], row), f"{row['median_seconds']:.2f} s", f"{row['tokens_per_second']:.0f}"])
-        rows[-1] += [f"{row['share_of_matmul_rate']:.0%}", f"{row['peak_bytes'] / GIB:.2f} GiB"]
-    names = ("speed_against_with_checkpointing", "speed_against_without_checkpointing", "peak_against_lowest")
-    ratios = [[variant("train.py", row), *(f"{row[name]:.2f}" for name in names)] for row in step["ratios"]]
-    header = ["", "tokens/s against the better with checkpointing", "without", "peak against the lowest"]
-    first = markdown_table(["one step", "median", "tokens/s", "of the matrix rate", "peak"], rows)
-    return "\n\n".join([caption, first, markdown_table(header, ratios)])
+    rate = median(row["matmul_flops_per_second"] for row in step["rows"] if "failed" not in row)
+    parts = [
+        f"{step['machine']}; {versions}. {step['dtype']}, {step['label_share']:.0%} of the tokens with labels. A "
+        f"large matrix product runs at {rate / 1e12:.3g} TFLOP/s."
+    ]
+    for model in dict.fromkeys(row["flags"]["model"] for row in step["rows"]):
+        rows = [row for row in step["rows"] if row["flags"]["model"] == model]
+        sizes = [row["num_parameters"] for row in rows if "failed" not in row]
+        title = f"**{model}**, {sizes[0] / 1e6:.0f} M parameters:" if sizes else f"**{model}**:"
+        parts += [title, model_table(rows, is_gpu=step["device"] == "cuda")]
+    header = ["train.py", "tokens/s against the fastest", "which is", "peak against the smallest", "which is"]
+    cells = []
+    for row in step["ratios"]:
+        cells.append([f"{row['model']}, {size_of(row)}", f"{row['speed_against_best']:.2f}", row["fastest"]])
+        cells[-1] += [f"{row['peak_against_best']:.2f}", row["smallest"]]
+    return "\n\n".join([*parts, markdown_table(header, cells)] if cells else parts)
 
 
-def variant(kind: str, row: dict[str, Any]) -> str:
-    return f"{kind}, checkpointing" if row["gradient_checkpointing"] else kind
+def model_table(rows: list[dict[str, Any]], is_gpu: bool) -> str:
+    """One model's rows. A row that failed says why."""
+    header = ["rows x tokens", "trainer", "step", "tokens/s", "of the matrix rate", "with all that runs", "peak"]
+    gpu_header = ["GPU busy", "kernels", "device"]
+    has_floor = is_gpu and any(row["flags"]["kind"] == "train.py" for row in rows) and len(kinds(rows)) == 1
+    cells = []
+    for row in rows:
+        flags = row["flags"]
+        cells.append([size_of(flags), flags["kind"]])
+        if "failed" in row:
+            cells[-1] += [row["failed"][:LONGEST_REASON]]
+            cells[-1] += [""] * (len(header) - 3 + is_gpu * len(gpu_header) + has_floor)
+            continue
+        shares = (row["model_flops_share_of_rate"], row["hardware_flops_share_of_rate"])
+        cells[-1] += [duration(row["median_seconds"]), f"{row['tokens_per_second']:.0f}"]
+        cells[-1] += [*(f"{share:.0%}" for share in shares), f"{row['peak_bytes'] / GIB:.2f} GiB"]
+        if is_gpu:
+            activity = row["activity"]
+            cells[-1] += [duration(activity["busy_seconds"]), activity["kernels"]]
+            cells[-1] += [f"{row['device_bytes'] / GIB:.2f} GiB"]
+        if has_floor:
+            cells[-1] += [duration(row["floor_seconds"]) if row["floor_seconds"] else ""]
+    return markdown_table(header + gpu_header * is_gpu + ["floor"] * has_floor, cells)
+
+
+def kinds(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["flags"]["kind"] for row in rows}
+
+
+def size_of(flags: dict[str, Any]) -> str:
+    """Rows, tokens and how the layers run."""
+    way = flags.get("way")
+    words = [f"{flags['rows']} x {flags['num_tokens']}"]
+    words += ["checkpointing"] * flags["gradient_checkpointing"] + [way] * bool(way)
+    return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    return milliseconds(seconds) if seconds < 1 else f"{seconds:.2f} s"
 
 
 def packing_table() -> str:
@@ -66,6 +114,25 @@ def loader_table() -> str:
     parts = [f"JPEGs of 1024 x 768 to both of MGM-2B's views, {loader['machine']}:"]
     parts += [markdown_table(["workers", "images/s", "processor time an image"], rates)]
     return "\n\n".join([*parts, "The demo's steps:", markdown_table(header, waits)])
+
+
+def step_time_table(describe: Callable[[dict[str, Any]], str]) -> str:
+    """How near the predicted time of an update comes; `describe` puts a row's flags into words."""
+    result = read_result("gpu/step_time.json") if (RESULTS / "gpu/step_time.json").exists() else {}
+    held_out, cells = result.get("held_out"), []
+    if held_out is None:  # `--mode measure` adds rows without a prediction: `--mode predict` adds that
+        return "Not measured yet."
+    for row in (row for row in result["rows"] if "predicted" in row):
+        measured, predicted = row["measured"]["step_seconds"], row["predicted"]["step_seconds"]
+        cells.append([describe(row["flags"]), milliseconds(measured), milliseconds(row["measured"]["busy_seconds"])])
+        cells[-1] += [milliseconds(predicted), f"{predicted / measured - 1:+.0%}", "yes" if row["fitted"] else ""]
+    caption = (
+        f"{result['machine']['gpu']}, PyTorch {result['machine']['torch']}. {held_out['rows']} rows from which no "
+        f"constant comes: error {held_out['median_error']:.0%} (median), {held_out['worst_error']:.0%} (worst); of "
+        f"{held_out['pairs_in_order']:.0%} of their pairs the faster one is told."
+    )
+    header = ["MGM-2B and others", "measured", "GPU busy", "predicted", "error", "constants come from it"]
+    return f"{caption}\n\n{markdown_table(header, cells)}"
 
 
 def milliseconds(seconds: float) -> str:
