@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import step
 from benchmarks.memory_tables import ladder_titles
+from benchmarks.operations import Operations
 from benchmarks.rows import RESULTS, ROOT
 from benchmarks.tables import write_tables
 from memory.charts import stacked_bars
@@ -103,18 +102,6 @@ def counted_operations() -> Iterator[list[int]]:
 
     with patch.object(step, "training_step", counted):
         yield counts
-
-
-class Operations(TorchDispatchMode):
-    """Counts as FlopCounterMode does, without its hooks on modules, which would disturb the trace."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        output = func(*args, **kwargs or {})
-        count = flop_registry.get(func.overloadpacket)
-        self.total += count(*args, **kwargs or {}, out_val=output) if count else 0
-        return output
 
 
 def original_mining(

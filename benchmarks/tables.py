@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.rows import RESULTS, ROOT, read_result
-from benchmarks.speed_tables import loader_table, packing_table, step_table
+from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
 from models.family import packs
 from tests.tiny_families import FAMILIES, TRAINED
@@ -237,6 +237,7 @@ TABLES = {
     "ladder": ladder_table,
     "loss": loss_table,
     "step": step_table,
+    "step-time": lambda: step_time_table(describe),
     "packing": packing_table,
     "loader": loader_table,
     "lora": lora_table,

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
@@ -27,16 +28,18 @@ from tiny_families import PROCESSORS, tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, GemmaConfig, GemmaForCausalLM, GenerationMixin
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chat.expansion import watched
 from layers.model_loss import use_model_loss
 from layers.quantization import nf4_config, quantize_language_model, quantize_linear, state_tensors
-from layers.tiled_mlp import layer_mlps
+from layers.tiled_mlp import layers_with_mlp
+from memory import work
 from memory.cpu_profile import memory_events, profile_memory
 from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, kernels_of, overload_named
 from memory.known import READERS
@@ -119,9 +122,30 @@ def check_checkpointing_flags() -> None:
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     mining = model.model.patch_info_mining
     assert mining.gradient_checkpointing and callable(mining._gradient_checkpointing_func)
-    mlps = list(layer_mlps(model.model.language_model, checkpointed=True))
-    assert len(mlps) == tiny().text_config.num_hidden_layers, "layers or their MLPs are no longer found"
-    assert not list(layer_mlps(model, checkpointed=False)), "a layer is not checkpointed although it was asked for"
+    layers = list(layers_with_mlp(model.model.language_model))
+    assert len(layers) == tiny().text_config.num_hidden_layers, "layers or their MLPs are no longer found"
+    assert all(layer.gradient_checkpointing for layer in layers), (
+        "a layer is not checkpointed although it was asked for"
+    )
+
+
+def check_checkpointing_function() -> None:
+    """A layer hands over its forward, with its keyword arguments, and its hidden states."""
+    model = small_gemma().train()
+    model.activation_checkpointing_enable()
+    given: list[tuple] = []
+    for layer in layers_with_mlp(model):
+        layer._gradient_checkpointing_func = lambda run, *args: given.append((run, args)) or run(*args)
+    model(TOKENS)
+    assert len(given) == model.config.num_hidden_layers
+    for run, (hidden_states, *_) in given:
+        assert isinstance(run, partial) and isinstance(run.args[0], GradientCheckpointingLayer)
+        assert "position_embeddings" in run.keywords and hidden_states.dim() == 3
+
+
+def check_device_states() -> None:
+    assert get_device_states(torch.zeros(1)) == ([], [])
+    set_device_states([], [], device_type="cpu")
 
 
 def check_input_gradients() -> None:
@@ -315,6 +339,16 @@ def check_module_tables() -> None:
     assert module.weight is replacement and module.running_mean.sum() == 2
 
 
+def check_hook_tables() -> None:
+    module = nn.Linear(1, 1)
+    assert not module._forward_hooks and not module._forward_pre_hooks
+    handles = module.register_forward_hook(print), module.register_forward_pre_hook(print)
+    assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+    for handle in handles:
+        handle.remove()
+    assert not module._forward_hooks and not module._forward_pre_hooks
+
+
 def check_fake_devices() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         device, host = torch.empty(2, device="cpu:0"), torch.empty(2, device="cpu")
@@ -353,6 +387,16 @@ def check_partly_fake() -> None:
         assert mask.to("cpu:0").data_ptr() == mask.data_ptr()
 
 
+def check_work() -> None:
+    """Operators have the names by which they are told apart, and schemas tell which are views."""
+    for name in (*work.FREE, *work.LAUNCHES, *work.SELECTING, *work.WRITING, *work.COPYING, *work.WAITING):
+        assert name == "gemm_4bit" or hasattr(torch.ops.aten, name), f"there is no aten.{name}"
+    assert hasattr(torch.ops.aten, "_grouped_mm") and hasattr(torch.ops.aten, "_foreach_add_")
+    for name, kind in (("view", "view"), ("add_", "kernel"), ("empty", "view"), ("nonzero", "wait")):
+        overload = getattr(torch.ops.aten, name)
+        assert work.kind_of(getattr(overload, overload.overloads()[0]), name) == kind
+
+
 def check_checkpoint_keeps_random_state() -> None:
     with must_call(torch, "get_rng_state"):
         checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False)
@@ -373,6 +417,14 @@ def check_profiler() -> None:
         del tensor
     events = memory_events(profiler)
     assert 4_000_000 in events and -4_000_000 in events, "allocations are no longer among the profiler's events"
+
+
+def check_function_events() -> None:
+    with profile_memory() as profiler:
+        torch.empty(8)
+    event = profiler.events()[0]
+    assert event.device_type == torch.autograd.DeviceType.CPU and event.is_user_annotation is False
+    assert event.time_range.elapsed_us() == event.time_range.end - event.time_range.start
 
 
 def check_kineto_variable() -> None:
