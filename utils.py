@@ -26,8 +26,8 @@ from transformers import HfArgumentParser
 
 
 Config = TypeVar("Config")
-# PyTorch reads it when CUDA is first used.
-ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+# PyTorch reads them when it is imported, the old name first.
+ALLOCATOR_VARIABLE, OLD_ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 # Segments that can grow suit the weights that ZeRO-3 gathers, of all sizes: MGM-2B reserves 1.9 GiB instead of 2.6.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 MIB, GIB = 2**20, 2**30
@@ -253,7 +253,7 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     quiet_libraries()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _interrupt)
-    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()
+    set_allocator()
     try:
         result = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
@@ -276,7 +276,15 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
 
 def allocator_settings() -> str:
     """PyTorch's allocator settings in a run and in a prediction: the user's own, or else ours."""
-    return os.environ.get(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
+    own = os.environ.get(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
+    return os.environ.get(OLD_ALLOCATOR_VARIABLE, own)
+
+
+def set_allocator() -> None:
+    """Give the allocator its settings, in this process and in those that it starts. Before the first use of CUDA."""
+    if not {ALLOCATOR_VARIABLE, OLD_ALLOCATOR_VARIABLE} & os.environ.keys():
+        os.environ[ALLOCATOR_VARIABLE] = ALLOCATOR_SETTINGS
+        torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)  # the import has read the variable already
 
 
 def is_disk_full(error: OSError | SafetensorError) -> bool:

@@ -4,7 +4,6 @@ The step is memory/probed_step.py's, with all of an update's micro-batches, and 
 train.py does.
 """
 
-import os
 import time
 from contextlib import nullcontext
 from statistics import median
@@ -21,7 +20,7 @@ from memory.launch import in_fresh_process, launched
 from memory.measure_gpu import build_as_loaded
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
-from utils import ALLOCATOR_VARIABLE, UserError, allocator_settings
+from utils import UserError, set_allocator
 
 
 WARM_UP_UPDATES = 4  # DeepSpeed fetches ahead from the second on, and kernels are chosen in the first
@@ -46,7 +45,7 @@ def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
 
 def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
     """What measure_time returns. For a fresh process."""
-    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
+    set_allocator()
     accelerator = step.build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,

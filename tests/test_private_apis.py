@@ -92,6 +92,8 @@ APIS = [
         check=checks.check_loss_function, words="loss_function"),
     Api("transformers", "loss.loss_utils.ForCausalLMLoss", "layers/model_loss.py",
         "the one loss that is computed by chunks", "nothing can be imported"),
+    Api("torch", "_C._accelerator_setAllocatorSettings", "utils.py",
+        "gives the allocator its settings after the import, which has read the environment", "no script starts"),
     Api("torch", "Tensor._version", "layers/model_loss.py",
         "counts the changes in place: whether a model has added to its loss",
         "what a router adds to the loss is not weighed by tokens", check=checks.check_version, words="_version"),

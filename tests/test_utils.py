@@ -290,3 +290,39 @@ def test_a_file_is_no_folder(folder, tmp_path):
 def test_the_tiny_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (Path(ModelConfig().model) / "config.json").is_file()
+
+
+def allocator_after(
+    variables: dict[str, str], code: str = "print(torch._C._accelerator_getAllocatorSettings())"
+) -> str:
+    """What a new process prints that imports torch with these variables and sets the allocator."""
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
+    command = [sys.executable, "-c", f"import torch, utils; utils.set_allocator(); {code}"]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.5"}, "garbage_collection_threshold:0.5"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.5"}, "garbage_collection_threshold:0.5"),
+    ],
+)
+def test_the_allocator_is_set(variables: dict[str, str], expected: str) -> None:
+    """The user's own settings stay. Predictions are for the same, and the processes that start later have them."""
+    assert allocator_after(variables, "print(utils.allocator_settings())") == expected
+    if "PYTORCH_CUDA_ALLOC_CONF" not in variables:  # PyTorch for CPUs does not read this name
+        assert allocator_after(variables) == expected
+        assert allocator_after(variables, "import os; print(os.environ['PYTORCH_ALLOC_CONF'])") == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_segments_grow_on_a_gpu() -> None:
+    """Of 21 MiB it reserves two pages of 20 MiB. Segments that cannot grow would take 22 MiB."""
+    reserved = "x = torch.empty(21 * 2**20, dtype=torch.uint8, device='cuda'); print(torch.cuda.memory_reserved())"
+    assert allocator_after({}, reserved) == str(40 * 2**20)
+    assert allocator_after({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, reserved) == str(22 * 2**20)
