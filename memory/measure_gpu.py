@@ -3,7 +3,6 @@
 The step is memory/probed_step.py's. A smaller card is emulated by a limit on what PyTorch may reserve.
 """
 
-import os
 import subprocess
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +17,7 @@ from memory.config import ProbeConfig
 from memory.launch import in_fresh_process, launched
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
 from memory.strategy import Strategy
-from utils import ALLOCATOR_VARIABLE, UserError, allocator_settings
+from utils import UserError, set_allocator
 
 
 def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None = None) -> dict[str, Any]:
@@ -44,8 +43,8 @@ def refuse_gpu_in_use() -> None:
 
     A process on another GPU of the host does not count.
     """
-    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    command = ["nvidia-smi", f"--id={gpu}", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+    uuid = torch.cuda.get_device_properties(0).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0 and done.stdout.strip():
         raise UserError(f"the GPU is in use by process {done.stdout.split(',')[0]}: wait for it or stop it")
@@ -53,7 +52,7 @@ def refuse_gpu_in_use() -> None:
 
 def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) -> dict[str, Any]:
     """What measure_gpu returns. For a fresh process."""
-    os.environ[ALLOCATOR_VARIABLE] = allocator_settings()  # before the first use of CUDA
+    set_allocator()
     total_bytes = torch.cuda.mem_get_info()[1]
     context_bytes = used_bytes()
     accelerator = launched_accelerator(config)

@@ -1,13 +1,18 @@
 """How a step is measured."""
 
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_records import tiny_config
 
 import step
 from memory.measure_cpu import measure_rank
-from memory.measure_gpu import measure_this_process
-from utils import ALLOCATOR_VARIABLE
+from memory.measure_gpu import measure_this_process, refuse_gpu_in_use
+from utils import ALLOCATOR_VARIABLE, UserError
 
 
 class Built(Exception):
@@ -37,3 +42,15 @@ def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatc
         with pytest.raises(Built, match=f"^{expected}$"):
             measure_here(config)
         assert config.gradient_accumulation_steps == given, "the flags are the caller's"
+
+
+@pytest.mark.parametrize(("uuid", "is_refused"), [("used", True), ("free", False)])
+def test_a_gpu_in_use(uuid: str, is_refused: bool, tmp_path: Path, monkeypatch) -> None:
+    """Refused, unless the process is on another GPU of the host."""
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text('#!/bin/sh\n[ "$1" = --id=GPU-used ] && echo "7, 500 MiB"\ntrue\n')
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
+    with pytest.raises(UserError, match="in use by process 7") if is_refused else nullcontext():
+        refuse_gpu_in_use()
