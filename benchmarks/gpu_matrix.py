@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Rows, RowsConfig, gpu_machine
+from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.launch import in_fresh_process
@@ -75,7 +75,6 @@ class MatrixConfig(RowsConfig):
     mode: str = flag("predict", "measure | predict")
     model: str = "mgm-2b"
     families: bool = flag(False, "the models of other families instead")
-    gpu: str = flag("h100", "the card's name in memory/gpus.py")
     output: str = "results/gpu"
 
     def __post_init__(self) -> None:
@@ -90,13 +89,14 @@ def main(config: MatrixConfig) -> dict[str, Any]:
 
 def measure_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     rows = Rows(path, {"version": 1}, config.overwrite, machine=gpu_machine())
+    gpu = gpu_of(rows.result)
     path.parent.mkdir(parents=True, exist_ok=True)
     history_path = path.parent / "history.json.gz"
     if not history_path.exists() and not config.families:
         with gzip.open(history_path, "wt") as file:
-            json.dump(in_fresh_process(record_history, row_config(config, HISTORY_ROW)), file)
+            json.dump(in_fresh_process(record_history, row_config(config, gpu, HISTORY_ROW)), file)
     for flags in rows.missing(FAMILY_ROWS if config.families else ROWS):
-        rows.add({"flags": flags, "measured": measure_row(config, flags)})
+        rows.add({"flags": flags, "measured": measure_row(row_config(config, gpu, flags))})
     return rows.result
 
 
@@ -104,7 +104,7 @@ def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     """Predict all rows anew: the code may have changed since."""
     result = json.loads(path.read_text())
     for row in result["rows"]:
-        predicted = probe(row_config(config, row["flags"]))
+        predicted = probe(row_config(config, gpu_of(result), row["flags"]))
         row["predicted"] = {name: predicted[name] for name in PREDICTED}
         print(row, flush=True)
     write_json(path, result)
@@ -112,16 +112,16 @@ def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     return result
 
 
-def row_config(config: MatrixConfig, flags: dict[str, Any]) -> ProbeConfig:
+def row_config(config: MatrixConfig, gpu: str, flags: dict[str, Any]) -> ProbeConfig:
     """Of training steps alone, without held-out answers."""
-    fixed = {"model": config.model, "gpu": config.gpu, "mode": config.mode, "device": "cuda", "eval_samples": 0}
+    fixed = {"model": config.model, "gpu": gpu, "mode": config.mode, "device": "cuda", "eval_samples": 0}
     return ProbeConfig(**(fixed | flags))
 
 
-def measure_row(config: MatrixConfig, flags: dict[str, Any]) -> dict[str, Any]:
+def measure_row(config: ProbeConfig) -> dict[str, Any]:
     """A row that fails holds its error, so that the rows after it are still measured."""
     try:
-        return measure(row_config(config, flags))
+        return measure(config)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 

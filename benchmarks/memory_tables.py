@@ -6,7 +6,7 @@ from benchmarks.rows import read_result
 from utils import GIB, MIB, markdown_table
 
 
-LOSSES = {"a CPU": "loss_cpu.json", "an H100": "loss_cuda.json"}
+LOSSES = {"a CPU": "loss_cpu.json", "a GPU": "loss_cuda.json"}
 
 
 def ladder_table() -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from memory.gpus import nearest_gpu
 from utils import environment, flag, write_json
 
 
@@ -79,3 +80,8 @@ def gpu_machine() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "python": versions["python"],
     }
+
+
+def gpu_of(result: dict[str, Any]) -> str:
+    """The entry of memory/gpus.py for the card that a result names. These benchmarks need 80 GB: Hopper or newer."""
+    return nearest_gpu(result["machine"]["gpu"], capability=(9, 0))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_matrix, families, gpu_matrix, headline, mgm_2b
-from benchmarks.rows import read_result
+from benchmarks.rows import gpu_of, read_result
 from benchmarks.tables import CPU_MATRIX, FAMILIES_MATRIX, GPU_MATRIX, HEADLINE, MGM_2B
 from memory.config import ProbeConfig
 from memory.predict import predict
@@ -63,10 +63,10 @@ def families_rows() -> Comparison:
 
 
 def gpu_rows() -> Comparison:
-    config = gpu_matrix.MatrixConfig()
-    for row in read_result(GPU_MATRIX)["rows"]:
+    config, committed = gpu_matrix.MatrixConfig(), read_result(GPU_MATRIX)
+    for row in committed["rows"]:
         if "predicted" in row:
-            result = predict(gpu_matrix.row_config(config, row["flags"]))
+            result = predict(gpu_matrix.row_config(config, gpu_of(committed), row["flags"]))
             yield row["flags"], row["predicted"], {name: result[name] for name in row["predicted"]}
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.memory_tables import gib, ladder_table, loss_table
-from benchmarks.rows import RESULTS, ROOT, read_result
+from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
 from memory.gpus import CUBLAS_HOPPER, GPUS
 from models.family import packs
@@ -184,8 +184,9 @@ def headline_table(is_short: bool = False) -> str:
     headline = read_result(HEADLINE)
     estimates = headline["estimates"]
     capacities = {gpu: GPUS[gpu].capacity_bytes for gpu in HEADLINE_CARDS}
+    card = GPUS[gpu_of(read_result(GPU_MATRIX))].title.partition(",")[0]
     columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
-    columns += ["device, predicted", "device, measured on an H100", "host RAM"]
+    columns += ["device, predicted", f"device, measured on an {card}", "host RAM"]
     columns += [] if is_short else ["accelerate's estimate", "DeepSpeed's estimate"]
     cells = []
     for row in headline["rows"]:

@@ -107,6 +107,8 @@ GPUS = {
     "rtx3070": Gpu("RTX 3070, 8 GB", int(7.78 * GIB), AMPERE, specified(40.6, 20.3, 448, PCIE_4, 46)),
     # torch.cuda.mem_get_info
     "h100": Gpu("H100, 80 GB", 85_017_493_504, HOPPER, specified(989.4, 66.9, 3350, PCIE_5, 132)),
+    # The same processor with more and faster memory: NVIDIA H200 data sheet.
+    "h200": Gpu("H200, 141 GB", 143_156 * MIB, HOPPER, specified(989.4, 66.9, 4800, PCIE_5, 132)),
 }
 
 
