@@ -8,6 +8,7 @@ from benchmarks.rows import RESULTS, read_result
 from utils import GIB, markdown_table
 
 
+STEP_TIMES = {"step_seconds": "seconds of an update", "busy_seconds": "of which the GPU works"}
 LONGEST_REASON = 90  # letters of an error that a cell shows
 
 
@@ -122,17 +123,23 @@ def step_time_table(describe: Callable[[dict[str, Any]], str]) -> str:
     held_out, cells = result.get("held_out"), []
     if held_out is None:  # `--mode measure` adds rows without a prediction: `--mode predict` adds that
         return "Not measured yet."
+    accuracies = [
+        [title, f"{found['median_error']:.0%}", f"{found['worst_error']:.0%}", f"{found['pairs_in_order']:.0%}"]
+        for title, found in zip(STEP_TIMES.values(), (held_out[name] for name in STEP_TIMES), strict=True)
+    ]
     for row in (row for row in result["rows"] if "predicted" in row):
-        measured, predicted = row["measured"]["step_seconds"], row["predicted"]["step_seconds"]
-        cells.append([describe(row["flags"]), milliseconds(measured), milliseconds(row["measured"]["busy_seconds"])])
-        cells[-1] += [milliseconds(predicted), f"{predicted / measured - 1:+.0%}", "yes" if row["fitted"] else ""]
-    caption = (
-        f"{result['machine']['gpu']}, PyTorch {result['machine']['torch']}. {held_out['rows']} rows from which no "
-        f"constant comes: error {held_out['median_error']:.0%} (median), {held_out['worst_error']:.0%} (worst); of "
-        f"{held_out['pairs_in_order']:.0%} of their pairs the faster one is told."
-    )
-    header = ["MGM-2B and others", "measured", "GPU busy", "predicted", "error", "constants come from it"]
-    return f"{caption}\n\n{markdown_table(header, cells)}"
+        cells.append([describe(row["flags"]), "yes" if row["fitted"] else ""])
+        for name in STEP_TIMES:
+            measured, predicted = row["measured"][name], row["predicted"][name]
+            cells[-1] += [milliseconds(measured), f"{predicted / measured - 1:+.0%}"]
+    header = ["MGM-2B and others", "constants come from it", "an update", "error", "the GPU works", "error"]
+    parts = [
+        f"{result['machine']['gpu']}, PyTorch {result['machine']['torch']}; error = prediction / measurement - 1. The "
+        f"{held_out['step_seconds']['rows']} rows from which no constant comes:",
+        markdown_table(["", "median error", "worst", "pairs of which the faster one is told"], accuracies),
+        markdown_table(header, cells),
+    ]
+    return "\n\n".join(parts)
 
 
 def milliseconds(seconds: float) -> str:

@@ -10,7 +10,7 @@ of the others. The last line on stdout is JSON.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -18,13 +18,13 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu_matrix import ZERO2, ZERO3
-from benchmarks.rows import Rows, RowsConfig, gpu_machine
+from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.gpus import GPUS, Speed
 from memory.measure_time import measure_time
 from memory.predict import trace_step
-from memory.step_time import CONSTANTS, Constants, busy_seconds, issue_seconds, step_seconds
+from memory.step_time import CONSTANTS, PYTHON, Constants, busy_seconds, issue_seconds, step_seconds
 from memory.work import Operation
 from utils import UserError, check_choice, flag, run_script, write_json
 
@@ -85,7 +85,6 @@ MIN_GAIN = 1e-3  # by which the error must fall for a constant to change
 @dataclass(kw_only=True)
 class StepTimeConfig(RowsConfig):
     mode: str = flag("predict", "measure | fit | predict")
-    gpu: str = flag("h100", "the card's name in memory/gpus.py")
     output: str = "results/gpu/step_time.json"
 
     def __post_init__(self) -> None:
@@ -95,38 +94,38 @@ class StepTimeConfig(RowsConfig):
 def main(config: StepTimeConfig) -> dict[str, Any]:
     path = Path(config.output)
     if config.mode == "measure":
-        return {"rows": len(measure_rows(config, path)), "output": config.output}
+        return {"rows": len(measure_rows(path, config.overwrite)), "output": config.output}
     if not path.exists():
         raise UserError(f"--output {path}: there are no measured rows; --mode measure makes them, on a GPU")
-    return fit_rows(config, path) if config.mode == "fit" else predict_rows(config, path)
+    return fit_rows(path) if config.mode == "fit" else predict_rows(path)
 
 
-def measure_rows(config: StepTimeConfig, path: Path) -> list[dict[str, Any]]:
+def measure_rows(path: Path, overwrite: bool) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = Rows(path, {"version": 1}, config.overwrite, machine=gpu_machine())
+    rows = Rows(path, {"version": 1}, overwrite, machine=gpu_machine())
     missing = rows.missing(row["flags"] for row in ROWS)
     for row in (row for row in ROWS if row["flags"] in missing):
-        rows.add(row | {"measured": measure_row(config, row["flags"])})
+        rows.add(row | {"measured": measure_row(row_config("measure", gpu_of(rows.result), row["flags"]))})
     return rows.result["rows"]
 
 
-def measure_row(config: StepTimeConfig, flags: dict[str, Any]) -> dict[str, Any]:
+def measure_row(config: ProbeConfig) -> dict[str, Any]:
     """A row that fails holds its error, so that the rows after it are still measured."""
-    probed = row_config(config, flags)
     try:
-        return measure_time(probed, probed.launch)
+        return measure_time(config, config.launch)
     except UserError:
         raise
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def predict_rows(config: StepTimeConfig, path: Path) -> dict[str, Any]:
+def predict_rows(path: Path) -> dict[str, Any]:
     """Predict all rows anew, and say how near the held-out ones come. Returns the latter."""
     result = json.loads(path.read_text())
-    speed = GPUS[config.gpu].speed
+    gpu = gpu_of(result)
+    speed = GPUS[gpu].speed
     for row in measured_rows(result):
-        probed = row_config(config, row["flags"])
+        probed = row_config("predict", gpu, row["flags"])
         work = trace_step(probed).device.work
         operations = whole_update(work, probed.gradient_accumulation_steps)
         row["predicted"] = {
@@ -135,7 +134,8 @@ def predict_rows(config: StepTimeConfig, path: Path) -> dict[str, Any]:
             "num_kernels": sum(operation.launches + (operation.kind == "transfer") for operation in operations),
         }
         print(row, flush=True)
-    result["held_out"] = accuracy([row for row in measured_rows(result) if not row["fitted"]])
+    held_out = [row for row in measured_rows(result) if not row["fitted"]]
+    result["held_out"] = {name: accuracy(held_out, name) for name in ("step_seconds", "busy_seconds")}
     write_json(path, result)
     write_tables()
     return result["held_out"]
@@ -149,9 +149,9 @@ def whole_update(work: list[list[Operation]], num_micro_batches: int) -> list[Op
     return work[0] * (num_micro_batches - 1) + work[-1]
 
 
-def accuracy(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors of the predictions, and the share of the pairs of rows of which the slower one is told."""
-    pairs = [(row["predicted"]["step_seconds"], row["measured"]["step_seconds"]) for row in rows]
+def accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Errors of a predicted figure, and the share of the pairs of rows of which the slower one is told."""
+    pairs = [(row["predicted"][name], row["measured"][name]) for row in rows]
     errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
     is_in_order = [(a[0] < b[0]) == (a[1] < b[1]) for a, b in combinations(pairs, 2)]
     return {
@@ -184,25 +184,26 @@ class FittedRow:
         return math.log(busy_seconds(self.operations, speed, constants) / self.measured["busy_seconds"]) ** 2
 
 
-def fit_rows(config: StepTimeConfig, path: Path) -> dict[str, Any]:
+def fit_rows(path: Path) -> dict[str, Any]:
     """Print and return the constants of memory/step_time.py with which the fitted rows are predicted best: first the
     GPU's, from how long it was busy, then the host's, from the whole."""
-    rows = []
-    for row in (row for row in measured_rows(json.loads(path.read_text())) if row["fitted"]):
-        probed = row_config(config, row["flags"])
+    result, rows = json.loads(path.read_text()), []
+    gpu = gpu_of(result)
+    for row in (row for row in measured_rows(result) if row["fitted"]):
+        probed = row_config("predict", gpu, row["flags"])
         work = trace_step(probed).device.work
         operations = whole_update(work, probed.gradient_accumulation_steps)
         rows.append(FittedRow(row["measured"], operations, probed.launch.name.startswith("zero")))
-    speed = GPUS[config.gpu].speed
+    speed = GPUS[gpu].speed
     on_device = [row for row in rows if not row.is_deepspeed]  # beside copies its GPU does several things at a time
     constants = scan(
         CONSTANTS,
-        ("product_share", "attention_share"),
+        [("product_share",), ("attention_share",)],
         lambda found: sum(row.squared_busy_error(speed, found) for row in on_device),
     )
     constants = scan(
         constants,
-        ("python_seconds", "engine_seconds", "view_seconds", "module_seconds"),
+        [PYTHON, ("engine_seconds",), ("transfer_seconds",), ("packed_seconds",)],
         lambda found: sum(row.squared_error(speed, found) for row in rows),
     )
     for row in rows:
@@ -214,24 +215,24 @@ def fit_rows(config: StepTimeConfig, path: Path) -> dict[str, Any]:
     return asdict(constants)
 
 
-def scan(constants: Constants, names: tuple[str, ...], error: Callable[[Constants], float]) -> Constants:
-    """The constants with these changed, one at a time and in ever smaller steps, as long as the error falls."""
+def scan(constants: Constants, groups: Sequence[tuple[str, ...]], error: Callable[[Constants], float]) -> Constants:
+    """The constants with these changed, a group at a time and in ever smaller steps, as long as the error falls. Those
+    of a group keep their proportions."""
     best = error(constants)
     for factor in (1.5, 1.2, 1.05, 1.02):
         is_falling = True
         while is_falling:
             is_falling = False
-            for name, change in ((name, change) for name in names for change in (factor, 1 / factor)):
-                changed = replace(constants, **{name: getattr(constants, name) * change})
+            for names, change in ((names, change) for names in groups for change in (factor, 1 / factor)):
+                changed = replace(constants, **{name: getattr(constants, name) * change for name in names})
                 if (found := error(changed)) < best * (1 - MIN_GAIN):
                     constants, best, is_falling = changed, found, True
     return constants
 
 
-def row_config(config: StepTimeConfig, flags: dict[str, Any]) -> ProbeConfig:
+def row_config(mode: str, gpu: str, flags: dict[str, Any]) -> ProbeConfig:
     """Of training steps alone, without held-out answers."""
-    mode = "measure" if config.mode == "measure" else "predict"
-    fixed = {"model": "mgm-2b", "gpu": config.gpu, "mode": mode, "device": "cuda", "eval_samples": 0}
+    fixed = {"model": "mgm-2b", "gpu": gpu, "mode": mode, "device": "cuda", "eval_samples": 0}
     return ProbeConfig(**(fixed | flags))
 
 

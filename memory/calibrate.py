@@ -16,7 +16,7 @@ from memory.launch import in_fresh_process
 from memory.measure_gpu import measure_gpu
 from memory.measure_speed import measure_speed
 from memory.measure_time import measure_time
-from memory.step_time import CONSTANTS, Constants, issue_seconds
+from memory.step_time import CONSTANTS, PYTHON, Constants, issue_seconds
 from memory.strategy import Strategy
 from memory.trace import trace_single
 from memory.work import Operation
@@ -57,7 +57,7 @@ def host_constants(operations: list[Operation], phase_seconds: dict[str, float])
     operations. The proportions of what Python does are kept. The GPU must not have held the host up, so the
     configuration should be a small one."""
     factor = phase_seconds["forward"] / issue_seconds(operations, "forward")
-    names = ("python_seconds", "view_seconds", "module_seconds")
+    names = (*PYTHON, "transfer_seconds", "packed_seconds")
     scaled = replace(CONSTANTS, **{name: factor * getattr(CONSTANTS, name) for name in names})
     by_python = issue_seconds(operations, "backward", replace(scaled, engine_seconds=0.0))
     num_by_engine = sum(not operation.is_python for operation in operations if operation.kind != "wait")

@@ -27,6 +27,8 @@ class Constants:
         engine_seconds: of one that autograd's engine issues, in the backward pass.
         view_seconds: of one that launches nothing.
         module_seconds: of the call of a module, besides its operators.
+        transfer_seconds: of each transfer, besides: under ZeRO-3, of DeepSpeed's code around a weight that it fetches.
+        packed_seconds: of each of bitsandbytes' operators, besides: they are written in Python.
         host_bytes_per_second: of the host's memory, where the optimizer runs there.
         product_share: of the rate of large products, what a step's products reach.
         attention_share: what attention reaches. Its products are small, and softmax stands between them.
@@ -36,6 +38,8 @@ class Constants:
     engine_seconds: float
     view_seconds: float
     module_seconds: float
+    transfer_seconds: float
+    packed_seconds: float
     host_bytes_per_second: float
     product_share: float
     attention_share: float
@@ -43,16 +47,21 @@ class Constants:
 
 # `python -m benchmarks.step_time --mode fit` computes them from measured steps.
 CONSTANTS = Constants(
-    python_seconds=24e-6,
-    engine_seconds=17e-6,
-    view_seconds=3.5e-6,
-    module_seconds=15e-6,
+    python_seconds=22.9e-6,
+    engine_seconds=33.5e-6,
+    view_seconds=3.33e-6,
+    module_seconds=14.3e-6,
+    transfer_seconds=343e-6,
+    packed_seconds=114e-6,
     host_bytes_per_second=50e9,
-    product_share=0.88,
-    attention_share=0.4,
+    product_share=0.829,
+    attention_share=0.366,
 )
+# They grow together: the slower the host, the longer its Python.
+PYTHON = ("python_seconds", "view_seconds", "module_seconds")
 # Rows and columns of a product's result that a multiprocessor computes at a time.
 TILES = ((128, 256), (128, 128))
+PACKED = ("gemm_4bit", "dequantize_4bit", "dequantize_blockwise")
 SPLIT = 512  # the shortest part of the factors' common side, where several multiprocessors share it
 
 
@@ -99,6 +108,10 @@ def host_seconds(operation: Operation, constants: Constants = CONSTANTS) -> floa
         return seconds
     if operation.kind == "host":
         seconds += operation.nbytes / constants.host_bytes_per_second
+    elif operation.kind == "transfer":
+        seconds += constants.transfer_seconds
+    elif operation.name in PACKED:
+        seconds += constants.packed_seconds
     return seconds + (constants.python_seconds if operation.is_python else constants.engine_seconds)
 
 
