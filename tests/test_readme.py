@@ -124,10 +124,27 @@ def test_figures_of_the_step():
         speed, peak = (by_mode[mode][f"{name}_against_best"] for name in ("speed", "peak"))
         assert f"{words} a step does {speed:.1f} times the tokens a second of the fastest" in text
         assert f"in {peak:.2f} of the smallest" in text
+    on_gpu = json.loads((ROOT / "results/gpu/step.json").read_text())["ratios"]
+    text_rows, four_rows, images = (
+        [ratio for ratio in on_gpu if (ratio["model"], ratio["rows"]) == key]
+        for key in (("gemma-2b", 1), ("gemma-2b", 4), ("qwen3-vl-2b", 1))
+    )
+    assert f"does {span(text_rows, 'speed')} times the tokens a second of the fastest" in text
+    assert f"with one row, and {span(four_rows, 'speed')} times with four rows of 2048 tokens" in text
+    assert f"Qwen3-VL-2B does {span(images, 'speed')} times" in text
+    assert f"The peak is {span(text_rows, 'peak')} of the smallest other trainer's with one row of text" in text
+    assert f"and {span(four_rows, 'peak')} with four rows" in text
+    assert f"does {span(text_rows + images, 'speed')} times the tokens" in " ".join(README.split())
     ladder = json.loads((ROOT / "results/ladder.json").read_text())
     (row,) = (row for row in ladder["without"] if row["title"] == "gradient checkpointing")
     recomputes_nothing = "`--no_gradient_checkpointing` recomputes nothing and is faster"
     assert f"{recomputes_nothing}: {row['peak_allocated_bytes'] / 2**30:.1f} GiB" in " ".join(GUIDE.split())
+
+
+def span(ratios: list[dict[str, Any]], name: str) -> str:
+    """The smallest and the largest, or the only one."""
+    found = sorted({f"{ratio[f'{name}_against_best']:.2f}" for ratio in ratios})
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def test_figures_of_the_prediction():
