@@ -103,8 +103,9 @@ def measure_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
 def predict_rows(config: MatrixConfig, path: Path) -> dict[str, Any]:
     """Predict all rows anew: the code may have changed since."""
     result = json.loads(path.read_text())
+    gpu = gpu_of(result)
     for row in result["rows"]:
-        predicted = probe(row_config(config, gpu_of(result), row["flags"]))
+        predicted = probe(row_config(config, gpu, row["flags"]))
         row["predicted"] = {name: predicted[name] for name in PREDICTED}
         print(row, flush=True)
     write_json(path, result)

@@ -43,7 +43,7 @@ def model_table(rows: list[dict[str, Any]], is_gpu: bool) -> str:
     """One model's rows. A row that failed says why."""
     header = ["rows x tokens", "trainer", "step", "tokens/s", "of the matrix rate", "with all that runs", "peak"]
     gpu_header = ["GPU busy", "kernels", "device"]
-    has_floor = is_gpu and any(row["flags"]["kind"] == "train.py" for row in rows) and len(kinds(rows)) == 1
+    has_floor = is_gpu and {row["flags"]["kind"] for row in rows} == {"train.py"}
     cells = []
     for row in rows:
         flags = row["flags"]
@@ -62,10 +62,6 @@ def model_table(rows: list[dict[str, Any]], is_gpu: bool) -> str:
         if has_floor:
             cells[-1] += [duration(row["floor_seconds"]) if row["floor_seconds"] else ""]
     return markdown_table(header + gpu_header * is_gpu + ["floor"] * has_floor, cells)
-
-
-def kinds(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["flags"]["kind"] for row in rows}
 
 
 def size_of(flags: dict[str, Any]) -> str:
@@ -123,10 +119,8 @@ def step_time_table(describe: Callable[[dict[str, Any]], str]) -> str:
     held_out, cells = result.get("held_out"), []
     if held_out is None:  # `--mode measure` adds rows without a prediction: `--mode predict` adds that
         return "Not measured yet."
-    accuracies = [
-        [title, f"{found['median_error']:.0%}", f"{found['worst_error']:.0%}", f"{found['pairs_in_order']:.0%}"]
-        for title, found in zip(STEP_TIMES.values(), (held_out[name] for name in STEP_TIMES), strict=True)
-    ]
+    shares = ("median_error", "worst_error", "pairs_in_order")
+    accuracies = [[title, *(f"{held_out[name][key]:.0%}" for key in shares)] for name, title in STEP_TIMES.items()]
     for row in (row for row in result["rows"] if "predicted" in row):
         cells.append([describe(row["flags"]), "yes" if row["fitted"] else ""])
         for name in STEP_TIMES:

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.gpu_matrix import ZERO2, ZERO3
 from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
+from benchmarks.speed_tables import STEP_TIMES
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.gpus import GPUS, Speed
@@ -125,9 +126,7 @@ def predict_rows(path: Path) -> dict[str, Any]:
     gpu = gpu_of(result)
     speed = GPUS[gpu].speed
     for row in measured_rows(result):
-        probed = row_config("predict", gpu, row["flags"])
-        work = trace_step(probed).device.work
-        operations = whole_update(work, probed.gradient_accumulation_steps)
+        probed, work, operations = traced(gpu, row["flags"])
         row["predicted"] = {
             "step_seconds": step_seconds(work, speed, probed.gradient_accumulation_steps),
             "busy_seconds": busy_seconds(operations, speed),
@@ -135,7 +134,7 @@ def predict_rows(path: Path) -> dict[str, Any]:
         }
         print(row, flush=True)
     held_out = [row for row in measured_rows(result) if not row["fitted"]]
-    result["held_out"] = {name: accuracy(held_out, name) for name in ("step_seconds", "busy_seconds")}
+    result["held_out"] = {name: accuracy(held_out, name) for name in STEP_TIMES}
     write_json(path, result)
     write_tables()
     return result["held_out"]
@@ -145,8 +144,11 @@ def measured_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if "failed" not in row["measured"]]
 
 
-def whole_update(work: list[list[Operation]], num_micro_batches: int) -> list[Operation]:
-    return work[0] * (num_micro_batches - 1) + work[-1]
+def traced(gpu: str, flags: dict[str, Any]) -> tuple[ProbeConfig, list[list[Operation]], list[Operation]]:
+    """A row's configuration, the operations of its first and last micro-batch, and those of the whole update."""
+    probed = row_config("predict", gpu, flags)
+    work = trace_step(probed).device.work
+    return probed, work, work[0] * (probed.gradient_accumulation_steps - 1) + work[-1]
 
 
 def accuracy(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -190,9 +192,7 @@ def fit_rows(path: Path) -> dict[str, Any]:
     result, rows = json.loads(path.read_text()), []
     gpu = gpu_of(result)
     for row in (row for row in measured_rows(result) if row["fitted"]):
-        probed = row_config("predict", gpu, row["flags"])
-        work = trace_step(probed).device.work
-        operations = whole_update(work, probed.gradient_accumulation_steps)
+        probed, _, operations = traced(gpu, row["flags"])
         rows.append(FittedRow(row["measured"], operations, probed.launch.name.startswith("zero")))
     speed = GPUS[gpu].speed
     on_device = [row for row in rows if not row.is_deepspeed]  # beside copies its GPU does several things at a time

@@ -4,6 +4,7 @@ The step is memory/probed_step.py's. A smaller card is emulated by a limit on wh
 """
 
 import subprocess
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 import step
 from memory.config import ProbeConfig
-from memory.launch import in_fresh_process, launched
+from memory.launch import Result, in_fresh_process, launched
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
 from memory.strategy import Strategy
 from utils import UserError, set_allocator
@@ -30,12 +31,21 @@ def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None
         UserError: something else computes on the GPU, or the strategy has several processes.
     """
     refuse_gpu_in_use()
+    return in_gpu_process(strategy, measure_this_process, config, limit_bytes)
+
+
+def in_gpu_process(strategy: Strategy, function: Callable[..., Result], *arguments: Any) -> Result:
+    """What `function` returns in a fresh process that has the GPU, as the strategy's launcher would start it.
+
+    Raises:
+        UserError: the strategy has several processes.
+    """
     if strategy.world_size > 1:
         raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
     is_deepspeed = strategy.name.startswith("zero")
     launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
     with launch if is_deepspeed else nullcontext():
-        return in_fresh_process(measure_this_process, config, limit_bytes)
+        return in_fresh_process(function, *arguments)
 
 
 def refuse_gpu_in_use() -> None:

@@ -5,7 +5,6 @@ train.py does.
 """
 
 import time
-from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -16,11 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import step
 from memory.config import ProbeConfig
-from memory.launch import in_fresh_process, launched
-from memory.measure_gpu import build_as_loaded
+from memory.measure_gpu import build_as_loaded, in_gpu_process
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
-from utils import UserError, set_allocator
+from utils import set_allocator
 
 
 WARM_UP_UPDATES = 4  # DeepSpeed fetches ahead from the second on, and kernels are chosen in the first
@@ -35,12 +33,7 @@ def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
     Raises:
         UserError: the strategy has several processes.
     """
-    if strategy.world_size > 1:
-        raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
-    is_deepspeed = strategy.name.startswith("zero")
-    launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
-    with launch if is_deepspeed else nullcontext():
-        return in_fresh_process(measure_time_here, config)
+    return in_gpu_process(strategy, measure_time_here, config)
 
 
 def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
