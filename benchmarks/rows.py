@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from memory.gpus import nearest_gpu
-from utils import environment, flag, write_json
+from memory.cards import nearest_gpu
+from utils import GIB, environment, flag, write_json
 
 
 ROOT = Path(__file__).parent.parent
@@ -83,5 +83,5 @@ def gpu_machine() -> dict[str, str]:
 
 
 def gpu_of(result: dict[str, Any]) -> str:
-    """The entry of memory/gpus.py for the card that a result names. These benchmarks need 80 GB: Hopper or newer."""
-    return nearest_gpu(result["machine"]["gpu"], capability=(9, 0))
+    """The entry of memory/cards.py for the card that a result names. These benchmarks need 80 GB: Hopper or newer."""
+    return nearest_gpu(result["machine"]["gpu"], capability=(9, 0), total_bytes=80 * GIB)

@@ -21,8 +21,9 @@ from benchmarks.gpu_matrix import ZERO2, ZERO3
 from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
 from benchmarks.speed_tables import STEP_TIMES
 from benchmarks.tables import write_tables
+from memory.cards import GPUS
 from memory.config import ProbeConfig
-from memory.gpus import GPUS, Speed
+from memory.gpus import Speed
 from memory.measure_time import measure_time
 from memory.predict import trace_step
 from memory.step_time import CONSTANTS, PYTHON, Constants, busy_seconds, issue_seconds, step_seconds

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
-from memory.gpus import CUBLAS_HOPPER, GPUS
+from memory.cards import GPUS
+from memory.gpus import CUBLAS_HOPPER
 from models.family import packs
 from tests.tiny_families import FAMILIES, TRAINED
 from utils import GIB, MIB, markdown_table
@@ -184,7 +185,7 @@ def headline_table(is_short: bool = False) -> str:
     headline = read_result(HEADLINE)
     estimates = headline["estimates"]
     capacities = {gpu: GPUS[gpu].capacity_bytes for gpu in HEADLINE_CARDS}
-    card = GPUS[gpu_of(read_result(GPU_MATRIX))].title.partition(",")[0]
+    card = GPUS[gpu_of(read_result(GPU_MATRIX))].name
     columns = ["rank", "tokens", "strategy", *(GPUS[gpu].title for gpu in HEADLINE_CARDS)]
     columns += ["device, predicted", f"device, measured on an {card}", "host RAM"]
     columns += [] if is_short else ["accelerate's estimate", "DeepSpeed's estimate"]

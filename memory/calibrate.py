@@ -1,4 +1,4 @@
-"""Measure the constants of memory/gpus.py: `python memory_probe.py --calibrate`, on a machine with that GPU.
+"""Measure a card's entry of memory/cards.py: `python memory_probe.py --calibrate`, on a machine with that GPU.
 
 A process uses more of the device than PyTorch reserves: the CUDA context before the first kernel, and after a training
 step the kernels and libraries that it loaded. Under DeepSpeed NCCL's buffers come on top. Nothing else may use the GPU
@@ -40,7 +40,7 @@ def calibrate(config: ProbeConfig) -> dict[str, Any]:
     return {
         "mode": "calibrate",
         "gpu_name": single["gpu_name"],
-        "capability": list(torch.cuda.get_device_capability()),
+        "capability": torch.cuda.get_device_capability(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "capacity_bytes": torch.cuda.get_device_properties(0).total_memory,
@@ -87,8 +87,9 @@ def measure_cublas_workspace() -> int:
 
 
 def entry(result: dict[str, Any]) -> str:
-    """The constants as lines of memory/gpus.py."""
+    """The constants as lines of memory/cards.py and memory/gpus.py."""
     name, capacity_bytes = result["gpu_name"], result["capacity_bytes"]
+    title = f"{name}, {round(capacity_bytes / GIB)} GB"
     key = name.removeprefix("NVIDIA ").removeprefix("GeForce ").lower().replace(" ", "")
     parts = ", ".join(f"{field.name}={result[field.name]}" for field in fields(Family))
     speed, constants = (
@@ -100,7 +101,7 @@ def entry(result: dict[str, Any]) -> str:
             f"# Measured: {name}, PyTorch {result['torch']}, CUDA {result['cuda']}",
             f"MEASURED = Family({parts})",
             f"SPEED = Speed({speed})",
-            f'"{key}": Gpu("{name}, {round(capacity_bytes / GIB)} GB", {capacity_bytes}, MEASURED, SPEED),',
+            f'"{key}": Gpu("{title}", {capacity_bytes}, MEASURED, SPEED, is_measured=True),',
             f"NCCL_BYTES = {result['nccl_bytes']}",
             "# And for memory/step_time.py:",
             f"CONSTANTS = Constants({constants})",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from memory.gpus import GPUS
+from memory.cards import GPUS, find_gpu
 from memory.strategy import STRATEGIES, Strategy
 from models.config import resolve_mixed_precision
 from step import StepConfig
@@ -25,12 +25,16 @@ class ProbeConfig(StepConfig):
     offload: str = flag("none", "none | optimizer | param: what DeepSpeed keeps in host memory")
     world_size: int | None = flag(None, "processes, on one host; default: as --config_file says, else 1")
     config_file: str | None = flag(None, "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there")
-    gpu: str = flag("rtx4090", " | ".join(GPUS))
+    gpu: str = flag(
+        "rtx4090",
+        "card to predict for: rtx3050 ... rtx5090, rtxa6000, a100, h100, l4, t4 ... and, in an unusual size, "
+        "rtx4060ti-16gb; all in docs/gpus.md",
+    )
     budget_gib: float | None = flag(None, "GiB that the step may use of the device, for a card that --gpu lacks")
     sweep: list[str] | None = flag(None, "KEY=V1,V2 ...: probe every combination")
     output: str | None = flag(None, "folder for the result as JSON, and of a prediction a picture of the step")
     explain: bool = flag(False, "what to change first; each suggestion is traced, which takes a minute or two")
-    calibrate: bool = flag(False, "measure this GPU's entry of memory/gpus.py")
+    calibrate: bool = flag(False, "measure this GPU's entry of memory/cards.py")
 
     def __post_init__(self) -> None:
         has_gpu = torch.cuda.is_available()
@@ -40,13 +44,12 @@ class ProbeConfig(StepConfig):
         check_choice("device", self.device, ("cuda", "cpu"))
         if self.device == "cuda" and self.mode != "predict" and not has_gpu:
             raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
+        self.gpu = find_gpu(self.gpu)
         super().__post_init__()
         if self.world_size is not None:
             check_minimum(self, world_size=1)
         if self.sweep is None:  # a sweep's rows are configs of their own
             self.resolve_launch()
-        if self.gpu not in GPUS:
-            raise UserError(f"--gpu {self.gpu}: choose one of {', '.join(GPUS)}, or give --budget_gib")
         check_minimum(self, images_per_sample=0)
         if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.image_size):
             raise UserError(f"--image_size {self.image_size}: write width and height in pixels, such as 640x480")

@@ -1,7 +1,6 @@
-"""What GPUs hold, what a process needs of one besides its tensors, and how fast they are. Bytes; GiB = 2**30.
+"""What a GPU holds, what a process needs of one besides its tensors, and how fast it is. Bytes; GiB = 2**30.
 
-Capacities are those of PyTorch's own messages ("GPU 0 has a total capacity of ..."): a card's nominal size less what
-the driver keeps. `python memory_probe.py --calibrate` measures this table's figures where there is a GPU.
+memory/cards.py has the table. `python memory_probe.py --calibrate` measures its figures where there is a GPU.
 """
 
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ class Family:
     """A generation of GPUs.
 
     Args:
+        capability: the compute capability, major and minor.
         context_bytes: of a process's CUDA context, before any kernel is used.
         kernels_bytes: of the kernels and libraries that a training step loads, on top of it.
         cublas_workspace_bytes: of each cuBLAS handle: PyTorch allocates it like a tensor and keeps it.
@@ -21,6 +21,7 @@ class Family:
             Programming Guide, "Technical Specifications per Compute Capability").
     """
 
+    capability: tuple[int, int]
     context_bytes: int
     kernels_bytes: int
     cublas_workspace_bytes: int
@@ -50,25 +51,66 @@ class Speed:
 
 @dataclass(frozen=True)
 class Gpu:
+    """A card.
+
+    Args:
+        title: its name, and its nominal size in GiB, which vendors call GB: "RTX 4060 Ti, 16 GB".
+        capacity_bytes: the "total capacity" of PyTorch's messages: the nominal size less what ECC and the driver keep.
+        family: its generation.
+        speed: what large operations reach of it.
+        source: whose message has the capacity, as "owner/repository #number"; empty: derived from the nominal size.
+        torch_name: what PyTorch calls the card, where that is not the title's name.
+        is_measured: its family's constants were measured on it.
+        shares_host_memory: it has no memory of its own.
+    """
+
     title: str
     capacity_bytes: int
     family: Family
     speed: Speed
+    source: str = ""
+    torch_name: str = ""
+    is_measured: bool = False
+    shares_host_memory: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.title.partition(",")[0]
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.family.capability >= (8, 0)
+
+    @property
+    def margin_bytes(self) -> int:
+        """How far what the device needs, or what the card has, may be from a prediction because of these constants."""
+        return 0 if self.is_measured else MARGIN_BYTES
 
 
-# The default of CUBLAS_WORKSPACE_CONFIG is ":4096:2:16:8" (KiB), on Hopper 32 MiB
-# (pytorch/aten/src/ATen/cuda/CublasHandlePool.cpp, PyTorch 2.13).
+# The default of CUBLAS_WORKSPACE_CONFIG is ":4096:2:16:8" (KiB), on Hopper and Blackwell 32 MiB
+# (pytorch/aten/src/ATen/cuda/CublasHandlePool.cpp, PyTorch 2.13; Blackwell: pytorch/pytorch #175344).
 CUBLAS_DEFAULT, CUBLAS_HOPPER = 2 * 4 * MIB + 8 * 16 * 1024, 32 * MIB
 # Measured on an H100, PyTorch 2.11, CUDA 13.0: 526.8 MiB before the first kernel, and after a step of MGM-2B 242 MiB
 # more than the allocator had reserved, whatever the configuration. Taken for the other families too.
 KERNELS = 242 * MIB
 # Under DDP and DeepSpeed, even with one process: NCCL's buffers and kernels, 578 MiB more.
 NCCL_BYTES = 578 * MIB
-HOPPER = Family(int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER, 227 * 2**10)
+HOPPER = Family((9, 0), int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER, 227 * 2**10)
 # RTX 6000 Ada, PyTorch 2.10, CUDA 13.0: 426 MiB (github.com/unslothai/unsloth-zoo/pull/1053)
-ADA = Family(426 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
+ADA = Family((8, 9), 426 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
 # RTX 3090, PyTorch 2.7.1, CUDA 12.8: 256 MiB (github.com/invoke-ai/InvokeAI/issues/9413)
-AMPERE = Family(256 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
+AMPERE = Family((8, 6), 256 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)
+# T4: 135 MiB in use by the process beyond what PyTorch had reserved, kernels among them (Zheng-Chong/CatVTON #133).
+TURING = Family((7, 5), 135 * MIB, KERNELS, CUBLAS_DEFAULT, 64 * 2**10)
+# Of these no context is known: the largest that is. With kernels, processes had 501 MiB beyond PyTorch's reserve on an
+# A100 (TianheWu/CoSeR #10) and 595 MiB on an RTX 5090 (Wan-Video/Wan2.1 #465), less than is counted here.
+VOLTA = Family((7, 0), HOPPER.context_bytes, KERNELS, CUBLAS_DEFAULT, 96 * 2**10)
+AMPERE_A100 = Family((8, 0), HOPPER.context_bytes, KERNELS, CUBLAS_DEFAULT, 163 * 2**10)
+AMPERE_ORIN = Family((8, 7), HOPPER.context_bytes, KERNELS, CUBLAS_DEFAULT, 163 * 2**10)
+BLACKWELL = Family((12, 0), HOPPER.context_bytes, KERNELS, CUBLAS_HOPPER, 99 * 2**10)
+# How far the contexts differ that were measured before the first kernel, and how far drivers differ in what they leave
+# of an RTX 4090: 23.64 GiB (3DTopia/Phidias-Diffusion #8) to 23.49 GiB (Sautenich/UAV-VLA #7).
+MARGIN_BYTES = HOPPER.context_bytes - AMPERE.context_bytes + int((23.64 - 23.49) * GIB)
 
 # What large operations reach of the vendor's figures. Of an H100's 989 TFLOP/s in bf16 a large product reaches 784
 # (measured, PyTorch 2.11); the other shares are what copies reach as a rule. Other cards are taken to reach the same.
@@ -79,8 +121,8 @@ KERNEL_SECONDS = 2e-6
 def specified(
     matmul_tflops: float, fp32_tflops: float, memory_gb_per_second: float, pcie_gb_per_second: float, num: int
 ) -> Speed:
-    """From the vendor's figures: dense products in bf16 with sums in fp32, fp32 without tensor cores, memory, one
-    direction of PCIe, and the number of multiprocessors."""
+    """From the vendor's figures: dense products in bf16 (fp16 before Ampere) with sums in fp32, fp32 without tensor
+    cores, memory, one direction of PCIe, and the number of multiprocessors."""
     return Speed(
         matmul_tflops * MATMUL_SHARE * 1e12,
         fp32_tflops * MATMUL_SHARE * 1e12,
@@ -89,34 +131,3 @@ def specified(
         KERNEL_SECONDS,
         num,
     )
-
-
-PCIE_4, PCIE_5 = 31.5, 63.0  # GB/s of 16 lanes
-# Capacity: whose message it was. Speed: NVIDIA Ada GPU Architecture (whitepaper 2.1, appendix A); NVIDIA Ampere GA102
-# GPU Architecture (whitepaper 2.1); data sheets of the RTX A4000 and the H100 SXM.
-GPUS = {
-    # a user's "CUDA out of memory"
-    "rtx4090": Gpu("RTX 4090, 24 GB", int(23.63 * GIB), ADA, specified(165.2, 82.6, 1008, PCIE_4, 128)),
-    # clovaai/deep-text-recognition-benchmark #386
-    "rtx3090": Gpu("RTX 3090, 24 GB", int(23.70 * GIB), AMPERE, specified(71.0, 35.6, 936, PCIE_4, 82)),
-    # DengKaiCQ/VGGT-Long #6
-    "rtxa4000": Gpu("RTX A4000, 16 GB", int(15.61 * GIB), AMPERE, specified(76.7, 19.2, 448, PCIE_4, 48)),
-    # TencentARC/PhotoMaker #47
-    "rtx3060": Gpu("RTX 3060, 12 GB", int(11.76 * GIB), AMPERE, specified(25.5, 12.7, 360, PCIE_4, 28)),
-    # akshitac8/OW-DETR #46
-    "rtx3070": Gpu("RTX 3070, 8 GB", int(7.78 * GIB), AMPERE, specified(40.6, 20.3, 448, PCIE_4, 46)),
-    # torch.cuda.mem_get_info
-    "h100": Gpu("H100, 80 GB", 85_017_493_504, HOPPER, specified(989.4, 66.9, 3350, PCIE_5, 132)),
-    # The same processor with more and faster memory: NVIDIA H200 data sheet.
-    "h200": Gpu("H200, 141 GB", 143_156 * MIB, HOPPER, specified(989.4, 66.9, 4800, PCIE_5, 132)),
-}
-
-
-def nearest_gpu(name: str, capability: tuple[int, int]) -> str:
-    """The entry for a card as PyTorch names it ("NVIDIA GeForce RTX 4090"), or else one of its generation."""
-    for key, gpu in GPUS.items():
-        if gpu.title.partition(",")[0] in name:
-            return key
-    if capability >= (9, 0):
-        return "h100"
-    return "rtx4090" if capability == (8, 9) else "rtx3090"

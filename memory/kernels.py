@@ -15,7 +15,8 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from memory.allocator import MIN_BLOCK_BYTES
-from memory.gpus import GPUS, HOPPER
+from memory.cards import GPUS
+from memory.gpus import HOPPER
 from memory.recorder import Workspace
 
 
@@ -178,7 +179,7 @@ CPU_WORKSPACES: dict[str, Workspace] = {
 
 
 def workspaces_of(device_type: str, gpu: str) -> dict[str, Workspace]:
-    """What operators allocate besides, on the device type; `gpu` is one of memory/gpus.py's."""
+    """What operators allocate besides, on the device type; `gpu` is one of memory/cards.py's."""
     if device_type == "cpu":
         return CPU_WORKSPACES
     block_shared_bytes = GPUS[gpu].family.block_shared_bytes

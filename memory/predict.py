@@ -4,9 +4,10 @@ import re
 from typing import Any
 
 from memory.allocator import replay_events
+from memory.cards import GPUS
 from memory.config import ProbeConfig
 from memory.ddp import with_ddp_buckets
-from memory.gpus import GPUS, NCCL_BYTES
+from memory.gpus import NCCL_BYTES
 from memory.host import host_breakdown
 from memory.placed import PlacedRecord
 from memory.record import Record, TraceError

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from memory.cards import GPUS
 from memory.categories import TITLES
-from memory.gpus import GPUS
 from utils import MIB, markdown_table, size
 
 

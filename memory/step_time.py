@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from memory.cards import GPUS
 from memory.config import ProbeConfig
-from memory.gpus import GPUS, Speed
+from memory.gpus import Speed
 from memory.record import Record
 from memory.work import Operation
 

@@ -10,7 +10,6 @@ from accelerate.utils import DistributedType
 
 from data.worst_case import Row
 from memory.config import ProbeConfig
-from memory.gpus import nearest_gpu
 from memory.probe import probe
 from memory.strategy import Strategy
 from step import StepConfig
@@ -114,20 +113,6 @@ def test_every_flag_of_a_step_is_handed_on(stand_in_probe):
     got = Forecast(flags, SINGLE, Row(70, 3)).wait(60)
     assert flags | {"max_seq_len": 70} == {name: got[name] for name in flags}
     assert got["images_per_sample"] == 3 and got["mode"] == "predict"
-
-
-@pytest.mark.parametrize(
-    ("name", "capability", "key"),
-    [
-        ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"),
-        ("NVIDIA H100 80GB HBM3", (9, 0), "h100"),
-        ("NVIDIA L40S", (8, 9), "rtx4090"),
-        ("NVIDIA A100-SXM4-40GB", (8, 0), "rtx3090"),
-    ],
-)
-def test_constants_of_a_card(name, capability, key):
-    """Its own where the table has it, else its generation's."""
-    assert nearest_gpu(name, capability) == key
 
 
 def test_step_flags_are_the_steps_alone():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory.gpus import nearest_gpu
+from memory.cards import this_gpu
 from memory.kernels import BLOCK_BYTES, kernels_of, workspaces_of
 from memory.partly_fake import PartlyFakeMode
 from memory.recorder import Recorder
@@ -68,7 +68,7 @@ def test_attention(width: int, key_heads: int, has_mask: bool) -> None:
         pytest.skip("transformers repeats such keys")
     shape = (2, 8, key_heads, 2048, width, has_mask)
     capability = torch.cuda.get_device_capability()
-    traced = traced_bytes(shape, nearest_gpu(torch.cuda.get_device_name(), capability))
+    traced = traced_bytes(shape, this_gpu())
     measured = measured_bytes(shape)
     print(shape, f"traced {traced:,} measured {measured:,} {traced / measured - 1:+.2%}")
     assert traced == pytest.approx(measured, rel=0.25 if capability >= (9, 0) else 0.02)

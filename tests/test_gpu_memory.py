@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from memory.cards import this_gpu
 from memory.config import ProbeConfig
-from memory.gpus import nearest_gpu
 from memory.measure_time import measure_time
 from memory.probe import probe
 
@@ -35,8 +35,7 @@ ALLOCATED_ERROR = 0.001
 )
 def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> None:
     """Allocated, on the device, and in the evaluation, which has the peak where it answers eight questions at once."""
-    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    found = probe(ProbeConfig(model="mgm-2b", mode="both", gpu=gpu, **flags))
+    found = probe(ProbeConfig(model="mgm-2b", mode="both", gpu=this_gpu(), **flags))
     measured = found["measured"]
     assert measured["oom"] is None
     errors = {name: found[name] / measured[name] - 1 for name in ("peak_reserved_bytes", "device_bytes", "host_bytes")}
@@ -50,8 +49,7 @@ def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> N
 @pytest.mark.parametrize("flags", [{}, {"per_device_train_batch_size": 4, "gradient_checkpointing": False}], ids=str)
 def test_the_time_of_an_update(flags: dict[str, Any]) -> None:
     """Measured, within 30 % of the prediction: where the host is the slower one, and where the GPU is."""
-    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    config = ProbeConfig(model="mgm-2b", mode="predict", gpu=gpu, eval_samples=0, **flags)
+    config = ProbeConfig(model="mgm-2b", mode="predict", gpu=this_gpu(), eval_samples=0, **flags)
     measured = measure_time(config, config.launch)
     seconds = probe(config)["step_seconds"]
     print(flags, f"{seconds:.3f} s predicted, {measured['step_seconds']:.3f} s measured")
@@ -61,8 +59,7 @@ def test_the_time_of_an_update(flags: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", ["qwen3-vl-2b", "smolvlm2-2.2b", "gemma-3-4b"])
 def test_other_families(model: str) -> None:
     """LoRA on 2048 tokens with an image: device memory within 3 %, and never more than 2 % under."""
-    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    found = probe(ProbeConfig(model=model, mode="both", gpu=gpu, eval_samples=0))
+    found = probe(ProbeConfig(model=model, mode="both", gpu=this_gpu(), eval_samples=0))
     measured = found["measured"]
     error = found["device_bytes"] / measured["device_bytes"] - 1
     print(model, f"allocated {found['error']:+.3%}, device {error:+.3%}", found["notes"])

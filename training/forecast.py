@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType
 
 from child_processes import child_command
 from data.worst_case import Row
-from memory.gpus import nearest_gpu
+from memory.cards import this_gpu
 from utils import GIB, UserError
 
 
@@ -138,8 +138,7 @@ def device_flags() -> dict[str, Any]:
     """The device that this process trains on, and its memory as the budget."""
     if not torch.cuda.is_available():
         return {"device": "cpu", "budget_gib": psutil.virtual_memory().total / GIB}
-    gpu = nearest_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    return {"device": "cuda", "gpu": gpu, "budget_gib": torch.cuda.mem_get_info()[1] / GIB}
+    return {"device": "cuda", "gpu": this_gpu(), "budget_gib": torch.cuda.mem_get_info()[1] / GIB}
 
 
 def quiet_environment() -> dict[str, str]:
