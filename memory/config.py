@@ -44,7 +44,7 @@ class ProbeConfig(StepConfig):
         check_choice("device", self.device, ("cuda", "cpu"))
         if self.device == "cuda" and self.mode != "predict" and not has_gpu:
             raise UserError(f"--mode {self.mode} --device cuda: this machine has no GPU; predict, or choose cpu")
-        self.gpu = find_gpu(self.gpu)
+        self.gpu = find_gpu(self.gpu)  # the precision depends on it
         super().__post_init__()
         if self.world_size is not None:
             check_minimum(self, world_size=1)
@@ -69,10 +69,17 @@ class ProbeConfig(StepConfig):
         self.world_size = self.world_size or 1
 
     def resolve_precision(self) -> str:
-        """A prediction for a GPU does not depend on this machine: `auto` is then bf16."""
-        if self.device == "cuda" and self.mode == "predict":
-            return "bf16" if self.mixed_precision == "auto" else self.mixed_precision
-        return resolve_mixed_precision(self.mixed_precision)
+        """A prediction for a GPU depends on that card, not on this machine. A sweep's rows resolve their own."""
+        if self.sweep is not None:
+            return self.mixed_precision
+        if self.device == "cpu" or self.mode != "predict":
+            return resolve_mixed_precision(self.mixed_precision)
+        gpu = GPUS[self.gpu]
+        if self.mixed_precision == "auto":
+            return "bf16" if gpu.has_bf16 else "fp16"
+        if self.mixed_precision == "bf16" and not gpu.has_bf16:
+            raise UserError(f"--mixed_precision bf16: {gpu.name} has no bf16 units, choose fp16")
+        return self.mixed_precision
 
     @property
     def photo_size(self) -> tuple[int, int]:

@@ -1,13 +1,19 @@
 """The cards: what a row may say, how a card is found by what people and PyTorch call it, what its precision is."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from memory.cards import GPUS, RESERVE_GIB, find_gpu, nearest_gpu, this_gpu
 from memory.config import ProbeConfig
 from memory.gpus import KERNELS, MARGIN_BYTES, MATMUL_SHARE, Gpu
+from memory.sweep import run_sweep
 from utils import GIB, MIB, UserError
+
+
+def tiny_config(**flags: object) -> ProbeConfig:
+    return ProbeConfig(**({"model": "tiny", "max_seq_len": 48, "lora_r": 4, "mode": "predict"} | flags))
 
 
 def nominal_bytes(gpu: Gpu) -> int:
@@ -196,6 +202,32 @@ def test_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.cuda.get_device_properties", Properties)
     assert this_gpu() == "a100-80gb"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "expected"),
+    [
+        ("t4", "auto", "fp16"),
+        ("v100", "auto", "fp16"),
+        ("rtx3060", "auto", "bf16"),
+        ("t4", "no", "no"),
+        ("h100", "fp16", "fp16"),
+    ],
+)
+def test_the_precision_is_the_cards(gpu: str, given: str, expected: str) -> None:
+    assert tiny_config(gpu=gpu, mixed_precision=given).mixed_precision == expected
+
+
+def test_bf16_without_its_units() -> None:
+    with pytest.raises(UserError, match="^--mixed_precision bf16: T4 has no bf16 units, choose fp16$"):
+        tiny_config(gpu="t4", mixed_precision="bf16")
+
+
+def test_a_sweep_of_cards(tmp_path: Path) -> None:
+    """Each row has its card's precision, whatever the default card's is."""
+    rows = run_sweep(tiny_config(sweep=["gpu=t4,RTX 3060"], output=str(tmp_path)))["rows"]
+    configs = [(row["config"]["gpu"], row["config"]["mixed_precision"]) for row in rows]
+    assert configs == [("t4", "fp16"), ("rtx3060", "bf16")]
 
 
 def test_the_help_names_cards_that_exist() -> None:
