@@ -1,4 +1,5 @@
-"""What else to know of a prediction for a GPU: kernels that a GPU may have and the machine that predicts lacks."""
+"""What else to know of a prediction for a GPU: kernels that the machine which predicts lacks, and what of the card is
+not known."""
 
 import logging
 import re
@@ -8,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from memory.gpus import Gpu
 from memory.record import Record
+from utils import size
 
 
 # What transformers warns of when it takes its own PyTorch code for a kernel of a package.
@@ -47,3 +50,15 @@ def grouped_note(record: Record) -> list[str]:
     return [
         "The experts' grouped matrix products count without what a GPU's kernel for them needs besides the result."
     ]
+
+
+def card_notes(gpu: Gpu, device_bytes: int, host_bytes: int) -> list[str]:
+    """What to keep in mind where a step just fits that needs so much of the device and of the host."""
+    notes = []
+    if gpu.margin_bytes:
+        margin = size(gpu.margin_bytes)
+        notes.append(f"Nobody has measured CUDA's own memory on this card ({gpu.name}): up to {margin} may differ.")
+    if gpu.shares_host_memory:
+        both = size(device_bytes + host_bytes)
+        notes.append(f"This card shares its memory with the host: both together need {both} of it.")
+    return notes

@@ -9,6 +9,7 @@ from memory.config import ProbeConfig
 from memory.ddp import with_ddp_buckets
 from memory.gpus import NCCL_BYTES
 from memory.host import host_breakdown
+from memory.notes import card_notes
 from memory.placed import PlacedRecord
 from memory.record import Record, TraceError
 from memory.step_time import time_of
@@ -66,7 +67,11 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     """What is reported of a traced step."""
     host = host_breakdown(record, config.dataloader_num_workers, config.world_size, config.device)
     totals = device_memory(record.device, config) | {"host_bytes": sum(host.values())}
-    return describe(record.device) | totals | time_of(record.device, config) | {"notes": record.device.notes}
+    result = describe(record.device) | totals | time_of(record.device, config)
+    notes = list(record.device.notes)
+    if config.device == "cuda":
+        notes += card_notes(GPUS[config.gpu], totals["device_bytes"], totals["host_bytes"])
+    return result | {"notes": notes}
 
 
 def describe(record: Record) -> dict[str, Any]:

@@ -8,6 +8,9 @@ import pytest
 from memory.cards import GPUS, RESERVE_GIB, find_gpu, nearest_gpu, this_gpu
 from memory.config import ProbeConfig
 from memory.gpus import KERNELS, MARGIN_BYTES, MATMUL_SHARE, Gpu
+from memory.notes import card_notes
+from memory.probe import probe
+from memory.report import report
 from memory.sweep import run_sweep
 from utils import GIB, MIB, UserError
 
@@ -228,6 +231,18 @@ def test_a_sweep_of_cards(tmp_path: Path) -> None:
     rows = run_sweep(tiny_config(sweep=["gpu=t4,RTX 3060"], output=str(tmp_path)))["rows"]
     configs = [(row["config"]["gpu"], row["config"]["mixed_precision"]) for row in rows]
     assert configs == [("t4", "fp16"), ("rtx3060", "bf16")]
+
+
+def test_notes_of_a_card() -> None:
+    """A prediction says that nobody has measured its card, by how much it may be off, and what a Jetson shares."""
+    assert card_notes(GPUS["h100"], GIB, GIB) == []
+    result = probe(tiny_config(gpu="jetsonorinnano"))
+    unmeasured, shared = result["notes"]
+    assert "on this card (Jetson Orin Nano): up to 0.41 GiB may differ" in unmeasured
+    assert f"together need {(result['device_bytes'] + result['host_bytes']) / GIB:.2f} GiB" in shared
+    assert all(f"  note: {note}" in report(result).splitlines() for note in result["notes"])
+    assert result["fits"] == (result["device_bytes"] <= GPUS["jetsonorinnano"].capacity_bytes)
+    assert probe(tiny_config(device="cpu"))["notes"] == probe(tiny_config(gpu="h200"))["notes"] == []
 
 
 def test_the_help_names_cards_that_exist() -> None:

@@ -12,8 +12,9 @@ from memory.report import report
 
 
 def predicted(family: str, folder: Path, device: str = "cuda") -> dict:
+    """For a card that has been measured, of which there is nothing to note."""
     write_family(family, folder)
-    flags = {"images_per_sample": 0, "max_seq_len": 64, "lora_r": 4, "eval_samples": 0}
+    flags = {"images_per_sample": 0, "max_seq_len": 64, "lora_r": 4, "eval_samples": 0, "gpu": "h100"}
     return probe(ProbeConfig(model=str(folder), mode="predict", device=device, mixed_precision="no", **flags))
 
 
