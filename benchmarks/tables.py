@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/ from the files in results/: `python -m benchmarks.tables`, in seconds.
+"""Write the tables of README.md and docs/ from the files in results/, and that of the cards from memory/cards.py:
+
+    python -m benchmarks.tables    # in seconds
 
 A document has the markers `<!-- NAME -->` and `<!-- /NAME -->` around each table. Tests compare them.
 """
@@ -12,7 +14,7 @@ from typing import Any
 from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
-from memory.cards import GPUS
+from memory.cards import GPUS, RESERVE_GIB
 from memory.gpus import CUBLAS_HOPPER
 from models.family import packs
 from tests.tiny_families import FAMILIES, TRAINED
@@ -23,7 +25,10 @@ FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("gpu_guide", "memory", "memory_accuracy", "speed", "lora", "host_memory")),
+    *(
+        f"docs/{name}.md"
+        for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "lora", "host_memory")
+    ),
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
@@ -227,7 +232,22 @@ def gpu_tests_table() -> str:
     return markdown_table(["GPUs", "PyTorch", "commit", *names], cells)
 
 
+def cards_table() -> str:
+    """Each card that `--gpu` knows."""
+    cells = []
+    for key, gpu in GPUS.items():
+        source = "measured" if gpu.is_measured else f"the nominal size less {RESERVE_GIB} GiB"
+        if gpu.source:
+            repository, number = gpu.source.split(" #")
+            source = f"[{gpu.source}](https://github.com/{repository}/issues/{number})"
+        margin = f"not measured, {gib(gpu.margin_bytes)}" if gpu.margin_bytes else "measured"
+        cells.append([f"`{key}`", gpu.title, gib(gpu.capacity_bytes), "yes" if gpu.has_bf16 else "no", margin, source])
+    header = ["`--gpu`", "card", "capacity", "bf16", "CUDA's own memory, margin", "capacity from"]
+    return markdown_table(header, cells)
+
+
 TABLES = {
+    "cards": cards_table,
     "gpu-tests": gpu_tests_table,
     "headline": headline_table,
     "headline-short": partial(headline_table, is_short=True),
