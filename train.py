@@ -43,6 +43,7 @@ from training.checkpoints import (
     run_settings,
 )
 from training.config import DEMO_RECIPE, TrainConfig
+from training.disk_room import warn_of_little_room
 from training.doctor import run_doctor
 from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
 from training.out_of_memory import ExplainOutOfMemory
@@ -114,6 +115,8 @@ def main(config: TrainConfig) -> dict | None:
     )
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
     position = read_position(checkpoint)
+    updates = range(position.global_step + 1, num_steps + 1)
+    warn_of_little_room(accelerator, config, model, state.shapes(), updates)
 
     with (
         Watch(accelerator) as watch,

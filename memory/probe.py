@@ -9,10 +9,12 @@ import time
 from dataclasses import asdict
 
 from memory.config import ProbeConfig
+from memory.disk import checkpoint_bytes
 from memory.explain import suggest
 from memory.measure import measure
 from memory.placed import PlacedRecord
 from memory.predict import summarize, trace_step
+from memory.trace import trained_shapes
 from step import check_model
 from utils import run_script
 
@@ -36,6 +38,7 @@ def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
             result |= compare(result["peak_allocated_bytes"], measured["peak_allocated_bytes"])
             measured = {"measured": measured}
         result |= measured
+    result["checkpoint_bytes"] = checkpoint_bytes(trained_shapes(config), config.optim, config.world_size)
     result["budget_bytes"] = config.budget_bytes
     result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
     return result | {"seconds": time.monotonic() - start}, record

@@ -63,6 +63,7 @@ def breakdown_lines(result: dict) -> list[str]:
 def total_lines(result: dict) -> list[str]:
     rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
     rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
+    rows += [("a checkpoint on the disk", "checkpoint_bytes")]
     return [f"  {what:<28}{size(result[key]):>12}" for what, key in rows if key in result]
 
 

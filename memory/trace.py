@@ -92,9 +92,18 @@ def build_fake_model(
     config: ProbeConfig, fake_mode: PartlyFakeMode, device: str = "cpu", is_deepspeed: bool = False
 ) -> nn.Module:
     """step.build_model's model, of fake tensors on the device."""
+    return fake_model(build_meta_model(config, is_deepspeed), device, fake_mode)
+
+
+def build_meta_model(config: ProbeConfig, is_deepspeed: bool = False) -> nn.Module:
+    """step.build_model's model, on `meta`."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = step.build_model(config, is_deepspeed)
-    return fake_model(model, device, fake_mode)
+        return step.build_model(config, is_deepspeed)
+
+
+def trained_shapes(config: ProbeConfig) -> dict[str, torch.Size]:
+    """The unsharded shape of each parameter that is trained, by name: the same under every strategy."""
+    return {name: p.shape for name, p in build_meta_model(config).named_parameters() if p.requires_grad}
 
 
 def fake_model(model: nn.Module, device: str, fake_mode: PartlyFakeMode) -> nn.Module:

@@ -13,6 +13,8 @@ from PIL import Image
 from memory.allocator import replay_events
 from memory.cards import GPUS
 from memory.config import ProbeConfig
+from memory.disk import RANDOM_STATE_BYTES
+from memory.gpus import GPUS
 from memory.host import WORKER_BYTES
 from memory.predict import summarize, trace_step
 from memory.probe import probe
@@ -20,12 +22,12 @@ from memory.report import report
 from memory_probe import main
 from step import StepConfig
 from train import TrainConfig
-from utils import GIB, FlagParser, UserError
+from utils import GIB, FlagParser, UserError, size
 
 
 ROOT = Path(__file__).parent.parent
 KEYS = "mode model config peak_allocated_bytes breakdown phases largest_tensors peak_reserved_bytes device_bytes"
-KEYS += " host_bytes budget_bytes fits seconds notes step_seconds tokens_per_second"
+KEYS += " host_bytes budget_bytes fits seconds notes step_seconds tokens_per_second checkpoint_bytes"
 
 
 def tiny_config(**flags: object) -> ProbeConfig:
@@ -139,6 +141,14 @@ def test_the_time_is_said_to_be_estimated(predicted):
     on_cpu = probe(tiny_config(device="cpu"))
     assert on_cpu["step_seconds"] is on_cpu["tokens_per_second"] is None
     assert "estimated" not in report(on_cpu)
+
+
+def test_a_checkpoint_is_the_same_under_every_strategy(predicted):
+    """But for the random numbers of each process. One line says how large it is."""
+    line = f"  a checkpoint on the disk    {size(predicted['checkpoint_bytes']):>12}"
+    assert line in report(predicted).splitlines()
+    several = probe(tiny_config(strategy="ddp", world_size=4))
+    assert several["checkpoint_bytes"] - predicted["checkpoint_bytes"] == 3 * RANDOM_STATE_BYTES
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_disk_full_for_real(small_disk: Path, tmp_path: Path) -> None:
     output_dir = small_disk / "out"
     ended = run(f"{FLAGS} --output_dir {output_dir}", tmp_path)
     assert ended.code == 2 and "No space left on device" in ended.error
+    assert f"warning: {output_dir} has" in ended.err and "and the run may need" in ended.err
     kept = checkpoints(output_dir)
     assert len(kept) >= 2 and not any(name.startswith(".tmp") for name in kept)
     assert f"the one of step {len(kept)} is intact" in ended.error

@@ -30,6 +30,8 @@ from data.demo import ensure_demo
 from data.loader import build_loader
 from data.worst_case import Row, worst_case_batch
 from memory.config import ProbeConfig
+from memory.disk import checkpoint_bytes, output_bytes
+from memory.trace import trained_shapes
 from models.loading import load_model, load_processor
 from models.lora import trained_parameters
 from training.config import SCHEDULERS
@@ -189,6 +191,27 @@ def test_run_json_and_tensorboard(runs):
     assert any("hparams" in tag for tag in events.summary_metadata), "hparams plugin"
 
 
+def assert_disk_is_predicted(output_dir: Path, result: dict, weights: str, **flags: int) -> None:
+    """The last checkpoint and the weights' file, within 3 % of what is predicted without the run."""
+    checkpoint = output_dir / f"checkpoint-{result['global_step']}"
+    written = sum(path.stat().st_size for path in checkpoint.iterdir())
+    shapes = trained_shapes(ProbeConfig(model=MODEL, mode="predict", **flags))
+    num_processes = result["environment"]["num_processes"]
+    assert checkpoint_bytes(shapes, "adamw_torch", num_processes) == pytest.approx(written, rel=0.03)
+    num_trained, num_params = result["trainable_params"], result["total_params"]
+    num_frozen = 0 if result["config"]["lora_r"] else num_params - num_trained
+    is_deepspeed = result["environment"]["distributed_type"] == "DEEPSPEED"
+    predicted = output_bytes(num_trained, num_frozen, result["config"]["mixed_precision"], is_deepspeed)
+    assert predicted == pytest.approx((output_dir / weights).stat().st_size, rel=0.03)
+
+
+@pytest.mark.slow
+def test_the_disk_is_predicted(runs):
+    """Under every strategy, for one process and for two."""
+    for output_dir, result in runs.values():
+        assert_disk_is_predicted(output_dir, result, "adapter_model.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["single", "zero3"])
 def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
@@ -200,6 +223,7 @@ def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
     changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert "model.language_model.embed_tokens.weight" in changed
     assert not any("vision_tower" in name for name in changed)
+    assert_disk_is_predicted(tmp_path / "out", result, "model.safetensors", lora_r=0)
     assert result["trainable_params"] == sum(
         p.numel() for name, p in base.named_parameters() if "vision_tower" not in name
     )

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from models.family import is_mgm
 from models.loading import is_preset, load_config
+from training.disk_room import free_disk_bytes
 from utils import GIB, size
 
 
@@ -103,7 +104,6 @@ def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
 def look(config: PreTrainedConfig, output_dir: Path) -> Facts:
     """The facts of this machine."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    parent = next(path for path in [output_dir.absolute(), *output_dir.absolute().parents] if path.exists())
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(cuda_home, "bin", "nvcc")) if cuda_home else "nvcc"
     toolkit = re.search(r"release ([\d.]+)", command_output(nvcc, "--version"))
@@ -121,7 +121,7 @@ def look(config: PreTrainedConfig, output_dir: Path) -> Facts:
         flash_attn=installed("flash_attn"),
         head_sizes=head_sizes(config),
         free_host_bytes=psutil.virtual_memory().available,
-        free_disk_bytes=shutil.disk_usage(parent).free,
+        free_disk_bytes=free_disk_bytes(output_dir),
         free_shared_bytes=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
     )
 
