@@ -18,7 +18,10 @@ from memory.cpu_profile import bytes_in_use
 from memory.measure_cpu import measure_single
 from memory.probed_step import ProbedStep, local_accelerator
 from memory.trace import trace_single
+from training.config import TrainConfig
+from training.run_forecast import RunForecast
 from training.run_memory import RunMemory
+from utils import GIB
 
 
 ROOT = Path(__file__).parent.parent
@@ -54,21 +57,20 @@ def run(config: ProbeConfig, folder: Path, num_updates: int, result: dict | None
         probed = ProbedStep.build(config, accelerator)
         probed.prepare()
         with SummaryWriter(str(folder)) as writer:
-            memory = RunMemory(
-                accelerator, config.step_flags, probed.model, probed.optimizer, Row(60, 1), writer, forecast
-            )
+            flags = TrainConfig(**config.step_flags, forecast=forecast)
+            compared = RunForecast(accelerator, flags, probed.model, probed.optimizer, Row(60, 1), writer)
             for update in range(num_updates * config.gradient_accumulation_steps):
                 probed.micro_batch()
-                memory.micro_batch(probed.batch)
-                memory.log(update + 1)
+                compared.micro_batch(probed.batch)
+                compared.log(update + 1)
                 if forecast:
-                    memory.forecast.result = result
-            return memory.finish(gpu_peak_bytes=0)
+                    compared.forecast.result = result
+            return compared.finish(gpu_peak_bytes=0)["memory"]
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.run_memory.Forecast", StandInForecast)
+    monkeypatch.setattr("training.run_forecast.Forecast", StandInForecast)
 
 
 @pytest.mark.slow
@@ -79,6 +81,7 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
     config = ProbeConfig(**STEP, gradient_accumulation_steps=accumulation)
     record = trace_single(config)
     predicted = {"peak_allocated_bytes": record.peak_bytes, "breakdown": record.breakdown(), "host_bytes": 1}
+    predicted["step_seconds"] = None
     others_bytes = bytes_in_use(nn.Identity())  # what other tests have left behind: a run's process has no such thing
     got = run(config, tmp_path, 3, predicted)
     expected = measure_single(config)
@@ -111,7 +114,7 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
 
 def test_without_a_forecast(monkeypatch, tmp_path, capsys):
     """--forecast false: no process is started, and the line says why nothing is predicted."""
-    monkeypatch.setattr("training.run_memory.Forecast", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("training.run_forecast.Forecast", lambda *_: pytest.fail("a process was started"))
     got = run(ProbeConfig(**STEP), tmp_path, 2, None, forecast=False)
     assert got["problem"] == "--forecast false" and got["measured_peak_allocated_bytes"]
     assert "no prediction (--forecast false), measured 0." in capsys.readouterr().out.splitlines()[-1]
@@ -123,14 +126,50 @@ def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):
     def refuse(*_: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("training.run_memory.Forecast", refuse)
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
-    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr("training.run_forecast.Forecast", refuse)
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1, num_processes=1)
     with SummaryWriter(str(tmp_path)) as writer:
-        memory = RunMemory(accelerator, {"per_device_train_batch_size": 1}, model, None, Row(1, 0), writer)
-        memory.log(1)
-        assert "Resource temporarily" in memory.finish(0)["problem"]
+        compared = RunForecast(accelerator, TrainConfig(), torch.nn.Linear(1, 1), None, Row(1, 0), writer)
+        compared.log(1)
+        assert "Resource temporarily" in compared.finish(0)["memory"]["problem"]
     assert "Resource temporarily" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_largest_batch_counts(monkeypatch, capsys):
+    """The allocator's peak is of all updates: it is compared if one of them had the predicted shape."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
+    memory = RunMemory(accelerator, nn.Linear(1, 1), None, 2, Row(60, 1))
+    memory.predicted = {"peak_allocated_bytes": GIB}
+    for num_tokens, words in ((40, "in a smaller batch (2 x 40 tokens"), (60, "(+0.00%)"), (20, "(+0.00%)")):
+        memory.micro_batch({"input_ids": torch.zeros(2, num_tokens)})
+        memory.finish(GIB, problem=None)
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "num_tokens", "words"),
+    [
+        (-0.03, 60, "leave room for the difference"),
+        (-0.03, 40, "leave room for the difference"),  # a smaller batch has taken more than the largest one should
+        (0.03, 60, "fewer images or labels"),
+        (0.03, 40, None),
+        (0.01, 60, None),
+        (-0.01, 60, None),
+    ],
+)
+def test_a_warning_beyond_the_margin(error, num_tokens, words, capsys):
+    """One line on stderr with both figures, and what to look at. A smaller batch that takes less is none."""
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
+    memory = RunMemory(accelerator, nn.Linear(1, 1), None, 2, Row(60, 1))
+    memory.predicted = {"peak_allocated_bytes": round(GIB * (1 + error))}
+    memory.measured = {"peak_allocated_bytes": GIB}
+    memory.measured_shape = (2, num_tokens)
+    memory.finish(GIB, problem=None)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (words is not None)
+    if words:
+        assert words in warnings[0] and "took 1.000 GiB" in warnings[0] and f"were {1 + error:.3f} GiB" in warnings[0]
 
 
 @pytest.mark.slow
@@ -142,5 +181,8 @@ def test_a_whole_run(tmp_path):
     assert (
         sum(line.startswith("Memory of tensors at the peak: predicted 0.") for line in done.stdout.splitlines()) == 1
     )
-    memory = json.loads((tmp_path / "out/run.json").read_text())["memory"]
-    assert abs(memory["error"]) < 0.03 and memory["problem"] is None
+    result = json.loads((tmp_path / "out/run.json").read_text())
+    assert abs(result["memory"]["error"]) < 0.03 and result["memory"]["problem"] is None
+    assert result["speed"]["measured_step_seconds"] > 0
+    assert result["speed"]["problem"] == "no prediction of time for a CPU"
+    assert "Seconds of an update" not in done.stdout

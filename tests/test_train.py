@@ -170,7 +170,7 @@ def test_run_json_and_tensorboard(runs):
     output_dir, result = runs["zero3"]
     assert json.loads((output_dir / "run.json").read_text()) == result
     keys = "status global_step train_loss last_loss total_params trainable_params samples_per_second"
-    keys += " tokens_per_second skipped_updates bad_samples cut_replies peak eval data config environment memory"
+    keys += " tokens_per_second skipped_updates bad_samples cut_replies peak eval data config environment memory speed"
     assert list(result) == keys.split()
     assert result["status"] == "done" and result["global_step"] == NUM_STEPS
     assert result["last_loss"] == pytest.approx(scalars(output_dir, "train/loss")[-1], abs=1e-5)

@@ -26,7 +26,7 @@ from training.config import TrainConfig
 from training.machine import memory_bytes, peak_bytes, reset_peak, run_environment
 from training.model_card import build_model_card
 from training.previous_run import CARD, RUN_JSON, TENSORBOARD, PreviousRun
-from training.run_memory import RunMemory
+from training.run_forecast import RunForecast
 from utils import GIB, markdown_table
 
 
@@ -63,7 +63,7 @@ class RunLog:
         self.num_cut_replies = 0  # samples whose end --max_seq_len cuts off
         self.num_left_out = 0  # samples left out when the data set was read
         self.bad_samples: list[int] = []  # indices of samples found bad since then
-        self.memory: RunMemory | None = None  # the main process's
+        self.forecast: RunForecast | None = None  # the main process's
         self.peak = {"load": peak_bytes()}
         self.eval: dict[str, float] = {}
         self.last_loss = float("nan")
@@ -83,9 +83,7 @@ class RunLog:
         accelerator.init_trackers(TENSORBOARD, init_kwargs=purge)
         if accelerator.is_main_process:
             self.writer.add_text("config", markdown_table(["flag", "value"], asdict(config).items()))
-            self.memory = RunMemory(
-                accelerator, config.step_flags, model, optimizer, longest_row, self.writer, config.forecast
-            )
+            self.forecast = RunForecast(accelerator, config, model, optimizer, longest_row, self.writer)
             share = self.trainable_params / self.total_params
             print(f"Training {self.trainable_params:,} of {self.total_params:,} parameters ({share:.2%})", flush=True)
 
@@ -95,8 +93,8 @@ class RunLog:
     def __exit__(self, exception_type: type[BaseException] | None, *_) -> None:
         if self.progress is not None:
             self.progress.close()  # or an error's line would begin where the bar ends
-        if self.memory is not None:
-            self.memory.stop()
+        if self.forecast is not None:
+            self.forecast.stop()
         if exception_type is not None and not self.has_trained and self.accelerator.is_main_process:
             self.writer.close()
             self.previous.restore()
@@ -118,14 +116,16 @@ class RunLog:
         bar = {"total": self.num_steps, "initial": self.start_step, "disable": not self.accelerator.is_main_process}
         self.progress = tqdm(**bar, desc="Training", unit="step", mininterval=1)
         self.window_start = time.perf_counter() - self.elapsed
+        if self.forecast is not None:
+            self.forecast.start()
 
     def micro_batch(self, batch: Batch, loss: torch.Tensor) -> None:
         """`loss` is the micro-batch's share of its update's loss."""
         self.update_loss += loss
         self.window[1] += batch.num_tokens
         self.window[2] += batch.num_samples
-        if self.memory is not None:
-            self.memory.micro_batch(batch.inputs)
+        if self.forecast is not None:
+            self.forecast.micro_batch(batch.inputs)
 
     def update(
         self,
@@ -141,6 +141,8 @@ class RunLog:
         `loss_scale`: fp16's. A skipped update's loss may be NaN and is not counted.
         """
         self.global_step = global_step
+        if self.forecast is not None:
+            self.forecast.update()
         if not (is_skipped or self.has_trained):
             self._take_over()
         if is_skipped:
@@ -187,8 +189,8 @@ class RunLog:
             },
             step=global_step,
         )
-        if self.memory is not None:
-            self.memory.log(global_step)
+        if self.forecast is not None:
+            self.forecast.log(global_step)
         used_gib = next(iter(memory.values())) / GIB
         self.progress.set_postfix_str(
             f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:.0f} tokens/s, {used_gib:.2f} GiB"
@@ -272,7 +274,7 @@ class RunLog:
             "environment": run_environment(self.accelerator),
         }
         if self.accelerator.is_main_process:
-            result["memory"] = self.memory.finish(self.peak["train"])
+            result |= self.forecast.finish(self.peak["train"])
             hparams = {k: v for k, v in result["config"].items() if isinstance(v, (bool, int, float, str))}
             # Other names than the curves': TensorBoard would add these values to them.
             metrics = {"hparams/train_loss": result["train_loss"]}
