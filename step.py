@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from layers.checkpoint import checkpoint_with_less_work
+from layers.checkpoint import checkpoint_mlps, checkpoint_with_less_work
 from layers.fused_lora import fuse_lora
 from layers.fused_norm import fuse_norms
 from layers.fused_rotary import fuse_rotary
@@ -26,7 +26,7 @@ from layers.tiled_mlp import tile_frozen_mlps
 from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
 from models.family import family_of, has_router_loss, packs, reads_padding_mask
-from models.loading import load_config, load_model, num_positions
+from models.loading import load_config, load_model, num_decoder_layers, num_positions
 from models.lora import (
     ALL_LINEAR,
     check_beside_lora,
@@ -76,9 +76,10 @@ class StepConfig(ModelConfig):
     eval_samples: int = free_on_resume(256, "held-out samples to answer before and after training; 0: none")
     gradient_accumulation_steps: int = free_on_resume(1, "micro-batches of an update, which is one optimizer step")
     gradient_checkpointing: bool = free_on_resume(True, "recompute activations in the backward pass")
-    checkpoint_every_n_layers: int = free_on_resume(1, "1: checkpoint every layer; 2: every other layer")
+    checkpoint_num_layers: int | None = free_on_resume(None, "decoder layers to recompute whole; default: all")
+    checkpoint_num_mlps: int = free_on_resume(0, "other decoder layers that recompute their MLP alone")
     mlp_tiles: int = free_on_resume(
-        0, "tiles in which a checkpointed layer's frozen MLP runs; 1: all tokens at once; 0: as many as long rows need"
+        0, "tiles in which a recomputed, frozen MLP runs; 1: all tokens at once; 0: as many as long rows need"
     )
     optim: str = flag("adamw_torch", " | ".join(OPTIMIZERS))
     max_grad_norm: float = flag(1.0, "clip the gradients to this norm; 0: no clipping")
@@ -93,17 +94,20 @@ class StepConfig(ModelConfig):
         check_choice("loss", self.loss, ("chunked", "full"))
         check_minimum(self, lora_r=0, lora_alpha=1, lora_dropout=0, max_seq_len=1, per_device_train_batch_size=1)
         check_minimum(self, per_device_eval_batch_size=1, eval_samples=0)
-        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=0, checkpoint_every_n_layers=1, max_grad_norm=0)
+        check_minimum(self, gradient_accumulation_steps=1, mlp_tiles=0, max_grad_norm=0)
+        check_minimum(self, checkpoint_num_layers=0, checkpoint_num_mlps=0)
         check_minimum(self, max_image_pixels=0, dataloader_num_workers=0, seed=0)
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: it must be below 2**32")  # NumPy's limit
         if self.packing and self.attn_implementation == "flash_attention_2" and self.per_device_train_batch_size > 1:
             # It finds packed samples in a single row alone; in several they would see each other.
             raise UserError("--packing with flash_attention_2: choose --per_device_train_batch_size 1 or sdpa")
-        if self.checkpoint_every_n_layers > 1 and not self.gradient_checkpointing:
+        checkpointing = {"checkpoint_num_layers": self.checkpoint_num_layers is not None}
+        checkpointing["checkpoint_num_mlps"] = self.checkpoint_num_mlps > 0
+        for name in [name for name, is_set in checkpointing.items() if is_set and not self.gradient_checkpointing]:
             raise UserError(
-                f"--checkpoint_every_n_layers {self.checkpoint_every_n_layers}: nothing is checkpointed with "
-                "--no_gradient_checkpointing, leave one of them out"
+                f"--{name} {getattr(self, name)}: nothing is checkpointed with --no_gradient_checkpointing, "
+                "leave one of them out"
             )
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: it must be below 1")
@@ -152,14 +156,22 @@ def build_accelerator(
 
 
 def check_model(config: StepConfig) -> None:
-    """Raise UserError for what the model's family cannot do: rows longer than it has positions for, a precision in
-    which its activations overflow, packing."""
+    """Raise UserError for what the model cannot do: rows longer than it has positions for, more layers checkpointed
+    than it has, a precision in which its activations overflow, packing."""
     positions, model_config = num_positions(config.model), load_config(config.model)
     if config.max_seq_len > positions:
         raise UserError(
             f"--max_seq_len {config.max_seq_len}: the language model of {config.model} has {positions} positions "
             f"(max_position_embeddings); choose --max_seq_len {positions} or less"
         )
+    if config.checkpoint_num_layers is not None or config.checkpoint_num_mlps:
+        num_layers = num_decoder_layers(config.model)
+        num_whole = num_layers if config.checkpoint_num_layers is None else config.checkpoint_num_layers
+        if num_whole + config.checkpoint_num_mlps > num_layers:
+            raise UserError(
+                f"--checkpoint_num_layers {num_whole} and --checkpoint_num_mlps {config.checkpoint_num_mlps}: "
+                f"{config.model} has {num_layers} decoder layers, choose no more together"
+            )
     family = family_of(model_config)
     if config.mixed_precision in family.refused_precisions:
         choices = " or ".join(name for name in MIXED_PRECISIONS if name not in family.refused_precisions)
@@ -195,7 +207,7 @@ def build_model(
     base = model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     use_model_loss(base, config.loss == "chunked")
     if config.gradient_checkpointing:
-        checkpoint_layers(base, config.checkpoint_every_n_layers)
+        checkpoint_layers(base, config.checkpoint_num_layers, config.checkpoint_num_mlps)
     names = config.trainable_modules
     if names is None:
         names = default_modules(base, has_adapter=config.lora_r > 0)
@@ -241,6 +253,7 @@ def lighten(
         fuse_lora(model)
         if not has_router_loss(base.config):
             checkpoint_with_less_work(model)
+    checkpoint_mlps(model)
 
 
 def lora_config(config: StepConfig, model: PreTrainedModel, pattern: str, modules: list[str]) -> LoraConfig:

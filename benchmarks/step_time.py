@@ -57,7 +57,7 @@ HELD_OUT = [
     {"quantize": "nf4", "lora_target_modules": ["all-linear"], "max_seq_len": 1024},
     {"lora_r": 0, "max_seq_len": 1024, "gradient_checkpointing": False},
     {"packing": True, "per_device_train_batch_size": 2},
-    {"checkpoint_every_n_layers": 2},
+    {"checkpoint_num_layers": 6, "checkpoint_num_mlps": 6},
     {"attn_implementation": "eager", "max_seq_len": 1024},
     ZERO2,
     ZERO3 | {"max_seq_len": 1024},

@@ -1,10 +1,12 @@
-"""Gradient checkpointing of a layer that costs the host little: torch's, without a hook for each saved tensor.
+"""Gradient checkpointing of a layer, or its MLP, that costs the host little: torch's, without a hook for each saved
+tensor.
 
 torch.utils.checkpoint calls Python for each tensor that a layer saves: when it is saved, when it is computed again and
 when it is used. On a fast GPU the host is too slow for that. Here the forward pass runs without a graph, so nothing is
 saved; the backward pass runs the layer again with one, and goes back through it.
 
     checkpoint_with_less_work(model)    # once transformers' own checkpointing is switched on; not under DeepSpeed
+    checkpoint_mlps(model)              # those alone that models/checkpointing.py has chosen
 
 The backward pass of a layer fills `.grad` itself, so torch.autograd.grad finds no gradients of its parameters. Layers
 that have another input with a gradient than the first one, or something to hand on, are left to torch. What hooks take
@@ -24,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layers.autocast import autocast_now
 from layers.frozen_linear import has_hooks
+from layers.tiled_mlp import layers_with_mlp, recomputes_mlp
 from layers.unused_output import adds_mlp_to_residual, without_output
 
 
@@ -31,19 +34,28 @@ Output = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 def checkpoint_with_less_work(model: nn.Module) -> None:
-    """Give the model's checkpointed layers this file's checkpointing."""
+    """Give the model's checkpointed layers, and MLPs, this file's checkpointing."""
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-            unused = layer.mlp if adds_mlp_to_residual(layer) else None
+        if isinstance(layer, GradientCheckpointingLayer) and (layer.gradient_checkpointing or recomputes_mlp(layer)):
+            part = layer.mlp if recomputes_mlp(layer) else layer
+            is_trained = any(parameter.requires_grad for parameter in part.parameters())
+            unused = layer.mlp if recomputes_mlp(layer) or adds_mlp_to_residual(layer) else None
             layer._gradient_checkpointing_func = partial(_run, layer._gradient_checkpointing_func, is_trained, unused)
+
+
+def checkpoint_mlps(model: nn.Module) -> None:
+    """Checkpoint the MLPs that are recomputed alone, by what their layers have for themselves: this file's
+    checkpointing, or torch's."""
+    for layer in layers_with_mlp(model):
+        if recomputes_mlp(layer):
+            layer.mlp.forward = partial(layer._gradient_checkpointing_func, layer.mlp.forward)
 
 
 def _run(
     torchs: Callable[..., Output], is_trained: bool, mlp: nn.Module | None, run: Callable[..., Output], *args: Any
 ) -> Output:
-    """`torchs`: torch's checkpointing; `mlp`: whose output only the layer's output depends on; `run`: the layer's
-    forward, with its keyword arguments."""
+    """`torchs`: torch's checkpointing; `mlp`: whose output only the result depends on; `run`: the forward of the
+    layer, with its keyword arguments, or of the MLP."""
     hidden_states, *others = args or (None,)
     if not torch.is_grad_enabled():
         return run(*args)

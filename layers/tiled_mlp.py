@@ -2,8 +2,8 @@
 
 MGM-2B's MLP is eight times as wide as its hidden states, and its backward pass holds three tensors of that width: 768
 MiB for four rows of 2048 tokens. An MLP treats each token by itself, so it can run tile by tile and hold three such
-tensors of one tile. Each tile is recomputed in the backward pass. That costs nothing extra in a checkpointed layer,
-whose MLP would be recomputed anyway.
+tensors of one tile. Each tile is recomputed in the backward pass. That costs nothing extra where the MLP, or its
+whole layer, would be recomputed anyway.
 
 Small tiles are slow: a GPU needs some thousand tokens at a time to multiply at its full rate.
 
@@ -30,7 +30,7 @@ TILE_BYTES = 192 * MIB  # what three tensors as wide as the MLP may take: 2048 t
 
 
 def tile_frozen_mlps(model: nn.Module, num_tiles: int, num_tokens: int, dtype: torch.dtype) -> None:
-    """Run the frozen MLPs of checkpointed layers in tiles wherever a gradient passes through them.
+    """Run the frozen MLPs that are recomputed in tiles wherever a gradient passes through them.
 
     An MLP with trained parameters is left alone: each tile would produce a gradient, where DDP and ZeRO expect one.
 
@@ -42,7 +42,8 @@ def tile_frozen_mlps(model: nn.Module, num_tiles: int, num_tokens: int, dtype: t
     # A number of tiles, not of tokens: under ZeRO-3 every process must run the same modules equally often.
     for layer in layers_with_mlp(model):
         is_frozen = not any(parameter.requires_grad for parameter in layer.mlp.parameters())
-        if layer.gradient_checkpointing and is_frozen and takes_tokens_one_by_one(layer.mlp):
+        is_recomputed = layer.gradient_checkpointing or recomputes_mlp(layer)
+        if is_recomputed and is_frozen and takes_tokens_one_by_one(layer.mlp):
             number = num_tiles or tiles_needed(layer.mlp, num_tokens, dtype)
             if number > 1:
                 layer.mlp.forward = partial(_forward, layer.mlp, layer.mlp.forward, number)
@@ -60,14 +61,17 @@ def takes_tokens_one_by_one(mlp: nn.Module) -> bool:
 
     Experts are not: their router deals out the tokens of a call. Dropout would drop others when a tile is recomputed.
     """
-    arguments = list(inspect.signature(type(mlp).forward).parameters)[1:]
     parts = list(mlp.modules())
     having_weights = [part for part in parts if list(part.parameters(recurse=False))]
     return (
-        len(arguments) == 1
+        takes_hidden_states_alone(mlp)
         and all(isinstance(part, (nn.Linear, Conv1D)) for part in having_weights)
         and not any(isinstance(part, nn.ModuleList) or _drops_out(part) for part in parts)
     )
+
+
+def takes_hidden_states_alone(mlp: nn.Module) -> bool:
+    return len(inspect.signature(type(mlp).forward).parameters) == 2  # self, and them
 
 
 def _drops_out(module: nn.Module) -> bool:
@@ -82,6 +86,11 @@ def layers_with_mlp(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and getattr(layer, "mlp", None) is not None:
             yield layer
+
+
+def recomputes_mlp(layer: GradientCheckpointingLayer) -> bool:
+    """Whether it is not checkpointed whole, but its MLP is (models/checkpointing.py)."""
+    return getattr(layer, "recomputes_mlp", False)
 
 
 def _forward(mlp: nn.Module, run: Run, num_tiles: int, hidden_states: torch.Tensor) -> torch.Tensor:

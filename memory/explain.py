@@ -11,7 +11,7 @@ from memory.predict import predict
 from memory.probed_step import num_image_positions
 from memory.record import Record
 from memory.report import as_flags
-from models.loading import load_config
+from models.loading import load_config, num_decoder_layers
 from utils import MIB, UserError, size
 
 
@@ -98,6 +98,10 @@ def changes_of(config: ProbeConfig) -> Iterator[dict[str, Any]]:
         yield {"loss": "chunked"}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if config.checkpoint_num_layers is not None:
+        num_layers = num_decoder_layers(config.model)
+        if config.checkpoint_num_layers < num_layers:
+            yield {"checkpoint_num_layers": num_layers, "checkpoint_num_mlps": 0}
     if config.attn_implementation == "eager":
         yield {"attn_implementation": "sdpa"}
     if config.per_device_train_batch_size > 1:

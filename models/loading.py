@@ -275,6 +275,10 @@ def check_no_adapter(name: str) -> None:
     )
 
 
+def num_decoder_layers(model: str) -> int:
+    return load_config(model).get_text_config().num_hidden_layers
+
+
 def num_positions(model: str) -> float:
     """The most tokens that a row of the language model may have; infinity if its config names no limit."""
     text_config = load_config(model).get_text_config()

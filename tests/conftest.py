@@ -171,7 +171,7 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
     """A step of train.py's model on text: called with StepConfig's flags it returns the loss and all gradients."""
 
     def run(watch: Callable[[nn.Module], None] = lambda model: None, **flags) -> dict[str, torch.Tensor]:
-        config = StepConfig(model="tiny", mixed_precision="no", lora_dropout=0.0, **flags)
+        config = StepConfig(**({"model": "tiny", "mixed_precision": "no", "lora_dropout": 0.0} | flags))
         torch.manual_seed(0)
         model = build_model(config, is_deepspeed=False).train()
         for name, parameter in model.named_parameters():

@@ -72,6 +72,8 @@ def test_what_is_in_order_is_not_suggested():
     assert list(changes_of(config)) == []
     assert list(changes_of(replace(config, strategy="single", offload="none", use_dora=True))) == []
     assert list(changes_of(replace(config, use_dora=True, quantize="none"))) == []
+    mixed = tiny_config(checkpoint_num_layers=1, checkpoint_num_mlps=2)
+    assert {"checkpoint_num_layers": 4, "checkpoint_num_mlps": 0} in changes_of(mixed)
     changed = tiny_config(attn_implementation="eager", lora_r=0, gradient_checkpointing=False)
     flags = {name for changes in changes_of(changed) for name in changes}
     assert {"quantize": "nf4"} in changes_of(tiny_config())

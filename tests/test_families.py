@@ -14,6 +14,7 @@ from memory.trace import trace_single
 
 
 EVALUATION = {"eval_samples": 1, "per_device_eval_batch_size": 6}
+MIXTURE = {"checkpoint_num_layers": 1, "checkpoint_num_mlps": 1}
 AGAIN = [
     {"family": "llava_next", "lora_r": 0},
     {"family": "qwen2_5_vl", "per_device_train_batch_size": 2},
@@ -35,6 +36,9 @@ def name(flags: dict) -> str:
     "flags",
     [
         {"family": "qwen3_vl"},
+        {"family": "qwen3_vl"} | MIXTURE,
+        {"family": "mixtral"} | MIXTURE,
+        {"family": "llama", "lora_target_modules": ["all-linear"]} | MIXTURE,
         {"family": "smolvlm", "images_per_sample": 2},
         {"family": "gemma3", "lora_r": 0, "per_device_train_batch_size": 2},
         {"family": "qwen3_5"} | EVALUATION,

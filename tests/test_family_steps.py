@@ -44,7 +44,7 @@ from data.batching import is_padded_behind
 from layers.chunked_loss import IGNORE_INDEX
 from models.checkpointing import decoder_layers
 from models.family import family_of, packs, reads_padding_mask
-from models.loading import load_config, load_model, load_processor
+from models.loading import load_config, load_model, load_processor, num_decoder_layers
 from models.parts import language_model, path_of, vision_tower
 from models.processors import read_tokenizer
 from step import StepConfig, build_model, check_model
@@ -63,6 +63,7 @@ for each in ("cohere2", "granite"):
 QUICK = """llava qwen2_5_vl qwen3_vl qwen3_5 gemma3 gemma4 gemma4_sharing smolvlm paligemma2 internvl mistral3 idefics3
 llava_next mllama llama4 llama gemma2 granite cohere2 gpt2 qwen3 mixtral""".split()
 EAGER = ("paligemma2", "gemma2", "gpt_oss", "mamba2")  # they have no other attention
+WITHOUT_MLP = ("llama4", "lfm2_vl", "mamba2")  # their layers have a feed_forward or none
 LORA_NAMES = {
     "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj"],
     "kimi_k25": ["q_b_proj", "kv_b_proj", "o_proj"],
@@ -129,6 +130,11 @@ def config_of(name: str, **flags) -> StepConfig:
     return StepConfig(**(defaults | flags))
 
 
+def mixture(name: str) -> dict[str, int]:
+    """Flags: a layer is checkpointed whole, the MLP of the next one alone, the last one not at all."""
+    return {"checkpoint_num_layers": 1, "checkpoint_num_mlps": int(name not in WITHOUT_MLP)}
+
+
 def model_of(name: str, **flags) -> nn.Module:
     """train.py's model in training mode, its adapter no longer zero, without dropout."""
     model = build_model(config_of(name, **flags), is_deepspeed=False).train()
@@ -164,11 +170,11 @@ def assert_same(found: Step, expected: Step, tolerance: float = 1e-5) -> None:
 
 @families()
 def test_a_step_is_the_same_in_every_way(name):
-    """LoRA: checkpointed or not, MLPs in tiles or whole, with logits or without, with sdpa or eager."""
+    """LoRA: checkpointed, in part or not, MLPs in tiles or whole, with logits or without, with sdpa or eager."""
     batch = batch_of(name)
     expected = step_of(model_of(name, gradient_checkpointing=False, loss="full"), batch)
     assert {"loss"} < expected.keys() and any(gradient.any() for gradient in expected.values())
-    ways = [{}, {"checkpoint_every_n_layers": 2}, {"gradient_checkpointing": False}]
+    ways = [{}, mixture(name), {"gradient_checkpointing": False}]
     if name not in EAGER:
         ways.append({"attn_implementation": "eager"})
     for flags in ways:
@@ -180,8 +186,9 @@ def test_full_fine_tuning(name):
     """The language model and the head in full: the chunked loss gives all of them the gradients of the usual one."""
     batch = batch_of(name)
     expected = step_of(model_of(name, lora_r=0, loss="full", gradient_checkpointing=False), batch)
-    model = model_of(name, lora_r=0)
-    assert_same(step_of(model, batch), expected, TOLERANCES.get(name, 1e-5))
+    for flags in ({}, mixture(name)):
+        model = model_of(name, lora_r=0, **flags)
+        assert_same(step_of(model, batch), expected, TOLERANCES.get(name, 1e-5))
     decoder, head = language_model(model), model.get_output_embeddings()
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {id(parameter) for part in (decoder, head) for parameter in part.parameters()}
@@ -208,7 +215,8 @@ def test_a_trained_tower(name):
     base = model.get_base_model()
     tower = vision_tower(base)
     found = step_of(model, batch)
-    assert_same(found, step_of(model_of(name, gradient_checkpointing=False, **flags), batch))
+    for others in ({"gradient_checkpointing": False}, mixture(name)):
+        assert_same(found, step_of(model_of(name, **flags, **others), batch))
     path = path_of(base, tower)
     assert any(key.startswith(f"base_model.model.{path}.") for key in found)
     wrapped = {type(layer.get_base_layer()).__name__ for layer in model.modules() if isinstance(layer, LoraLayer)}
@@ -248,10 +256,10 @@ def test_a_routers_loss_reaches_checkpointed_layers(name, tmp_path):
     changes = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     batch = batch_of(name)
-    checkpointed, plain = (
-        step_of(model_of(name, model=str(path.parent), gradient_checkpointing=on), batch) for on in (True, False)
-    )
+    ways = ({}, mixture(name), {"gradient_checkpointing": False})
+    checkpointed, mixed, plain = (step_of(model_of(name, model=str(path.parent), **flags), batch) for flags in ways)
     assert_same(checkpointed, plain)
+    assert_same(mixed, plain)
     without = step_of(model_of(name), batch)
     with pytest.raises(AssertionError):
         assert_same(checkpointed, without)
@@ -434,12 +442,20 @@ def test_layers_of_another_kind_are_named():
     assert lines == []
 
 
-def test_every_second_layer_of_the_language_model_is_checkpointed():
-    """Whatever layers a tower has before them."""
-    for name in ("llava", "qwen3_vl"):
-        model = model_of(name, checkpoint_every_n_layers=2)
-        flags = [layer.gradient_checkpointing for layer in decoder_layers(model.get_base_model())]
-        assert flags == [True, False, True]
+@families()
+def test_which_layers_are_checkpointed(name):
+    """The first of the language model, whatever layers a tower has before them; the config says how many there are."""
+    layers = decoder_layers(model_of(name, **mixture(name)).get_base_model())
+    assert len(layers) == num_decoder_layers(folder(name))
+    num_others = len(layers) - 2
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, *[False] * num_others]
+    assert [layer.recomputes_mlp for layer in layers] == [False, name not in WITHOUT_MLP, *[False] * num_others]
+
+
+def test_layers_without_an_mlp():
+    """Refused in one line."""
+    with pytest.raises(UserError, match="--checkpoint_num_mlps 1: Mamba2Block has no `mlp`, or one that takes more"):
+        model_of("mamba2", checkpoint_num_layers=1, checkpoint_num_mlps=1)
 
 
 @pytest.mark.parametrize(("name", "num_tiled"), [("llama", 3), ("qwen3_vl", 3), ("mixtral", 0), ("gpt2", 0)])

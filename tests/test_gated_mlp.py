@@ -81,7 +81,8 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     ("flags", "num_layers"),
     [
         ({"gradient_checkpointing": False}, 4),
-        ({"checkpoint_every_n_layers": 2}, 4),  # a checkpointed layer's runs once, then without its output
+        # What is recomputed is run without its output, and activates nothing.
+        ({"checkpoint_num_layers": 1, "checkpoint_num_mlps": 1}, 4),
         ({"gradient_checkpointing": False, "lora_target_modules": ["all-linear"]}, 4),
         ({"gradient_checkpointing": False, "lora_r": 0}, 4),
         ({}, 4),

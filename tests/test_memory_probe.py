@@ -203,6 +203,8 @@ def test_output_has_the_result_and_a_picture(tmp_path, capsys):
         ({"budget_gib": 0.0}, ["--budget_gib 0.0", "above 0"]),
         ({"strategy": "zero9"}, ["--strategy zero9"]),
         ({"strategy": "zero2", "offload": "param"}, ["--offload param", "zero3"]),
+        ({"checkpoint_num_layers": -1}, ["--checkpoint_num_layers -1", "at least 0"]),
+        ({"checkpoint_num_layers": 3, "checkpoint_num_mlps": 2}, ["--checkpoint_num_mlps 2", "4 decoder layers"]),
         ({"max_seq_len": 2049}, ["--max_seq_len 2049", "has 2048 positions", "choose --max_seq_len 2048 or less"]),
         ({"images_per_sample": 40}, ["--images_per_sample 40", "max_seq_len is 48; choose --max_seq_len 768"]),
         ({"image_size": "99999x99999"}, ["--image_size 99999x99999", "pixels, as in training"]),

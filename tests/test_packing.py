@@ -161,9 +161,9 @@ def test_a_samples_first_token_has_no_label(dataset, processor, monkeypatch):
     assert (~is_first).sum() == column_values(records, "num_label_tokens").sum()
 
 
-def build_model(attn_implementation: str) -> torch.nn.Module:
+def build_model(**flags: object) -> torch.nn.Module:
     """train.py's model in training mode, without dropout, its adapter no longer zero."""
-    config = StepConfig(lora_dropout=0.0, attn_implementation=attn_implementation)
+    config = StepConfig(lora_dropout=0.0, **flags)
     model = step.build_model(config, is_deepspeed=False).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -198,10 +198,14 @@ def norm(tensors: Iterable[torch.Tensor]) -> float:
     return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_packed_equals_unpacked(dataset, attn_implementation):
+@pytest.mark.parametrize(
+    "flags",
+    [{"attn_implementation": "eager"}, {}, {"checkpoint_num_layers": 1, "checkpoint_num_mlps": 2}],
+    ids=str,
+)
+def test_packed_equals_unpacked(dataset, flags):
     """Loss and all trained gradients of rows in one batch, and of a batch a row, with those of single samples."""
-    model, processor = build_model(attn_implementation), load_processor(StepConfig().model)
+    model, processor = build_model(**flags), load_processor(StepConfig().model)
     loss, gradients = loss_and_gradients(model, unpacked(dataset, processor))
     assert all(gradient.any() for name, gradient in gradients.items() if not has_no_gradient(name))
     together = [packed(dataset, processor, ROWS)]
@@ -215,7 +219,7 @@ def test_packed_equals_unpacked(dataset, attn_implementation):
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_leaking_is_seen(dataset, attn_implementation):
     """The comparison above fails when samples see each other: positions that run on, or a mask that hides the ends."""
-    model, processor = build_model(attn_implementation), load_processor(StepConfig().model)
+    model, processor = build_model(attn_implementation=attn_implementation), load_processor(StepConfig().model)
     loss, gradients = loss_and_gradients(model, unpacked(dataset, processor))
     batch = packed(dataset, processor, ROWS)
     length = batch["input_ids"].shape[1]

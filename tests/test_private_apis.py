@@ -81,7 +81,7 @@ APIS = [
         words="get_device_states set_device_states"),
     Api("transformers", "PreTrainedModel.activation_checkpointing_enable",
         "models/checkpointing.py",
-        "checkpoints every n-th layer", "training does not start",
+        "checkpoints layers", "training does not start",
         signature="self, activation_checkpointing_kwargs, every_n_layers, offload"),
     Api("transformers", "PreTrainedModel.disable_input_require_grads", "models/checkpointing.py",
         "removes the hooks by which transformers and PEFT let embeddings need a gradient",

@@ -200,8 +200,8 @@ def test_flags_that_may_change() -> None:
         *("eval_samples", "dataloader_num_workers", "doctor", "per_device_eval_batch_size", "max_new_tokens"),
         *("allow_missing_end_of_turn", "on_bad_sample", "max_bad_fraction", "max_nonfinite_updates", "forecast"),
         *("rehearse", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-        *("gradient_checkpointing", "checkpoint_every_n_layers", "mlp_tiles", "attn_implementation"),
-        *("mixed_precision", "loss"),
+        *("gradient_checkpointing", "checkpoint_num_layers", "checkpoint_num_mlps", "mlp_tiles"),
+        *("attn_implementation", "mixed_precision", "loss"),
     }
     config = TrainConfig(seed=7, save_steps=3)
     settings = run_settings(config, updates=13)

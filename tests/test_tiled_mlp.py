@@ -20,6 +20,9 @@ from memory.config import ProbeConfig
 from memory.trace import trace_single
 
 
+MLPS_ALONE = {"checkpoint_num_layers": 0, "checkpoint_num_mlps": 4}
+
+
 class Layer(GradientCheckpointingLayer):
     gradient_checkpointing = True
 
@@ -52,16 +55,18 @@ def step(tiny_step: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., tup
 
 
 @pytest.mark.parametrize("num_tiles", [2, 5, 100])
-def test_step_is_the_same(step, num_tiles):
+@pytest.mark.parametrize("flags", [{}, MLPS_ALONE], ids=str)
+def test_step_is_the_same(step, num_tiles, flags):
     """Loss and all trainable gradients within 1e-5, also with more tiles than tokens."""
     expected, _ = step(1)
-    found, _ = step(num_tiles)
+    found, _ = step(num_tiles, **flags)
     assert_same_gradients(found, expected)
 
 
-def test_mlps_run_twice_not_three_times(step):
-    """Forward, and in the backward pass; the recomputation of a layer stops before its MLP."""
-    _, seen = step(4)
+@pytest.mark.parametrize("flags", [{}, MLPS_ALONE], ids=str)
+def test_mlps_run_twice_not_three_times(step, flags):
+    """Forward, and in the backward pass; the recomputation of a layer, or of an MLP alone, stops before the tiles."""
+    _, seen = step(4, **flags)
     assert len(seen) == 4 and set(seen.values()) == {2 * 3 * 21}
 
 
@@ -141,20 +146,3 @@ def test_tiles_needed(num_tokens, dtype, expected):
         mlp = LlamaMLP(LlamaConfig(hidden_size=2048, intermediate_size=16384))
     mlp.gate_proj.weight = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
     assert tiles_needed(mlp, num_tokens, getattr(torch, dtype)) == expected
-
-
-def test_checkpointing_every_other_layer(step):
-    """The same step; half of the layers run once, the other half's MLPs twice; the peak lies between all and none."""
-    whole, seen_all = step(4)
-    found, seen = step(4, checkpoint_every_n_layers=2)
-    assert_same_gradients(found, whole)
-    assert set(seen_all.values()) == {2 * 3 * 21} and sorted(Counter(seen.values()).items()) == [(63, 2), (126, 2)]
-    peaks = []
-    for flags in ({}, {"checkpoint_every_n_layers": 2}, {"gradient_checkpointing": False}):
-        config = cpu_config(
-            max_seq_len=300,
-            per_device_train_batch_size=4,
-            **flags,
-        )
-        peaks.append(trace_single(config).peak_bytes)
-    assert peaks[0] < peaks[1] < peaks[2]

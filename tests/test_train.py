@@ -365,20 +365,44 @@ def assert_comes_back(model: PeftModel, folder: Path) -> None:
     assert (plain - expected).abs().max() > 1e-2
 
 
-@pytest.mark.slow
-def test_dora_under_zero3(mixed_dataset, tmp_path):
-    """DoRA reads whole weights outside their layers' own forward. Two processes under ZeRO-3 that split every weight
-    (the tiny model's would all stay whole) agree with a single process, and save an adapter that loads."""
+@pytest.fixture
+def splitting_zero3(tmp_path) -> str:
+    """zero3.yaml, but so that every weight is split: the tiny model's would all stay whole."""
     deepspeed_config = json.loads((ROOT / "accelerate_configs/deepspeed_zero3.json").read_text())
     deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "deepspeed.json").write_text(json.dumps(deepspeed_config))
     launch_config = (ROOT / "accelerate_configs/zero3.yaml").read_text()
     launch_config = launch_config.replace("accelerate_configs/deepspeed_zero3.json", str(tmp_path / "deepspeed.json"))
     (tmp_path / "zero3.yaml").write_text(launch_config)
+    return str(tmp_path / "zero3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained", "num_layers", "num_mlps"),
+    [("--lora_r 16", 1, 2), ("--lora_target_modules all-linear", 1, 2), ("--lora_r 0", 0, 3)],
+)
+def test_parts_recomputed_under_zero3(trained, num_layers, num_mlps, splitting_zero3, mixed_dataset, tmp_path):
+    """Frozen MLPs, adapted ones and trained ones, also that of the first layer, which is not gathered as a whole: loss
+    and gradient norm of three updates are those of a single process that recomputes nothing."""
+    flags = f"{trained} --lora_dropout 0 --max_steps 3 --logging_steps 1 --eval_samples 0 --dataset {mixed_dataset}"
+    flags += " --image_folder data/demo --per_device_train_batch_size 8"
+    launch("single", 1, *flags.split(), "--no_gradient_checkpointing", "--output_dir", str(tmp_path / "plain"))
+    flags += f" --checkpoint_num_layers {num_layers} --checkpoint_num_mlps {num_mlps} --output_dir {tmp_path / 'out'}"
+    launch(splitting_zero3, 1, *flags.split())
+    for tag in ("train/loss", "train/grad_norm"):
+        expected, found = (scalars(tmp_path / name, tag) for name in ("plain", "out"))
+        assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4), tag
+
+
+@pytest.mark.slow
+def test_dora_under_zero3(splitting_zero3, mixed_dataset, tmp_path):
+    """DoRA reads whole weights outside their layers' own forward. Two processes under ZeRO-3 agree with a single
+    process, and save an adapter that loads."""
     flags = "--use_dora --lora_target_modules all-linear --lora_dropout 0 --max_steps 3 --logging_steps 1"
     flags += f" --eval_samples 0 --learning_rate 4e-3 --dataset {mixed_dataset} --image_folder data/demo"
     losses = []
-    for name, config, num_processes in (("one", "single", 1), ("two", str(tmp_path / "zero3"), 2)):
+    for name, config, num_processes in (("one", "single", 1), ("two", splitting_zero3, 2)):
         rows = f"--per_device_train_batch_size {8 // num_processes} --output_dir {tmp_path / name}"
         launch(config, num_processes, *flags.split(), *rows.split())
         losses.append(scalars(tmp_path / name, "train/loss"))
@@ -499,10 +523,10 @@ def dataset_of(tmp_path: Path, **changes) -> str:
         ("--lr_scheduler_type sometimes", ["--lr_scheduler_type sometimes", "cosine"]),
         ("--lr_scheduler_type cosine_with_min_lr", ["--lr_scheduler_type cosine_with_min_lr", "cosine, "]),
         ("--lr_scheduler_type polynomial --learning_rate 1e-8", ["--learning_rate 1e-08", "start above"]),
-        (
-            "--checkpoint_every_n_layers 2 --no_gradient_checkpointing",
-            ["--checkpoint_every_n_layers 2", "leave one of them out"],
-        ),
+        ("--checkpoint_num_layers 2 --no_gradient_checkpointing", ["--checkpoint_num_layers 2", "leave one of them"]),
+        ("--checkpoint_num_mlps 2 --no_gradient_checkpointing", ["--checkpoint_num_mlps 2", "leave one of them out"]),
+        ("--checkpoint_num_layers 5", ["--checkpoint_num_layers 5", "has 4 decoder layers"]),
+        ("--checkpoint_num_mlps 1", ["--checkpoint_num_layers 4 and --checkpoint_num_mlps 1", "has 4 decoder layers"]),
         ("--max_new_tokens 100000", ["--max_new_tokens 100000", "2048 positions for prompt and answer"]),
         ("--warmup_ratio 2", ["--warmup_ratio 2.0", "at most 1"]),
         ("--seed -1", ["--seed -1", "at least 0"]),
