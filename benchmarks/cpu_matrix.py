@@ -31,6 +31,7 @@ FULL = {"lora_r": 0}
 FULL_NO_VISION = FULL | {"images_per_sample": 0, "trainable_modules": ["model", "lm_head"]}
 EAGER, SGD = {"attn_implementation": "eager"}, {"optim": "sgd"}
 NO_CHECKPOINTING, LOGITS = {"gradient_checkpointing": False}, {"loss": "full"}
+MIXTURE = {"checkpoint_num_layers": 3, "checkpoint_num_mlps": 3}  # of 8 layers
 ZERO3 = {"strategy": "zero3", "offload": "param"}
 
 
@@ -63,6 +64,7 @@ ROWS: list[dict[str, Any]] = [
     *({"model": "mid", "lora_r": rank} for rank in (16, 8, 32, 0)),
     *({"model": "mid"} | change for change in (LOGITS, NO_CHECKPOINTING, EAGER, rows_of(2), {"mlp_tiles": 1})),
     *({"model": "mid"} | length(256) | change for change in ({}, NO_CHECKPOINTING | LOGITS)),
+    *({"model": "mid"} | length(256) | MIXTURE | change for change in ({}, {"lora_target_modules": ALL_LINEAR})),
     *({"model": "mid", "images_per_sample": images} for images in (0, 2)),
     {"model": "mid"} | FULL | SGD,
     *(
@@ -74,6 +76,7 @@ ROWS: list[dict[str, Any]] = [
     # ZeRO-3 offloads to host memory, and a CPU has no other: these rows are device and host together.
     *({"model": "tiny"} | ZERO3 | change for change in ({}, FULL, NO_CHECKPOINTING, {"world_size": 2})),
     *({"model": "mid"} | ZERO3 | change for change in ({}, FULL)),
+    {"model": "mid", "lora_target_modules": ALL_LINEAR} | ZERO3 | length(256) | MIXTURE,
 ]
 
 
