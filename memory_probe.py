@@ -21,8 +21,9 @@ from memory.explain import explain, suggest
 from memory.placed import PlacedRecord
 from memory.probe import probe_with_record
 from memory.report import report
+from memory.snapshot import snapshot_bytes
 from memory.sweep import run_sweep
-from utils import check_writable, run_script, write_json
+from utils import check_writable, run_script, write_json, write_whole
 
 
 def main(config: ProbeConfig) -> dict:
@@ -46,10 +47,12 @@ def main(config: ProbeConfig) -> dict:
 
 
 def write_output(folder: Path, result: dict, record: PlacedRecord | None) -> None:
-    """The result and, of a prediction, a picture of the step as it goes on."""
+    """The result and, of a prediction, the step as it goes on: a picture, and of a GPU a memory snapshot."""
     write_json(folder / "probe.json", result)
     if record is not None:
         step_chart(record.device).savefig(folder / "step.png", dpi=120)
+        if result["config"]["device"] == "cuda":
+            write_whole(folder / "snapshot.pickle", snapshot_bytes(record.device))
     print(f"Saved to {folder}", flush=True)
 
 

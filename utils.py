@@ -87,11 +87,15 @@ def escape_cell(value: object) -> str:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    write_whole(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
     """Write beside the file and rename: an interruption leaves the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -48,6 +48,17 @@ class Replay:
     oom: OutOfMemory | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentChange:
+    """Memory that came from the device or went back to it; `action` is PyTorch's name for that: segment_alloc or
+    segment_free, in expandable segments segment_map or segment_unmap."""
+
+    action: str
+    address: int
+    nbytes: int
+    stream: int
+
+
 @dataclass(slots=True, eq=False)
 class Block:
     """A stretch of a segment. `mapped` is False for address space without memory behind it."""
@@ -66,6 +77,7 @@ class Pool:
     """The free blocks of small or of large requests, by size and then by address."""
 
     is_small: bool
+    stream: int = 0
     free: list[tuple[int, int]] = field(default_factory=list)
     by_address: dict[int, Block] = field(default_factory=dict)
     unmapped: list[int] = field(default_factory=list)  # addresses, in order
@@ -118,12 +130,13 @@ class CachingAllocator:
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self.pools: dict[tuple[int, bool], Pool] = {}  # by stream and size
+        self.segment_changes: list[SegmentChange] = []
         self._next_address = LARGE_ROUNDING_BYTES
 
     def malloc(self, nbytes: int, stream: int = 0) -> Block | None:
         nbytes = max(MIN_BLOCK_BYTES, _round_up(nbytes, MIN_BLOCK_BYTES))
         is_small = nbytes <= SMALL_REQUEST_BYTES
-        pool = self.pools.setdefault((stream, is_small), Pool(is_small))
+        pool = self.pools.setdefault((stream, is_small), Pool(is_small, stream))
         block = pool.best_fit(nbytes) or self._grow(pool, nbytes)
         if block is None:
             self.release_cached()
@@ -153,6 +166,7 @@ class CachingAllocator:
                 elif block.previous is None and block.next is None:
                     pool.remove(block)
                     self.reserved_bytes -= block.nbytes
+                    self._note("segment_free", block.address, block.nbytes, pool)
 
     def _grow(self, pool: Pool, nbytes: int) -> Block | None:
         """Memory from the device: a free block of at least `nbytes`, or None."""
@@ -162,6 +176,7 @@ class CachingAllocator:
         if not self._reserve(segment_bytes):
             return None
         block = Block(self._next_address, segment_bytes, pool)
+        self._note("segment_alloc", block.address, segment_bytes, pool)
         self._next_address += segment_bytes + LARGE_ROUNDING_BYTES
         pool.add(block)
         return block
@@ -172,6 +187,9 @@ class CachingAllocator:
         self.reserved_bytes += nbytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return True
+
+    def _note(self, action: str, address: int, nbytes: int, pool: Pool) -> None:
+        self.segment_changes.append(SegmentChange(action, address, nbytes, pool.stream))
 
     def _split(self, block: Block, nbytes: int) -> None:
         """Cut the block down to `nbytes` if what is left is worth a block of its own."""
@@ -222,6 +240,7 @@ class CachingAllocator:
         if block.nbytes > nbytes:
             block.pool.add(_cut(block, nbytes))
         block.mapped = True
+        self._note("segment_map", block.address, nbytes, block.pool)
         self._merge(block)
         block.pool.add(block)
         return block
@@ -242,6 +261,7 @@ class CachingAllocator:
             block = whole_pages
         self.reserved_bytes -= block.nbytes
         block.mapped = False
+        self._note("segment_unmap", block.address, block.nbytes, block.pool)
         self._merge(block)
         block.pool.add(block)
 

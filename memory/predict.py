@@ -98,15 +98,25 @@ def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
     """What the allocator reserves of the device, and what nvidia-smi would show: that must fit."""
     if config.device == "cpu":  # no pool, no context
         return {"peak_reserved_bytes": record.peak_bytes, "device_bytes": record.peak_bytes}
-    is_expandable = "expandable_segments:True" in allocator_settings()
-    # train.py gives back what loading has left before the first step, and what training has left before it evaluates.
-    first_step = next(index for index, phase in record.phase_starts if phase == "forward")
-    evaluation = [index for index, phase in record.phase_starts if phase == "evaluate"]
     events = ((nbytes, id(allocation), allocation.stream) for nbytes, allocation in record.events)
-    replay = replay_events(events, expandable_segments=is_expandable, release_before=(first_step, *evaluation))
+    replay = replay_events(
+        events, expandable_segments=has_expandable_segments(), release_before=cache_releases(record)
+    )
     family = GPUS[config.gpu].family
     overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
         "peak_reserved_bytes": replay.peak_reserved_bytes,
         "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
     }
+
+
+def has_expandable_segments() -> bool:
+    return "expandable_segments:True" in allocator_settings()
+
+
+def cache_releases(record: Record) -> tuple[int, ...]:
+    """The events before which train.py gives the cache back: what loading has left before the first step, and what
+    training has left before it evaluates."""
+    first_step = next(index for index, phase in record.phase_starts if phase == "forward")
+    evaluation = [index for index, phase in record.phase_starts if phase == "evaluate"]
+    return (first_step, *evaluation)

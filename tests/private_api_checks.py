@@ -6,6 +6,7 @@ import inspect
 import itertools
 import mmap
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,7 +46,8 @@ from memory.kernels import CUDA_AUTOCAST_FP32_OUTPUT, CUDA_AUTOCAST_TO_FP32, ker
 from memory.known import READERS
 from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
-from memory.record import Record
+from memory.record import Allocation, Record
+from memory.snapshot import snapshot
 from mgm.configuration_mgm import tiny
 from mgm.modeling_mgm import MGMForConditionalGeneration
 from models.processors import VideoSettings
@@ -586,3 +588,20 @@ def check_processor_calls_its_tokenizer() -> None:
     (expansion,) = watch.expansions
     assert expansion.text == "a" + "<image>" * 16 + "b" and expansion.images == [(1, 1 + 16 * len("<image>"))]
     assert watch.encodings[0].ids == list(made["input_ids"][0])
+
+
+def check_snapshot() -> None:
+    """A snapshot has the keys that torch documents, but for those of FX and of an out-of-memory error."""
+    text = torch.cuda.memory._snapshot.__doc__
+    bodies = re.findall(r"class (\w+)\(TypedDict\):\n(.*?)(?=\n +class |\n +Args:)", text, flags=re.S)
+    documented = {name: set(re.findall(r"^ {12}(\w+):", body, flags=re.M)) for name, body in bodies}
+    made = Allocation(1024, (256,), "float32", "aten.add.Tensor", "layers.0", "forward", 0, "activations")
+    taken = snapshot(Record([(1024, made)], [(0, "forward")]))
+    (segment,), (mapped, entry) = taken["segments"], taken["device_traces"][0]
+    block, *_ = segment["blocks"]
+    found = {"Snapshot": taken, "Segment": segment, "Block": block, "Frame": entry["frames"][0], "TraceEntry": entry}
+    assert found.keys() == documented.keys(), f"torch documents {', '.join(documented)}"
+    optional = {"fx_node_op", "fx_node_name", "fx_original_trace", "device_free"}
+    for name, value in found.items():
+        assert documented[name] - optional <= value.keys(), f"{name} lacks {documented[name] - value.keys()}"
+    assert mapped.keys() == entry.keys()

@@ -431,6 +431,9 @@ APIS = [
             "a prediction inside a run changes its precision or accumulation", words=f"{name} _shared_state")
         for name in ("PartialState", "AcceleratorState", "GradientState")
     ],
+    Api("torch", "cuda.memory._snapshot, ._dump_snapshot", "memory/snapshot.py", "its structure is written",
+        "PyTorch's viewer does not show a predicted step", check=checks.check_snapshot,
+        words="_snapshot _dump_snapshot"),
     Api("accelerate", "Accelerator.backward", "memory/probed_step.py",
         "replaced: tells where the backward pass begins", "wrong phases", signature="self, loss, kwargs"),
     Api("torch", "callers of Tensor.item in accelerate, DeepSpeed, torch and transformers", "memory/known.py",
