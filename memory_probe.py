@@ -18,6 +18,7 @@ from memory.calibrate import calibrate, entry
 from memory.charts import step_chart
 from memory.config import ProbeConfig
 from memory.explain import explain, suggest
+from memory.page import step_page
 from memory.placed import PlacedRecord
 from memory.probe import probe_with_record
 from memory.report import report
@@ -47,10 +48,11 @@ def main(config: ProbeConfig) -> dict:
 
 
 def write_output(folder: Path, result: dict, record: PlacedRecord | None) -> None:
-    """The result and, of a prediction, the step as it goes on: a picture, and of a GPU a memory snapshot."""
+    """The result and, of a prediction, the step as it goes on: a picture, a page, and of a GPU a memory snapshot."""
     write_json(folder / "probe.json", result)
     if record is not None:
         step_chart(record.device).savefig(folder / "step.png", dpi=120)
+        write_whole(folder / "step.html", step_page(result, record.device).encode())
         if result["config"]["device"] == "cuda":
             write_whole(folder / "snapshot.pickle", snapshot_bytes(record.device))
     print(f"Saved to {folder}", flush=True)

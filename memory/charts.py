@@ -64,9 +64,9 @@ def step_chart(record: Record) -> Figure:
     return figure
 
 
-def highest_points(timeline: list[int]) -> list[int]:
+def highest_points(timeline: list[int], max_points: int = MAX_POINTS) -> list[int]:
     """Where to look at a timeline that is longer than can be seen: the highest point of each stretch."""
-    stride = max(1, len(timeline) // MAX_POINTS)
+    stride = max(1, -(-len(timeline) // max_points))
     starts = range(0, len(timeline), stride)
     return [max(range(start, min(start + stride, len(timeline))), key=timeline.__getitem__) for start in starts]
 

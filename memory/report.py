@@ -61,10 +61,14 @@ def breakdown_lines(result: dict) -> list[str]:
 
 
 def total_lines(result: dict) -> list[str]:
+    return [f"  {what:<28}{text:>12}" for what, text in totals(result)]
+
+
+def totals(result: dict) -> list[tuple[str, str]]:
+    """Each figure of memory by name."""
     rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
     rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
-    rows += [("a checkpoint on the disk", "checkpoint_bytes")]
-    return [f"  {what:<28}{size(result[key]):>12}" for what, key in rows if key in result]
+    return [(what, size(result[key])) for what, key in rows if key in result]
 
 
 def phase_lines(result: dict) -> list[str]:
@@ -74,10 +78,14 @@ def phase_lines(result: dict) -> list[str]:
 
 
 def time_lines(result: dict) -> list[str]:
-    """What is known of the time: of a prediction for a GPU."""
+    return [f"  {what}: {text}" for what, text in time_text(result)]
+
+
+def time_text(result: dict) -> list[tuple[str, str]]:
+    """What is known of the time, by name: of a prediction for a GPU."""
     if result.get("step_seconds") is None:
         return []
-    return [f"  an update, estimated: {duration(result)}, {result['tokens_per_second']:,.0f} tokens a second"]
+    return [("an update, estimated", f"{duration(result)}, {result['tokens_per_second']:,.0f} tokens a second")]
 
 
 def duration(result: dict) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from browser import Browser, start_browser
 from safetensors.torch import load_file
 from torch import nn
 
@@ -187,6 +188,20 @@ def tiny_step() -> Callable[..., dict[str, torch.Tensor]]:
         return {"loss": loss.detach()} | gradients
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    browser = start_browser()
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """A test with it fails if the page's script does."""
+    yield chromium
+    assert chromium.errors() == []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

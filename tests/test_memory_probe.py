@@ -186,11 +186,18 @@ def test_the_command_and_its_verdict():
     assert json.loads(too_small.stdout.splitlines()[-1])["fits"] is False
 
 
-def test_output_has_the_result_and_a_picture(tmp_path, capsys):
-    """probe.json is what main returns; the picture of the step is one."""
-    result = main(tiny_config(output=str(tmp_path / "out")))
-    assert json.loads((tmp_path / "out/probe.json").read_text()) == result
-    assert Image.open(tmp_path / "out/step.png").size[0] > 500
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_output_has_the_result_and_the_step(device, tmp_path, capsys):
+    """probe.json is what main returns; the picture, the page and the snapshot are of that step. A CPU has no segments,
+    and so no snapshot."""
+    folder = tmp_path / "out"
+    result = main(tiny_config(device=device, output=str(folder)))
+    names = {"probe.json", "step.png", "step.html"} | ({"snapshot.pickle"} if device == "cuda" else set())
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "probe.json").read_text()) == result
+    assert Image.open(folder / "step.png").size[0] > 500
+    assert f"predicted for {device}" in (folder / "step.html").read_text()
+    assert device == "cpu" or b"frozen weights" in (folder / "snapshot.pickle").read_bytes()
     assert "Saved to" in capsys.readouterr().out
 
 
