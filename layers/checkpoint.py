@@ -13,8 +13,8 @@ that have another input with a gradient than the first one, or something to hand
 out of a layer, such as a router's logits, has no gradient here.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layers.autocast import autocast_now
 from layers.frozen_linear import has_hooks
-from layers.tiled_mlp import layers_with_mlp, recomputes_mlp
+from layers.tiled_mlp import layers_with_mlp, recomputes_mlp, takes_tokens_one_by_one
 from layers.unused_output import adds_mlp_to_residual, without_output
 
 
@@ -40,7 +40,10 @@ def checkpoint_with_less_work(model: nn.Module) -> None:
             part = layer.mlp if recomputes_mlp(layer) else layer
             is_trained = any(parameter.requires_grad for parameter in part.parameters())
             unused = layer.mlp if recomputes_mlp(layer) or adds_mlp_to_residual(layer) else None
-            layer._gradient_checkpointing_func = partial(_run, layer._gradient_checkpointing_func, is_trained, unused)
+            draws = not (part is layer.mlp and takes_tokens_one_by_one(part))  # these have no dropout
+            layer._gradient_checkpointing_func = partial(
+                _run, layer._gradient_checkpointing_func, is_trained, unused, draws
+            )
 
 
 def checkpoint_mlps(model: nn.Module) -> None:
@@ -52,10 +55,15 @@ def checkpoint_mlps(model: nn.Module) -> None:
 
 
 def _run(
-    torchs: Callable[..., Output], is_trained: bool, mlp: nn.Module | None, run: Callable[..., Output], *args: Any
+    torchs: Callable[..., Output],
+    is_trained: bool,
+    mlp: nn.Module | None,
+    draws: bool,
+    run: Callable[..., Output],
+    *args: Any,
 ) -> Output:
-    """`torchs`: torch's checkpointing; `mlp`: whose output only the result depends on; `run`: the forward of the
-    layer, with its keyword arguments, or of the MLP."""
+    """`torchs`: torch's checkpointing; `mlp`: whose output only the result depends on; `draws`: whether it may draw
+    random numbers; `run`: the forward of the layer, with its keyword arguments, or of the MLP."""
     hidden_states, *others = args or (None,)
     if not torch.is_grad_enabled():
         return run(*args)
@@ -65,7 +73,7 @@ def _run(
     if not (is_trained or hidden_states.requires_grad):
         return run(*args)
     anchor = torch.empty(0, device=hidden_states.device, requires_grad=True)  # for a first layer's trained parameters
-    return Checkpoint.apply(anchor, hidden_states, mlp, run, others)
+    return Checkpoint.apply(anchor, hidden_states, mlp, draws, run, others)
 
 
 def _is_constant(value: object) -> bool:
@@ -77,6 +85,23 @@ def _is_constant(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+class RandomState:
+    """The state of the random numbers, on the CPU and on a tensor's GPU."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(tensor)
+
+    @contextmanager
+    def again(self, device_type: str) -> Iterator[None]:
+        """That state, as long as the context lasts."""
+        # fork_rng asks for a device that computes; the CPU's state is kept in any case.
+        with torch.random.fork_rng(self.devices, device_type=device_type if self.devices else "cuda"):
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.device_states, device_type=device_type)
+            yield
+
+
 class Checkpoint(torch.autograd.Function):
     """run(hidden_states, *others), whose graph is made in the backward pass."""
 
@@ -86,13 +111,13 @@ class Checkpoint(torch.autograd.Function):
         anchor: torch.Tensor,
         hidden_states: torch.Tensor,
         mlp: nn.Module | None,
+        draws: bool,
         run: Callable[..., Output],
         others: list[Any],
     ) -> Output:
         ctx.mlp, ctx.run, ctx.others = mlp, run, others
         ctx.autocast = autocast_now(hidden_states.device.type)
-        ctx.cpu_state = torch.get_rng_state()
-        ctx.devices, ctx.device_states = get_device_states(hidden_states)
+        ctx.random_state = RandomState(hidden_states) if draws else None
         ctx.save_for_backward(hidden_states)
         output = run(hidden_states, *others)
         parts = output if isinstance(output, tuple) else (output,)
@@ -104,16 +129,12 @@ class Checkpoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden_states = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
-        device_type = ctx.autocast[0]
-        # fork_rng asks for a device that computes; the CPU's state is kept in any case.
-        with torch.random.fork_rng(ctx.devices, device_type=device_type if ctx.devices else "cuda"):
-            torch.set_rng_state(ctx.cpu_state)
-            set_device_states(ctx.devices, ctx.device_states, device_type=device_type)
-            is_unused = ctx.mlp is not None and not has_hooks(ctx.mlp)  # hooks may read the output
-            unused = without_output(ctx.mlp) if is_unused else nullcontext()
-            with torch.enable_grad(), torch.autocast(*ctx.autocast), unused:
-                output = ctx.run(hidden_states, *ctx.others)
+        again = ctx.random_state.again(ctx.autocast[0]) if ctx.random_state is not None else nullcontext()
+        is_unused = ctx.mlp is not None and not has_hooks(ctx.mlp)  # hooks may read the output
+        unused = without_output(ctx.mlp) if is_unused else nullcontext()
+        with again, torch.enable_grad(), torch.autocast(*ctx.autocast), unused:
+            output = ctx.run(hidden_states, *ctx.others)
         parts = output if isinstance(output, tuple) else (output,)
         pairs = [(part, gradient) for part, gradient in zip(parts, gradients, strict=True) if gradient is not None]
         torch.autograd.backward(*zip(*pairs, strict=True))
-        return None, hidden_states.grad, None, None, None
+        return None, hidden_states.grad, None, None, None, None
