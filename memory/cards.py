@@ -8,7 +8,19 @@ import re
 
 import torch
 
-from memory.gpus import ADA, AMPERE, AMPERE_A100, AMPERE_ORIN, BLACKWELL, HOPPER, TURING, VOLTA, Gpu, specified
+from memory.gpus import (
+    ADA,
+    AMPERE,
+    AMPERE_A100,
+    AMPERE_ORIN,
+    BLACKWELL,
+    HOPPER,
+    NCCL_BYTES,
+    TURING,
+    VOLTA,
+    Gpu,
+    specified,
+)
 from utils import GIB, MIB, UserError, suggestion
 
 
@@ -47,8 +59,8 @@ GPUS = {
     "rtx4070tisuper": Gpu("RTX 4070 Ti Super, 16 GB", gib(16 - RESERVE_GIB), ADA,
                           specified(88.2, 44.1, 672, PCIE_4, 66)),
     "rtx4080": Gpu("RTX 4080, 16 GB", gib(16 - RESERVE_GIB), ADA, specified(97.5, 48.7, 716.8, PCIE_4, 76)),
-    "rtx4090": Gpu("RTX 4090, 24 GB", gib(23.49), ADA, specified(165.2, 82.6, 1008, PCIE_4, 128),
-                   "Sautenich/UAV-VLA #7"),
+    "rtx4090": Gpu("RTX 4090, 24 GB", gib(23.63), ADA, specified(165.2, 82.6, 1008, PCIE_4, 128),
+                   "ali-vilab/VGen #104"),  # it says 23.64, the message of MGM-2B's user 23.63
     # NVIDIA RTX Blackwell GPU Architecture (whitepaper 1.1), and nvidia.com's pages of the 5060 and 5060 Ti.
     "rtx5060": Gpu("RTX 5060, 8 GB", gib(8 - RESERVE_GIB), BLACKWELL, specified(38.4, 19.2, 448, PCIE_5 / 2, 30)),
     "rtx5060ti": Gpu("RTX 5060 Ti, 16 GB", gib(16 - RESERVE_GIB), BLACKWELL,
@@ -132,3 +144,9 @@ def nearest_gpu(name: str, capability: tuple[int, int], total_bytes: int) -> str
 def _spaced(name: str) -> str:
     """The name's words in lower case, between spaces: " a10 " is not in " a100 sxm4 80gb "."""
     return f" {re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()} "
+
+
+def overhead_bytes(gpu: str, strategy: str) -> int:
+    """What a process takes of the card besides PyTorch's memory: CUDA's context and kernels, NCCL's buffers."""
+    family = GPUS[gpu].family
+    return family.context_bytes + family.kernels_bytes + (NCCL_BYTES if strategy != "single" else 0)

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 import step
+from memory.cards import overhead_bytes
 from memory.config import ProbeConfig
 from memory.launch import Result, in_fresh_process, launched
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
@@ -25,7 +26,7 @@ def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None
     """Peaks of a few updates, in bytes, and whether memory ran out.
 
     Args:
-        limit_bytes: of the device, to emulate a smaller one; context and kernels count.
+        limit_bytes: of the device, to emulate a smaller one; what is there beside PyTorch counts as predicted.
 
     Raises:
         UserError: something else computes on the GPU, or the strategy has several processes.
@@ -69,7 +70,8 @@ def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) ->
     is_deepspeed = accelerator.state.deepspeed_plugin is not None
     model = build_as_loaded(config, is_deepspeed)
     if limit_bytes is not None:
-        torch.cuda.set_per_process_memory_fraction((limit_bytes - context_bytes) / total_bytes)
+        left_bytes = limit_bytes - overhead_bytes(config.gpu, config.strategy)
+        torch.cuda.set_per_process_memory_fraction(max(left_bytes, 0) / total_bytes)
     peaks = PhasePeaks()
     try:
         model = model if is_deepspeed else model.cuda()

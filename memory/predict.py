@@ -4,10 +4,9 @@ import re
 from typing import Any
 
 from memory.allocator import replay_events
-from memory.cards import GPUS
+from memory.cards import GPUS, overhead_bytes
 from memory.config import ProbeConfig
 from memory.ddp import with_ddp_buckets
-from memory.gpus import NCCL_BYTES
 from memory.host import host_breakdown
 from memory.notes import card_notes
 from memory.placed import PlacedRecord
@@ -102,11 +101,9 @@ def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
     replay = replay_events(
         events, expandable_segments=has_expandable_segments(), release_before=cache_releases(record)
     )
-    family = GPUS[config.gpu].family
-    overhead_bytes = family.context_bytes + family.kernels_bytes + (NCCL_BYTES if config.strategy != "single" else 0)
     return {
         "peak_reserved_bytes": replay.peak_reserved_bytes,
-        "device_bytes": replay.peak_reserved_bytes + overhead_bytes,
+        "device_bytes": replay.peak_reserved_bytes + overhead_bytes(config.gpu, config.strategy),
     }
 
 
