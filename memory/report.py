@@ -68,6 +68,7 @@ def totals(result: dict) -> list[tuple[str, str]]:
     """Each figure of memory by name."""
     rows = [("allocated by tensors", "peak_allocated_bytes"), ("reserved by the allocator", "peak_reserved_bytes")]
     rows += [("on the device, in all", "device_bytes"), ("in host memory", "host_bytes")]
+    rows += [("a checkpoint on the disk", "checkpoint_bytes")]
     return [(what, size(result[key])) for what, key in rows if key in result]
 
 

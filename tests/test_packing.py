@@ -250,7 +250,7 @@ def test_log_counts_samples_and_tokens(dataset, processor):
         (TrainCollator(processor, 1000), [[sample] for sample in samples]),
         (PackedCollator(processor, 1000), [rows]),
     ):
-        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), memory=None)
+        log = SimpleNamespace(window=torch.zeros(3), update_loss=torch.zeros(()), forecast=None)
         for batch in map(BatchCollator(collator), batches):
             RunLog.micro_batch(log, batch, torch.tensor(0.0))
         sums.append(log.window.tolist())
