@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.memory_tables import gib, ladder_table, loss_table
+from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
 from memory.cards import GPUS, RESERVE_GIB
@@ -27,7 +28,7 @@ DOCUMENTS = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "lora", "host_memory")
+        for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "planner", "lora", "host_memory")
     ),
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
@@ -260,6 +261,8 @@ TABLES = {
     "loss": loss_table,
     "step": step_table,
     "step-time": lambda: step_time_table(describe),
+    "plans": plans_table,
+    "sweep": sweep_table,
     "packing": packing_table,
     "loader": loader_table,
     "lora": lora_table,

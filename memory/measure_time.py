@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import step
 from memory.config import ProbeConfig
-from memory.measure_gpu import build_as_loaded, in_gpu_process
+from memory.measure_gpu import build_as_loaded, in_gpu_process, used_bytes
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
 from utils import set_allocator
@@ -26,7 +26,8 @@ MIN_UPDATES, MAX_UPDATES, MAX_SECONDS = 5, 30, 5.0
 
 
 def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
-    """The seconds of the fastest update, what the host and the GPU do in it, and how many kernels there are.
+    """The seconds of the fastest update, what the host and the GPU do in it, how many kernels there are, and what the
+    device then holds.
 
     The median of all updates stands beside it. Other programs on the machine slow the host down, most of all.
 
@@ -61,6 +62,7 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         probed.run_updates(1, waits_for_norm=True)
         torch.cuda.synchronize()
         updates.append(clock.stop())
+    device_bytes = used_bytes()  # the profiler takes memory of its own
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         probed.run_updates(1, waits_for_norm=True)
         torch.cuda.synchronize()
@@ -74,6 +76,7 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         "busy_seconds": sum(kernels) / 1e6,
         "num_kernels": len(kernels),  # copies and fills as well
         "num_updates": len(updates),
+        "device_bytes": device_bytes,
     }
 
 

@@ -1,0 +1,104 @@
+"""The tables of docs/planner.md, from results/gpu/plans.json."""
+
+from typing import Any
+
+from benchmarks.rows import RESULTS, read_result
+from memory.report import duration
+from utils import GIB, markdown_table
+
+
+PEAK = "peak_allocated_bytes"
+PLANS = RESULTS / "gpu/plans.json"
+SWEPT = {"model": "mgm-2b", "budget_gib": 12}  # the plan against which the sweep is held
+# README's table: one row, all layers checkpointed.
+README_STEP = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+
+
+def plans_table() -> str:
+    """Each plan: what it has chosen, predicted beside measured."""
+    result = read_result(PLANS)
+    header = [
+        "model",
+        "budget",
+        "rows",
+        "recomputed",
+        "strategy",
+        "device, predicted",
+        "device, measured",
+        "peak's error",
+    ]
+    cells = []
+    for plan in result["plans"]:
+        predicted, measured, chosen = plan["predicted"], plan.get("measured", {}), plan["chosen"]
+        cells.append([plan["flags"]["model"], f"{plan['flags']['budget_gib']} GiB"])
+        cells[-1] += [chosen["per_device_train_batch_size"], recomputed(chosen), chosen["strategy"]]
+        cells[-1] += [gib(predicted["device_bytes"]), gib(measured.get("device_bytes"))]
+        cells[-1] += [f"{predicted[PEAK] / measured[PEAK] - 1:+.2%}" if measured else ""]
+        cells[-1] += [duration(predicted), duration(measured)]
+    return "\n\n".join([about(result), markdown_table([*header, "update, predicted", "update, measured"], cells)])
+
+
+def sweep_table() -> str:
+    """The measured steps of the sweep, the fastest first, and how the plan's choice compares."""
+    result = read_result(PLANS)
+    rows = sorted(swept(result), key=lambda row: row["measured"]["step_seconds"])
+    if not rows:
+        return "Not measured yet."
+    budget_bytes = SWEPT["budget_gib"] * GIB
+    cells = [
+        [row["flags"]["per_device_train_batch_size"], recomputed(row["flags"]), row["flags"].get("strategy", "single")]
+        + [gib(row["measured"]["device_bytes"]), duration(row["measured"])]
+        + ["yes" if row["measured"]["device_bytes"] <= budget_bytes else "no"]
+        for row in rows
+    ]
+    header = ["rows", "recomputed", "strategy", "device", "update", f"fits {SWEPT['budget_gib']} GiB"]
+    return "\n\n".join([about(result), markdown_table(header, cells), comparison(result)])
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """The choice against the fastest step of the sweep that fits, and against README's."""
+    found = ratios(result)
+    return (
+        f"The plan's choice takes {found['against_fastest']:.2f} of the time of the fastest step of the sweep that "
+        f"fits, and {found['against_readme']:.2f} of that of one row with all layers checkpointed."
+    )
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """The choice's measured seconds over those of others; below 1 it is faster."""
+    chosen = next(plan for plan in result["plans"] if plan["flags"] == SWEPT)["measured"]["step_seconds"]
+    fitting = [row for row in swept(result) if row["measured"]["device_bytes"] <= SWEPT["budget_gib"] * GIB]
+    readme = next(row for row in fitting if is_readme_step(row["flags"]))
+    return {
+        "against_fastest": chosen / min(row["measured"]["step_seconds"] for row in fitting),
+        "against_readme": chosen / readme["measured"]["step_seconds"],
+    }
+
+
+def is_readme_step(flags: dict[str, Any]) -> bool:
+    others = ("checkpoint_num_layers", "checkpoint_num_mlps", "mlp_tiles", "strategy")
+    return README_STEP.items() <= flags.items() and not any(flags.get(name) for name in others)
+
+
+def swept(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result.get("sweep", []) if "failed" not in row["measured"]]
+
+
+def about(result: dict[str, Any]) -> str:
+    machine = result.get("machine", {"gpu": f"planned for {result['gpu']}", "torch": "nothing measured yet"})
+    return f"{machine['gpu']}, PyTorch {machine['torch']}; updates of 8 samples of 2048 tokens with an image."
+
+
+def recomputed(flags: dict[str, Any]) -> str:
+    """What the backward pass recomputes."""
+    if not flags.get("gradient_checkpointing", True):
+        return "nothing"
+    tiles = f", {flags['mlp_tiles']} tiles" if flags.get("mlp_tiles") else ""
+    if flags.get("checkpoint_num_layers") is None:
+        return "all layers" + tiles
+    parts = [(flags["checkpoint_num_layers"], "layers"), (flags["checkpoint_num_mlps"], "MLPs")]
+    return " and ".join(f"{number} {name}" for number, name in parts if number) + tiles
+
+
+def gib(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / GIB:.2f} GiB"

@@ -1,0 +1,118 @@
+"""Whether plans keep their word on a GPU: results/gpu/plans.json and the tables of docs/planner.md.
+
+    python -m benchmarks.plans --mode plan       # needs no GPU; makes the plans anew, a minute or two each
+    python -m benchmarks.plans --mode measure    # needs a GPU of 80 GB; adds the rows that are missing
+
+Small cards are emulated by a limit on what PyTorch may take. The chosen steps are measured under theirs: they must
+stay within it. A sweep of other steps, which a plan could have chosen, is measured without one: those that would have
+fitted say whether a faster step was missed.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_tables import PLANS, SWEPT
+from benchmarks.rows import Rows, RowsConfig, gpu_machine
+from benchmarks.tables import write_tables
+from memory.config import ProbeConfig
+from memory.measure import measure
+from memory.measure_time import measure_time
+from planning.config import SEARCHED, PlanConfig
+from planning.plan import run_plan
+from planning.space import ALL_LAYERS, NO_CHECKPOINTING, checkpointed
+from utils import UserError, check_choice, flag, run_script, write_json
+
+
+SAMPLES = 8  # of an update
+PLANNED = [
+    {"model": model, "budget_gib": budget_gib}
+    for model in ("mgm-2b", "qwen3-vl-2b")
+    for budget_gib in (6, 8, 12, 16, 24)
+]
+CHECKPOINTING = [ALL_LAYERS, checkpointed(9, 0), checkpointed(0, 18), checkpointed(0, 9), NO_CHECKPOINTING]
+SWEEP = [
+    *(
+        {"per_device_train_batch_size": rows, "gradient_accumulation_steps": SAMPLES // rows} | layers
+        for rows in (1, 2, 4, 8)
+        for layers in [*CHECKPOINTING, ALL_LAYERS | {"mlp_tiles": 1}]
+    ),
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "strategy": "zero3", "offload": "param"},
+]
+
+
+@dataclass(kw_only=True)
+class PlansConfig(RowsConfig):
+    mode: str = flag("plan", "plan | measure")
+    gpu: str = flag("h200", "the card on which --mode measure will emulate smaller ones")
+    output: str = str(PLANS)
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("plan", "measure"))
+
+
+def main(config: PlansConfig) -> dict[str, Any]:
+    path = Path(config.output)
+    if config.mode == "plan":
+        result = {"version": 1, "gpu": config.gpu, "plans": [made(flags, config.gpu) for flags in PLANNED]}
+        write_json(path, result)
+    elif not path.exists():
+        raise UserError(f"--output {path}: there are no plans; --mode plan makes them")
+    else:
+        result = measure_rows(path)
+    write_tables()
+    return {"plans": len(result["plans"]), "swept": len(result.get("sweep", [])), "output": config.output}
+
+
+def made(flags: dict[str, Any], gpu: str) -> dict[str, Any]:
+    """A plan's budget, the flags that it has chosen, and what it says of them."""
+    planned = run_plan(plan_config(flags, gpu))
+    chosen = planned["chosen"]
+    found = {name: chosen["config"][name] for name in (*SEARCHED, "offload")}
+    names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "step_seconds", "tokens_per_second")
+    row = {"flags": flags, "chosen": found, "predicted": {name: chosen[name] for name in names}}
+    return row | {"margin_bytes": planned["margin_bytes"], "seconds": planned["seconds"]}
+
+
+def plan_config(flags: dict[str, Any], gpu: str) -> PlanConfig:
+    return PlanConfig(plan=True, gpu=gpu, gradient_accumulation_steps=SAMPLES, eval_samples=0, **flags)
+
+
+def measure_rows(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    rows = Rows(path, {"version": result["version"]}, machine=gpu_machine())
+    rows.result.setdefault("machine", gpu_machine())
+    for plan in rows.result["plans"]:
+        if "measured" not in plan:
+            plan["measured"] = measured_plan(row_config(plan["flags"] | plan["chosen"], result["gpu"]))
+            print(plan, flush=True)
+            rows.write()
+    for flags in rows.missing(SWEEP, "sweep"):
+        config = row_config({"model": SWEPT["model"]} | flags, result["gpu"])
+        rows.add({"flags": flags, "measured": measured_time(config)}, "sweep")
+    return rows.result
+
+
+def measured_plan(config: ProbeConfig) -> dict[str, Any]:
+    """Memory under the budget as a limit, and time."""
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "oom")
+    found = measure(config)
+    return {name: found[name] for name in names} | measured_time(config)
+
+
+def measured_time(config: ProbeConfig) -> dict[str, Any]:
+    """Seconds of an update, and what the device held. A step that fails holds its error."""
+    try:
+        return measure_time(config, config.launch)
+    except RuntimeError as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def row_config(flags: dict[str, Any], gpu: str) -> ProbeConfig:
+    fixed = {"gpu": gpu, "mode": "measure", "device": "cuda", "eval_samples": 0}
+    return ProbeConfig(**fixed | flags)
+
+
+if __name__ == "__main__":
+    run_script(main, PlansConfig)
