@@ -26,12 +26,19 @@ def process_pool(
     preload: str | None = None,
     initializer: Callable[..., None] | None = None,
     initargs: tuple = (),
+    max_tasks_per_child: int | None = None,
 ) -> ProcessPoolExecutor:
     """A ProcessPoolExecutor of fresh processes. `preload`: the module that `forkserver` imports once for all."""
     context = multiprocessing.get_context(method)
     if preload is not None:
         context.set_forkserver_preload([preload])
-    return ProcessPoolExecutor(max_workers, context, initializer=_begin, initargs=(initializer, initargs))
+    return ProcessPoolExecutor(
+        max_workers,
+        context,
+        initializer=_begin,
+        initargs=(initializer, initargs),
+        max_tasks_per_child=max_tasks_per_child,
+    )
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple) -> None:

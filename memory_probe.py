@@ -4,9 +4,10 @@
     python memory_probe.py --model mgm-7b --gpu rtx3060 --max_seq_len 1024 --explain
     python memory_probe.py --mode both --device cpu --model tiny --max_seq_len 64
     python memory_probe.py --calibrate
+    python memory_probe.py --plan --gpu rtx3060 --lock gradient_accumulation_steps=128 --output results/plan
     python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output results/sweep
 
-The last line on stdout is a JSON object. Exit code 3: it does not fit.
+The last line on stdout is a JSON object. Exit code 3: it does not fit, or no plan does.
 """
 
 import sys
@@ -24,16 +25,24 @@ from memory.probe import probe_with_record
 from memory.report import report
 from memory.snapshot import snapshot_bytes
 from memory.sweep import run_sweep
+from planning.config import PlanConfig
+from planning.plan import run_plan
 from utils import check_writable, run_script, write_json, write_whole
 
 
-def main(config: ProbeConfig) -> dict:
+def main(config: PlanConfig) -> dict:
+    if config.output is not None:
+        check_writable("output", Path(config.output))
+    if config.plan:
+        return run_plan(config)
+    return run_probe(config.probe_config)
+
+
+def run_probe(config: ProbeConfig) -> dict:
     if config.calibrate:
         result = calibrate(config)
         print(entry(result), flush=True)
         return result
-    if config.output is not None:
-        check_writable("output", Path(config.output))
     if config.sweep:
         return run_sweep(config)
     result, record = probe_with_record(config)
@@ -59,5 +68,5 @@ def write_output(folder: Path, result: dict, record: PlacedRecord | None) -> Non
 
 
 if __name__ == "__main__":
-    outcome = run_script(main, ProbeConfig)
+    outcome = run_script(main, PlanConfig)
     sys.exit(3 if outcome.get("fits") is False else 0)

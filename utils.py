@@ -209,11 +209,20 @@ def parse_config(config_class: type[Config], argv: list[str]) -> Config:
     if unknown:
         known = [f"--{name}" for name in names]
         raise UserError(f"unknown argument {unknown[0]}: see --help{suggestion(unknown[0], known)}")
+    check_lists_once(config_class, argv)
     default_recipe = getattr(config_class, "default_recipe", None)
     if default_recipe is not None and (path := default_recipe(flags)) is not None:
         words = [*read_recipe(path, names), *words]
     config, *_ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     return config
+
+
+def check_lists_once(config_class: type, argv: list[str]) -> None:
+    """Raise UserError for a flag of several values that stands twice: the second would replace the first."""
+    given = [word.partition("=")[0].replace("-", "_").strip("_") for word in argv if word.startswith("--")]
+    for each in fields(config_class):
+        if "list" in str(each.type) and given.count(each.name) > 1:
+            raise UserError(f"--{each.name}: given twice, write all its values behind one")
 
 
 def flag_parser(config_class: type) -> HfArgumentParser:

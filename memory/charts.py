@@ -64,6 +64,27 @@ def step_chart(record: Record) -> Figure:
     return figure
 
 
+def front_chart(rows: list[dict], front: list[dict], chosen: dict | None, budget_bytes: int) -> Figure:
+    """Tokens a second against GiB: a point for each of `rows`, a line through `front`, a star for `chosen`."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for fits, colour, label in ((True, "#2a78b5", "fits"), (False, "#b0b0b0", "does not fit")):
+        points = [point_of(row) for row in rows if row["fits"] == fits]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), "o", color=colour, markersize=5, label=label)
+    axes.plot(*zip(*map(point_of, front), strict=True), color="#808080", linewidth=1, zorder=0, label="the front")
+    if chosen is not None:
+        axes.plot(*point_of(chosen), "*", color="#d1495b", markersize=15, label="chosen")
+    axes.axvline(budget_bytes / GIB, color="black", linestyle="--", linewidth=1, label="the budget")
+    axes.set_xlabel("GiB on the device")
+    axes.set_ylabel("tokens a second, predicted")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    return figure
+
+
+def point_of(row: dict) -> tuple[float, float]:
+    return row["device_bytes"] / GIB, row["tokens_per_second"]
+
+
 def highest_points(timeline: list[int], max_points: int = MAX_POINTS) -> list[int]:
     """Where to look at a timeline that is longer than can be seen: the highest point of each stretch."""
     stride = max(1, -(-len(timeline) // max_points))

@@ -11,14 +11,14 @@ from benchmarks.tables import DOCUMENTS, with_tables
 from convert_mgm import ConvertConfig
 from data.check import CheckConfig
 from eval import EvalConfig
-from memory.config import ProbeConfig
+from planning.config import PlanConfig
 from train import TrainConfig
 from utils import flag_parser
 
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "memory_probe.py": ProbeConfig}
+SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "memory_probe.py": PlanConfig}
 SCRIPTS |= {"convert_mgm.py": ConvertConfig, "data.check": CheckConfig}
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")
 
@@ -38,7 +38,7 @@ def test_every_file_is_on_the_layout_page():
     links = re.findall(r"^\| \[([\w/]+\.py)\]\(\.\./([\w/]+\.py)\)", (ROOT / "docs/layout.md").read_text(), flags=re.M)
     assert all(f"/{path}".endswith(f"/{name}") for name, path in links)
     listed = [path for _, path in links]
-    folders = ("layers", "chat", "mgm", "models", "data", "memory", "evaluation", "training", "conversion")
+    folders = ("layers", "chat", "mgm", "models", "data", "memory", "planning", "evaluation", "training", "conversion")
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     assert sorted(listed) == sorted(str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py")
 

@@ -12,6 +12,7 @@ FLOORS = (
     ("train",),
     ("training",),
     ("eval", "memory_probe", "convert_mgm"),
+    ("planning",),
     ("evaluation", "memory", "conversion"),
     ("data",),
     ("step",),
@@ -23,7 +24,7 @@ FLOORS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Neither step.py nor what predicts it knows a model by name.
-KNOWS_NO_MODEL = ("train", "training", "memory", "memory_probe", "step")
+KNOWS_NO_MODEL = ("train", "training", "planning", "memory", "memory_probe", "step")
 SOURCES = [path for name in FLOOR for path in [ROOT / f"{name}.py", *(ROOT / name).rglob("*.py")] if path.is_file()]
 
 

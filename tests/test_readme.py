@@ -17,6 +17,7 @@ from convert_mgm import ConvertConfig
 from eval import EvalConfig
 from memory.config import ProbeConfig
 from models.loading import load_processor
+from planning.config import PlanConfig
 from step import StepConfig, build_model
 from train import TrainConfig
 from utils import parse_config
@@ -30,7 +31,7 @@ SCRIPTS = {
     "train.py": TrainConfig,
     "eval.py": EvalConfig,
     "convert_mgm.py": ConvertConfig,
-    "memory_probe.py": ProbeConfig,
+    "memory_probe.py": PlanConfig,
 }
 
 
