@@ -37,10 +37,11 @@ def checkpoint_with_less_work(model: nn.Module) -> None:
     """Give the model's checkpointed layers, and MLPs, this file's checkpointing."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and (layer.gradient_checkpointing or recomputes_mlp(layer)):
-            part = layer.mlp if recomputes_mlp(layer) else layer
+            has_mlp_alone = recomputes_mlp(layer)
+            part = layer.mlp if has_mlp_alone else layer
             is_trained = any(parameter.requires_grad for parameter in part.parameters())
-            unused = layer.mlp if recomputes_mlp(layer) or adds_mlp_to_residual(layer) else None
-            draws = not (part is layer.mlp and takes_tokens_one_by_one(part))  # these have no dropout
+            unused = layer.mlp if has_mlp_alone or adds_mlp_to_residual(layer) else None
+            draws = not (has_mlp_alone and takes_tokens_one_by_one(part))  # these have no dropout
             layer._gradient_checkpointing_func = partial(
                 _run, layer._gradient_checkpointing_func, is_trained, unused, draws
             )
