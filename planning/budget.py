@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from memory.margin import MEMORY_MARGIN
+from memory.margin import device_margin
 from planning.config import PlanConfig
 from planning.predictions import Prediction
 from utils import GIB, size
@@ -34,7 +34,7 @@ class Budget:
 
     def margin_bytes(self, step: Prediction) -> int:
         """By which the measured figure may lie above the predicted one."""
-        return int(step.device_bytes * MEMORY_MARGIN) + self.card_margin_bytes
+        return int(step.device_bytes * margin_of(step)) + self.card_margin_bytes
 
     def needed_bytes(self, step: Prediction) -> int:
         """What must be there of the device's memory; on a GPU without memory of its own, of the computer's."""
@@ -52,3 +52,7 @@ class Budget:
         if self.host_bytes is not None and step.host_bytes > self.host_bytes:
             return f"{size(step.host_bytes - self.host_bytes)} too much for the host"
         return ""
+
+
+def margin_of(step: Prediction) -> float:
+    return device_margin(step.config.strategy, step.config.loss)

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from memory.margin import MEMORY_MARGIN
 from memory.report import as_flags, duration
-from planning.budget import Budget
+from planning.budget import Budget, margin_of
 from planning.config import ALLOWED, SEARCHED, PlanConfig
 from planning.epoch import Epoch
 from planning.front import Front
@@ -95,7 +94,8 @@ def flags_changed(config: PlanConfig, flags: dict[str, Any]) -> dict[str, Any]:
 
 def kept_free(config: PlanConfig, budget: Budget, chosen: Prediction) -> str:
     """The margin, part by part."""
-    parts = [f"{size(chosen.device_bytes * MEMORY_MARGIN)} ({MEMORY_MARGIN:.0%}) for what varies from run to run"]
+    share = margin_of(chosen)
+    parts = [f"{size(chosen.device_bytes * share)} ({share:.0%}) for what the allocator may hold besides"]
     if budget.card_margin_bytes:
         parts.append(f"{size(budget.card_margin_bytes)} because this card has not been measured")
     if budget.reserve_bytes:
