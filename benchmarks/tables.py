@@ -45,7 +45,7 @@ STRATEGIES = {  # the headline's, on one process
 
 
 def gpu_table() -> str:
-    """results/gpu/matrix.json: rows of the present step; below them `earlier`, those of a step before it."""
+    """results/gpu/matrix.json."""
     matrix = read_result(GPU_MATRIX)
     # `--mode measure` adds rows without a prediction: `--mode predict` adds that.
     rows = [row for row in matrix["rows"] if "predicted" in row and not row["measured"].get("oom")]
@@ -54,8 +54,6 @@ def gpu_table() -> str:
         "prediction / measurement - 1. Default: bf16, LoRA r=16, one row of 2048 tokens with an image, checkpointing.",
         *error_rows(rows),
     ]
-    if earlier := matrix.get("earlier"):
-        parts += ["Older rows, measured before the step was made smaller:", *error_rows(earlier)]
     return "\n\n".join(parts)
 
 

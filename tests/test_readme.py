@@ -166,4 +166,4 @@ def test_figures_of_the_prediction():
     assert worst[1]["loss"] == "full" and f"{-worst[0]:.1%} too low (`--loss full`)".replace("%", " %") in text
     assert f"{-worst_zero3[0]:.1%} too low under ZeRO-3".replace("%", " %") in text
     (defaults,) = (row for row in rows if row["flags"] == {"lora_r": 16, "max_seq_len": 2048})
-    assert f"takes {defaults['measured']['device_bytes'] / 2**30:.1f} GiB of an H100" in text
+    assert f"takes {defaults['measured']['device_bytes'] / 2**30:.1f} GiB of an H200" in text
