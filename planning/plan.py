@@ -45,7 +45,7 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
     with bar, Predictions(lambda step, is_known: bar.add(step, budget)) as predictions:
         searcher = Searcher(config, budget, predictions)
         found = search(searcher)
-        epoch = epoch_of(config, found.chosen, predictions) if config.dataset and found.chosen else None
+        epoch = epoch_of(config, budget, found.chosen, predictions) if config.dataset and found.chosen else None
     front = Front.of(searcher.seen)
     lines = plan_lines(config, budget, found, front)
     lines += epoch_lines(epoch) if epoch else []

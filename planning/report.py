@@ -122,6 +122,13 @@ def epoch_lines(epoch: Epoch) -> list[str]:
         lines.append(
             "A preset has no tokenizer: each byte of text was counted as a token, so the real mean is smaller."
         )
+    if (packed := epoch.packed) is not None:
+        flags = f"--packing true --gradient_accumulation_steps {packed.gradient_accumulation_steps}"
+        fits = "fits" if packed.fits else "does not fit"
+        lines.append(
+            f"Packed, they fill {packed.num_rows:,} rows, and an epoch takes {time_words(packed.seconds)}: with "
+            f"{flags} an update has about as many samples. It needs {size(packed.device_bytes)}, which {fits}."
+        )
     return lines
 
 

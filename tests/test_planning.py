@@ -12,11 +12,13 @@ import yaml
 import memory_probe
 from memory.config import ProbeConfig
 from planning import predictions as predictions_module
+from planning.budget import Budget
 from planning.config import PlanConfig
 from planning.epoch import epoch_of
 from planning.front import Front
 from planning.predictions import Prediction, Predictions, key_of
 from planning.recipe import found_flags, launch_command, recipe_text
+from planning.report import epoch_lines
 from step import StepConfig
 from training.config import TrainConfig
 from utils import UserError, parse_config
@@ -203,10 +205,14 @@ def test_an_epoch(tmp_path):
     )
     with Predictions(lambda *_: None, tmp_path) as predictions:
         (chosen,) = predictions.of([planned.probe_config])
-        epoch = epoch_of(planned, chosen, predictions)
+        epoch = epoch_of(planned, Budget.of(planned), chosen, predictions)
     assert epoch.num_updates == -(-epoch.num_samples // 4) > 10
     assert epoch.most_seconds == pytest.approx(epoch.num_updates * chosen.step_seconds)
     assert 20 < epoch.mean_tokens < 64 and epoch.seconds <= epoch.most_seconds and not epoch.counts_bytes
+    packed = epoch.packed  # three samples of 37 tokens to a row of 128
+    assert epoch.num_samples / 4 < packed.num_rows < epoch.num_samples / 2.5
+    assert packed.gradient_accumulation_steps == 1 and packed.fits and packed.seconds > epoch.most_seconds / 4
+    assert any("Packed, they fill" in line for line in epoch_lines(epoch))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
