@@ -12,6 +12,7 @@ from planning.budget import Budget
 from planning.config import PlanConfig
 from planning.predictions import Prediction, Predictions
 from planning.space import changed
+from utils import UserError
 
 
 LENGTH_STEP = 64  # tokens: the mean length is rounded up to a multiple
@@ -89,4 +90,6 @@ def lengths(config: PlanConfig, max_seq_len: int, max_image_pixels: int) -> np.n
     dataset = open_dataset(config.dataset, config.image_folder)
     records = with_lengths(dataset, load_processor(config.model), max_seq_len, max_image_pixels)
     is_fitting = column_values(records, "num_label_tokens") > 0
+    if not is_fitting.any():
+        raise UserError(f"--dataset {config.dataset}: no sample fits --max_seq_len {max_seq_len}, choose a larger one")
     return np.minimum(column_values(records, "num_tokens"), max_seq_len)[is_fitting]

@@ -63,7 +63,8 @@ def checkpointing(step: Prediction) -> str:
     if config.checkpoint_num_layers is None:
         return f"all layers{tiles}"
     parts = [(config.checkpoint_num_layers, "layer"), (config.checkpoint_num_mlps, "MLP")]
-    return " and ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number) + tiles
+    words = " and ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number)
+    return words + tiles if words else "nothing of the decoder"
 
 
 def chosen_lines(config: PlanConfig, budget: Budget, found: Found, front: Front) -> list[str]:

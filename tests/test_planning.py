@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 import memory_probe
+from data.demo import ensure_demo
 from memory.config import ProbeConfig
 from planning import predictions as predictions_module
 from planning.budget import Budget
 from planning.config import PlanConfig
-from planning.epoch import epoch_of
+from planning.epoch import epoch_of, lengths
 from planning.front import Front
 from planning.predictions import Prediction, Predictions, key_of
 from planning.recipe import found_flags, launch_command, recipe_text
@@ -198,8 +199,6 @@ def test_the_front():
 
 def test_an_epoch(tmp_path):
     """Of the demo's own questions: 4 samples an update."""
-    from data.demo import ensure_demo
-
     planned = config(
         model="data/tiny_mgm", gradient_accumulation_steps=4, dataset=str(ensure_demo() / "validation.json")
     )
@@ -213,6 +212,13 @@ def test_an_epoch(tmp_path):
     assert epoch.num_samples / 4 < packed.num_rows < epoch.num_samples / 2.5
     assert packed.gradient_accumulation_steps == 1 and packed.fits and packed.seconds > epoch.most_seconds / 4
     assert any("Packed, they fill" in line for line in epoch_lines(epoch))
+
+
+def test_an_epoch_of_nothing():
+    """Each of the demo's rows needs more positions than 8."""
+    planned = config(model="data/tiny_mgm", max_seq_len=8, dataset=str(ensure_demo() / "validation.json"))
+    with pytest.raises(UserError, match="no sample fits --max_seq_len 8"):
+        lengths(planned, 8, 0)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
