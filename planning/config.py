@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class PlanConfig(ProbeConfig):
         if word in ("quantize", "targets", "rank") and self.lora_r == 0:
             raise UserError(f"--allow {word}: --lora_r 0 trains no adapter, leave one of them out")
 
-    @property
+    @cached_property
     def locked(self) -> dict[str, Any]:
         """The flags of --lock and their values. Raises UserError."""
         for word in self.lock or ():

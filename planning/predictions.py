@@ -1,6 +1,6 @@
 """Predictions of many steps: in parallel processes, each kept on the disk, so that an interrupted plan goes on.
 
-    with Predictions(num_wanted) as predictions:
+    with Predictions(report) as predictions:
         first, second = predictions.of([config, replace(config, per_device_train_batch_size=2)])
         first.device_bytes, first.problem
 
@@ -33,8 +33,8 @@ from utils import GIB, UserError, allocator_settings, quiet_libraries, write_jso
 
 
 ROOT = Path(__file__).parent.parent
-# What a prediction runs, and the packages of which it runs code.
-CODE = ("memory", "step.py", "models", "mgm", "chat", "data", "layers", "utils.py", "accelerate_configs")
+# What a prediction runs, and the packages of which it runs code. A launch config is in the key with what it says.
+CODE = ("memory", "step.py", "models", "mgm", "chat", "data", "layers", "utils.py")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 PROCESS_BYTES = int(1.5 * GIB)  # resident memory of a process that has traced steps of MGM-2B under ZeRO-3: 1.3 GiB
 FIGURES = ("peak_allocated_bytes", "device_bytes", "host_bytes", "step_seconds", "tokens_per_second")
@@ -81,22 +81,22 @@ class Predictions:
     def of(self, configs: Iterable[ProbeConfig]) -> list[Prediction]:
         """A prediction of each, in order."""
         configs = list(configs)
+        keys = [key_of(config) for config in configs]
         found: dict[str, Prediction] = {}
         running: dict[Future, tuple[str, ProbeConfig]] = {}
-        for config in configs:
-            key = key_of(config)
+        for key, config in dict(zip(keys, configs, strict=True)).items():  # each once
             known = self._read(key, config)
             if known is not None:
                 found[key] = known
                 self.report(known, True)
-            elif key not in [each for each, _ in running.values()]:
+            else:
                 running[self.pool_for(config).submit(figures_of, config)] = (key, config)
         for future in as_completed(running):
             key, config = running[future]
             found[key] = Prediction(config, **future.result())
             self._write(key, future.result())
             self.report(found[key], False)
-        return [replace(found[key_of(config)], config=config) for config in configs]
+        return [replace(found[key], config=config) for key, config in zip(keys, configs, strict=True)]
 
     def pool_for(self, config: ProbeConfig) -> ProcessPoolExecutor:
         """DeepSpeed leaves a process that cannot be used again. Others go on, and are faster each time."""
@@ -165,7 +165,6 @@ def code_state() -> list[str]:
     content = hashlib.sha256()
     for name in CODE:
         path = ROOT / name
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix in (".py", ".json", ".yaml"):
-                content.update(file.read_bytes())
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            content.update(file.read_bytes())
     return [content.hexdigest(), platform.python_version(), *map(version, PACKAGES)]

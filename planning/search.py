@@ -146,11 +146,11 @@ class Searcher:
 
     def predict(self, flags: list[Flags]) -> list[Prediction]:
         """A prediction for each, also for flags that cannot be."""
-        configs = [changed(self.config.probe_config, each) for each in flags]
+        typed = self.config.probe_config
+        configs = [changed(typed, each) for each in flags]
         possible = iter(self.predictions.of(each for each in configs if isinstance(each, ProbeConfig)))
         steps = [
-            next(possible) if isinstance(each, ProbeConfig) else Prediction(self.config.probe_config, problem=each)
-            for each in configs
+            next(possible) if isinstance(each, ProbeConfig) else Prediction(typed, problem=each) for each in configs
         ]
         self.seen += steps
         return steps
