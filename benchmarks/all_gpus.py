@@ -127,7 +127,7 @@ def plan_jobs(config: AllGpusConfig, num_gpus: int) -> Iterator[Job]:
     """The chosen steps. `--mode plan` of benchmarks/plans.py has made the plans."""
     rows = plan_rows()
     for plan in (plan for plan in rows.result["plans"] if "measured" not in plan):
-        probed = plans.row_config(plan["flags"] | plan["chosen"], rows.result["gpu"])
+        probed = step_time.row_config("measure", rows.result["gpu"], plan["flags"] | plan["chosen"])
 
         def keep(measured: dict[str, Any], plan: dict[str, Any] = plan) -> None:
             plan["measured"] = measured
@@ -139,8 +139,8 @@ def plan_jobs(config: AllGpusConfig, num_gpus: int) -> Iterator[Job]:
 def sweep_jobs(config: AllGpusConfig, num_gpus: int) -> Iterator[Job]:
     rows = plan_rows()
     for flags in rows.missing(plans.SWEEP, "sweep"):
-        probed = plans.row_config({"model": plans.SWEPT["model"]} | flags, rows.result["gpu"])
-        yield row_job(rows, flags, plans.measured_time, probed, name="sweep")
+        probed = step_time.row_config("measure", rows.result["gpu"], {"model": plans.SWEPT["model"]} | flags)
+        yield row_job(rows, flags, step_time.measure_row, probed, name="sweep")
 
 
 def test_jobs(config: AllGpusConfig, num_gpus: int) -> Iterator[Job]:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from benchmarks.memory_tables import gib
 from benchmarks.rows import RESULTS, read_result
 from memory.report import duration
+from planning.report import checkpointing
 from utils import GIB, markdown_table
 
 
@@ -32,7 +34,7 @@ def plans_table() -> str:
         predicted, measured, chosen = plan["predicted"], plan.get("measured", {}), plan["chosen"]
         cells.append([plan["flags"]["model"], f"{plan['flags']['budget_gib']} GiB"])
         cells[-1] += [chosen["per_device_train_batch_size"], recomputed(chosen), chosen["strategy"]]
-        cells[-1] += [gib(predicted["device_bytes"]), gib(measured.get("device_bytes"))]
+        cells[-1] += [gib(predicted["device_bytes"]), gib(measured["device_bytes"]) if measured else ""]
         cells[-1] += [f"{predicted[PEAK] / measured[PEAK] - 1:+.2%}" if measured else ""]
         cells[-1] += [duration(predicted), duration(measured)]
     return "\n\n".join([about(result), markdown_table([*header, "update, predicted", "update, measured"], cells)])
@@ -97,15 +99,7 @@ def about(result: dict[str, Any]) -> str:
 
 
 def recomputed(flags: dict[str, Any]) -> str:
-    """What the backward pass recomputes."""
-    if not flags.get("gradient_checkpointing", True):
-        return "nothing"
-    tiles = f", MLPs in {flags['mlp_tiles']}" if flags.get("mlp_tiles") else ""
-    if flags.get("checkpoint_num_layers") is None:
-        return "all layers" + tiles
-    parts = [(flags["checkpoint_num_layers"], "layers"), (flags["checkpoint_num_mlps"], "MLPs")]
-    return " and ".join(f"{number} {name}" for number, name in parts if number) + tiles
-
-
-def gib(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / GIB:.2f} GiB"
+    """What the backward pass recomputes, and whether MLPs are kept whole where a step would choose tiles."""
+    return checkpointing({"gradient_checkpointing": True} | flags) + (
+        ", MLPs whole" if flags.get("mlp_tiles") == 1 else ""
+    )

@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.plan_tables import PLANS, SWEPT
 from benchmarks.rows import Rows, RowsConfig, gpu_machine
+from benchmarks.step_time import measure_row, row_config
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.measure import measure
-from memory.measure_time import measure_time
 from planning.config import SEARCHED, PlanConfig
 from planning.plan import run_plan
 from planning.space import ALL_LAYERS, NO_CHECKPOINTING, checkpointed
@@ -85,12 +85,12 @@ def measure_rows(path: Path) -> dict[str, Any]:
     rows.result.setdefault("machine", gpu_machine())
     for plan in rows.result["plans"]:
         if "measured" not in plan:
-            plan["measured"] = measured_plan(row_config(plan["flags"] | plan["chosen"], result["gpu"]))
+            plan["measured"] = measured_plan(row_config("measure", result["gpu"], plan["flags"] | plan["chosen"]))
             print(plan, flush=True)
             rows.write()
     for flags in rows.missing(SWEEP, "sweep"):
-        config = row_config({"model": SWEPT["model"]} | flags, result["gpu"])
-        rows.add({"flags": flags, "measured": measured_time(config)}, "sweep")
+        config = row_config("measure", result["gpu"], {"model": SWEPT["model"]} | flags)
+        rows.add({"flags": flags, "measured": measure_row(config)}, "sweep")
     return rows.result
 
 
@@ -98,20 +98,7 @@ def measured_plan(config: ProbeConfig) -> dict[str, Any]:
     """Memory under the budget as a limit, and time."""
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "oom")
     found = measure(config)
-    return {name: found[name] for name in names} | measured_time(config)
-
-
-def measured_time(config: ProbeConfig) -> dict[str, Any]:
-    """Seconds of an update, and what the device held. A step that fails holds its error."""
-    try:
-        return measure_time(config, config.launch)
-    except RuntimeError as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
-
-
-def row_config(flags: dict[str, Any], gpu: str) -> ProbeConfig:
-    fixed = {"gpu": gpu, "mode": "measure", "device": "cuda", "eval_samples": 0}
-    return ProbeConfig(**fixed | flags)
+    return {name: found[name] for name in names} | measure_row(config)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,15 @@ def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
             result |= compare(result["peak_allocated_bytes"], measured["peak_allocated_bytes"])
             measured = {"measured": measured}
         result |= measured
-    result["checkpoint_bytes"] = checkpoint_bytes(trained_shapes(config), config.optim, config.world_size)
+    result["checkpoint_bytes"] = predicted_checkpoint_bytes(config)
     result["budget_bytes"] = config.budget_bytes
     result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
     return result | {"seconds": time.monotonic() - start}, record
+
+
+def predicted_checkpoint_bytes(config: ProbeConfig) -> int:
+    """Bytes of a checkpoint on the disk."""
+    return checkpoint_bytes(trained_shapes(config), config.optim, config.world_size)
 
 
 def compare(predicted_bytes: int, measured_bytes: int) -> dict[str, float]:

@@ -12,12 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from memory.charts import front_chart
-from memory.config import ProbeConfig
-from memory.disk import checkpoint_bytes
 from memory.page import Front as PageFront
 from memory.page import step_page
-from memory.probe import probe_with_record
-from memory.trace import trained_shapes
+from memory.probe import predicted_checkpoint_bytes, probe_with_record
 from planning.budget import Budget
 from planning.config import PlanConfig
 from planning.epoch import epoch_of
@@ -49,7 +46,7 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
     front = Front.of(searcher.seen)
     lines = plan_lines(config, budget, found, front)
     lines += epoch_lines(epoch) if epoch else []
-    disk_bytes = disk_bytes_of(found.chosen.config) if found.chosen else None
+    disk_bytes = predicted_checkpoint_bytes(found.chosen.config) if found.chosen else None
     lines += [f"A checkpoint takes {size(disk_bytes)} of the disk."] if disk_bytes else []
     print(*lines, sep="\n", flush=True)
     result = {
@@ -71,11 +68,6 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
     elif found.chosen is not None:
         print(f"Run it: {launch_command(config, found.chosen, None)}", flush=True)
     return result
-
-
-def disk_bytes_of(config: ProbeConfig) -> int:
-    """Bytes of a checkpoint."""
-    return checkpoint_bytes(trained_shapes(config), config.optim, config.world_size)
 
 
 def row(step: Prediction, budget: Budget) -> dict[str, Any]:
@@ -131,5 +123,7 @@ class Progress:
             self.best = step
             rows = step.config.per_device_train_batch_size
             words = f"{step.tokens_per_second:,.0f} tokens/s in {size(step.device_bytes)}"
-            self.bar.set_postfix_str(f"best so far {words}: {rows} rows, checkpointed: {checkpointing(step)}")
+            self.bar.set_postfix_str(
+                f"best so far {words}: {rows} rows, checkpointed: {checkpointing(vars(step.config))}"
+            )
         self.bar.update()

@@ -44,25 +44,25 @@ def cells(step: Prediction, budget: Budget, is_chosen: bool) -> list[Any]:
     return [
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
-        checkpointing(step),
+        checkpointing(vars(config)),
         config.strategy,
         size(step.device_bytes),
         size(step.host_bytes),
-        duration({"step_seconds": step.step_seconds}),
+        duration(vars(step)),
         f"{step.tokens_per_second:,.0f}",
         verdict,
     ]
 
 
-def checkpointing(step: Prediction) -> str:
-    """Which layers recompute what."""
-    config = step.config
-    if not config.gradient_checkpointing:
+def checkpointing(flags: dict[str, Any]) -> str:
+    """Which layers recompute what, by a step's flags."""
+    if not flags["gradient_checkpointing"]:
         return "nothing"
-    tiles = f", MLPs in {config.mlp_tiles} tiles" if config.mlp_tiles > 1 else ""
-    if config.checkpoint_num_layers is None:
+    number_of_tiles = flags.get("mlp_tiles", 0)
+    tiles = f", MLPs in {number_of_tiles} tiles" if number_of_tiles > 1 else ""
+    if flags.get("checkpoint_num_layers") is None:
         return f"all layers{tiles}"
-    parts = [(config.checkpoint_num_layers, "layer"), (config.checkpoint_num_mlps, "MLP")]
+    parts = [(flags["checkpoint_num_layers"], "layer"), (flags["checkpoint_num_mlps"], "MLP")]
     words = " and ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number)
     return words + tiles if words else "nothing of the decoder"
 
@@ -71,7 +71,7 @@ def chosen_lines(config: PlanConfig, budget: Budget, found: Found, front: Front)
     chosen = found.chosen
     names = [*SEARCHED, *ALLOWED.values()]
     flags = {name: getattr(chosen.config, name) for name in names}
-    lines = [f"Chosen: {as_flags(flags_changed(config, flags))}".rstrip(": ") or "Chosen: the flags as they are"]
+    lines = [f"Chosen: {as_flags(flags_changed(config, flags))}".rstrip(": ")]
     if found.changes:
         before = {name: getattr(config, name) for name in found.changes}
         lines.append(
@@ -84,7 +84,7 @@ def chosen_lines(config: PlanConfig, budget: Budget, found: Found, front: Front)
     else:
         lines.append(
             f"The next faster one ({blocked.config.per_device_train_batch_size} rows, checkpointed: "
-            f"{checkpointing(blocked)}) does not fit: {budget.excess(blocked)}."
+            f"{checkpointing(vars(blocked.config))}) does not fit: {budget.excess(blocked)}."
         )
     return lines
 
