@@ -120,6 +120,20 @@ def size(nbytes: float) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.2f} MiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """The number and its noun: 1 row, 2 rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def flag_words(flags: dict[str, Any]) -> list[str]:
+    """Flags as words of a command line. None, a default that depends on other things, is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
@@ -244,13 +258,10 @@ def read_recipe(path: str | Path, names: set[str]) -> list[str]:
         raise UserError(f"--recipe {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(recipe, dict):
         raise UserError(f"--recipe {path}: expected lines of 'flag: value'")
-    words = []
-    for name, value in recipe.items():
+    for name in recipe:
         if name not in names:
             raise UserError(f"--recipe {path}: unknown key {name!r}: see --help for the flags")
-        if value is not None:  # null: the default
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
+    return flag_words(recipe)
 
 
 def _raise_user_error(message: str) -> NoReturn:

@@ -5,7 +5,8 @@
 
 Small cards are emulated by a limit on what PyTorch may take. The chosen steps are measured under theirs: they must
 stay within it. A sweep of other steps, which a plan could have chosen, is measured without one: those that would have
-fitted say whether a faster step was missed.
+fitted say whether a faster step was missed. The fastest of them and the choice then take turns: a host's speed changes
+from one minute to the next.
 """
 
 import json
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_tables import PLANS, SWEPT
+from benchmarks.plan_tables import PLANS, SWEPT, choice, fitting, is_readme_step
 from benchmarks.rows import Rows, RowsConfig, gpu_machine
 from benchmarks.step_time import measure_row, row_config
 from benchmarks.tables import write_tables
@@ -26,6 +27,7 @@ from utils import UserError, check_choice, flag, run_script, write_json
 
 
 SAMPLES = 8  # of an update
+NUM_TURNS, NUM_RIVALS = 2, 3
 PLANNED = [
     {"model": model, "budget_gib": budget_gib}
     for model in ("mgm-2b", "qwen3-vl-2b")
@@ -69,7 +71,7 @@ def made(flags: dict[str, Any], gpu: str) -> dict[str, Any]:
     """A plan's budget, the flags that it has chosen, and what it says of them."""
     planned = run_plan(plan_config(flags, gpu))
     chosen = planned["chosen"]
-    found = {name: chosen["config"][name] for name in (*SEARCHED, "offload")}
+    found = {name: chosen["config"][name] for name in SEARCHED}
     names = ("peak_allocated_bytes", "device_bytes", "host_bytes", "step_seconds", "tokens_per_second")
     row = {"flags": flags, "chosen": found, "predicted": {name: chosen[name] for name in names}}
     return row | {"margin_bytes": planned["margin_bytes"], "seconds": planned["seconds"]}
@@ -91,7 +93,24 @@ def measure_rows(path: Path) -> dict[str, Any]:
     for flags in rows.missing(SWEEP, "sweep"):
         config = row_config("measure", result["gpu"], {"model": SWEPT["model"]} | flags)
         rows.add({"flags": flags, "measured": measure_row(config)}, "sweep")
+    turns = rows.result.setdefault("turns", [])
+    while len(turns) < NUM_TURNS:
+        turns.append(one_turn(rows.result, is_backward=len(turns) % 2 == 1))
+        rows.write()
     return rows.result
+
+
+def one_turn(result: dict[str, Any], is_backward: bool) -> list[dict[str, Any]]:
+    """The choice, README's step and the sweep's fastest ones that fit, one after the other."""
+    steps = [row["flags"] for row in sorted(fitting(result), key=lambda row: row["measured"]["step_seconds"])]
+    steps = [choice(result)["chosen"], next(filter(is_readme_step, steps)), *steps[:NUM_RIVALS]]
+    configs = [row_config("measure", result["gpu"], {"model": SWEPT["model"]} | flags) for flags in steps]
+    turn = [
+        {"flags": flags, "measured": measure_row(config)}
+        for flags, config in list(zip(steps, configs, strict=True))[:: -1 if is_backward else 1]
+    ]
+    print(turn, flush=True)
+    return turn
 
 
 def measured_plan(config: ProbeConfig) -> dict[str, Any]:

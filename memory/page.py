@@ -1,7 +1,7 @@
 """A page to look inside a prediction: one HTML file that a browser opens without a server or a network.
 
 It shows the settings and the verdict, the memory event by event and by category, and which tensors are alive at any
-place and at the peak; of several settings to choose from, also those (Front). memory/step_page.html is the template.
+place and at the peak; of several settings to choose from, also those (Choices). memory/step_page.html is the template.
 """
 
 import json
@@ -25,7 +25,7 @@ MAX_TENSORS = 20_000
 
 
 @dataclass(frozen=True)
-class Front:
+class Choices:
     """Settings to choose from. A row has `config`, `device_bytes`, `host_bytes`, `fits`, and `step_seconds` and
     `tokens_per_second`, which may be None. `keys`: the flags that tell the rows apart."""
 
@@ -35,7 +35,7 @@ class Front:
     keys: list[str]
 
 
-def step_page(result: dict[str, Any], record: Record, front: Front | None = None) -> str:
+def step_page(result: dict[str, Any], record: Record, choices: Choices | None = None) -> str:
     """The page of a prediction (memory.probe's result) and the record of the device that it comes from."""
     data = {
         "title": title(result),
@@ -44,7 +44,7 @@ def step_page(result: dict[str, Any], record: Record, front: Front | None = None
         "figures": [*totals(result), *time_text(result)],
         "notes": result.get("notes", []),
         "settings": [[f"--{name}", _text(value)] for name, value in result["config"].items() if value is not None],
-        "front": front and _front_data(front),
+        "front": choices and _front_data(choices),
         **record_data(record),
     }
     # No text can end the script element that holds it: "<" is written as an escape.
@@ -117,20 +117,20 @@ def _scale(num_events: int, num_points: int, num_alive: int, listed: set[Allocat
     return text
 
 
-def _front_data(front: Front) -> dict[str, Any]:
+def _front_data(choices: Choices) -> dict[str, Any]:
     rows = [
         {
-            "settings": [_text(row["config"][key]) for key in front.keys],
+            "settings": [_text(row["config"][key]) for key in choices.keys],
             "device": row["device_bytes"],
             "host": row["host_bytes"],
             "duration": duration(row),
             "tokens": row["tokens_per_second"],
             "fits": row["fits"],
         }
-        for row in front.rows
+        for row in choices.rows
     ]
-    chosen = front.rows.index(front.chosen)
-    return {"keys": front.keys, "rows": rows, "chosen": chosen, "budget": front.budget_bytes}
+    chosen = choices.rows.index(choices.chosen)
+    return {"keys": choices.keys, "rows": rows, "chosen": chosen, "budget": choices.budget_bytes}
 
 
 def _text(value: Any) -> str:

@@ -1,10 +1,11 @@
 """What people read: the verdict and a table for one configuration, Markdown for many."""
 
+import shlex
 from typing import Any
 
 from memory.cards import GPUS
 from memory.categories import TITLES
-from utils import MIB, markdown_table, size
+from utils import MIB, counted, flag_words, markdown_table, size
 
 
 BAR_WIDTH = 24  # characters
@@ -32,7 +33,7 @@ def title(result: dict) -> str:
     config = result["config"]
     lora = f"LoRA r={config['lora_r']}" if config["lora_r"] else "full fine-tuning"
     rows = f"{config['per_device_train_batch_size']} x {config['max_seq_len']} tokens"
-    images = f"{config['images_per_sample']} image{'s' * (config['images_per_sample'] != 1)} a row"
+    images = f"{counted(config['images_per_sample'], 'image')} a row"
     checkpointing = "checkpointing" if config["gradient_checkpointing"] else "no checkpointing"
     how = {"predict": "predicted", "measure": "measured", "both": "predicted and measured"}[result["mode"]]
     parts = [lora, config["mixed_precision"], rows, images, checkpointing, config["attn_implementation"]]
@@ -118,4 +119,5 @@ def sweep_table(rows: list[dict], keys: list[str]) -> str:
 
 
 def as_flags(changes: dict[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in changes.items() if value is not None)
+    """As one would type them."""
+    return shlex.join(flag_words(changes))

@@ -275,6 +275,12 @@ def check_no_adapter(name: str) -> None:
     )
 
 
+def supports_gradient_checkpointing(model: str) -> bool:
+    config = load_config(model)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if is_text_only(config) else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return mapping[type(config)].supports_gradient_checkpointing
+
+
 def num_decoder_layers(model: str) -> int:
     return load_config(model).get_text_config().num_hidden_layers
 

@@ -23,6 +23,8 @@ ALLOWED = {
     "pixels": "max_image_pixels",
     "length": "max_seq_len",
 }
+OF_ADAPTER = ("quantize", "targets", "rank")  # words of --allow that only LoRA knows
+CHANGES = (*ALLOWED.values(), "lora_alpha")  # the flags that --allow changes: lora_alpha goes with the rank
 # What a plan changes by itself: none of it changes what is learnt.
 SEARCHED = (
     "per_device_train_batch_size",
@@ -32,6 +34,7 @@ SEARCHED = (
     "checkpoint_num_mlps",
     "mlp_tiles",
     "strategy",
+    "offload",
 )
 # Together they say how many samples an update has: that stays, the two may change.
 SAMPLES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -41,7 +44,9 @@ SAMPLES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 class PlanConfig(ProbeConfig):
     plan: bool = flag(False, "find the fastest step that fits --gpu, without changing what is learnt")
     lock: list[str] | None = flag(None, "FLAG=VALUE ...: with --plan, what must stay as it is")
-    allow: list[str] | None = flag(None, f"{' '.join(ALLOWED)}: with --plan, what may change if nothing else fits")
+    allow: list[str] | None = flag(
+        None, f"{' '.join(ALLOWED)}: with --plan, what may change if nothing fits without host memory"
+    )
     reserve_gib: float = flag(0.0, "with --plan, GiB to leave free on the device: 0.5 to 1 where a screen is on it")
     host_gib: float | None = flag(None, "with --plan, GiB of host RAM that a run may use; default: without limit")
     dataset: str | None = flag(None, "with --plan, your data, as train.py takes it: an epoch's time is told")
@@ -51,8 +56,7 @@ class PlanConfig(ProbeConfig):
         if self.plan:
             self._check_beside_plan()
             self.mode = "predict"
-            if (self.world_size or 1) > 1 and self.strategy == "single" and self.config_file is None:
-                self.strategy = "ddp"
+            self._take_locked()
         else:
             self._check_without_plan()
         super().__post_init__()
@@ -69,9 +73,8 @@ class PlanConfig(ProbeConfig):
                 raise UserError(f"--{name}: not with --plan, leave one of them out")
 
     def _check_without_plan(self) -> None:
-        defaults = {each.name: each.default for each in fields(PlanConfig)}
         for name in ("lock", "allow", "reserve_gib", "host_gib", "dataset", "image_folder"):
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) != DEFAULTS[name]:
                 raise UserError(f"--{name}: it belongs to --plan, give that too or leave it out")
 
     def _check_plan(self) -> None:
@@ -80,45 +83,55 @@ class PlanConfig(ProbeConfig):
             raise UserError(f"--host_gib {self.host_gib}: it must be above 0, and finite")
         if self.image_folder is not None and self.dataset is None:
             raise UserError("--image_folder: it is that of --dataset, give that too")
-        locked = self.locked
-        for name, value in locked.items():
-            setattr(self, name, value)
-        super().__post_init__()  # what is locked is checked like what is typed
         for word in self.allow or ():
-            self._check_allowed(word, locked)
+            self._check_allowed(word)
         self.launch_file(self.launch)
 
-    def _check_allowed(self, word: str, locked: dict[str, Any]) -> None:
+    def _take_locked(self) -> None:
+        """What is locked is then checked like what is typed."""
+        for name, value in self.locked.items():
+            typed = getattr(self, name)
+            if typed not in (value, DEFAULTS[name]):
+                raise UserError(f"--lock {name}={value}: --{name} {typed} is typed too, leave one of them out")
+            setattr(self, name, value)
+
+    def _check_allowed(self, word: str) -> None:
         if word not in ALLOWED:
             raise UserError(f"--allow {word}: choose of {', '.join(ALLOWED)}")
-        if ALLOWED[word] in locked:
+        if ALLOWED[word] in self.locked:
             raise UserError(f"--allow {word}: --lock keeps {ALLOWED[word]}, leave one of them out")
-        if word in ("quantize", "targets", "rank") and self.lora_r == 0:
+        if word in OF_ADAPTER and self.lora_r == 0:
             raise UserError(f"--allow {word}: --lora_r 0 trains no adapter, leave one of them out")
 
     @cached_property
     def locked(self) -> dict[str, Any]:
         """The flags of --lock and their values. Raises UserError."""
-        for word in self.lock or ():
-            if word.partition("=")[0].replace("-", "_") in ("gpu", "budget_gib", "mode", "device", "output"):
+        names = [word.partition("=")[0].replace("-", "_") for word in self.lock or ()]
+        for word, name in zip(self.lock or (), names, strict=True):
+            if name in ("gpu", "budget_gib", "mode", "device", "output"):
                 raise UserError(f"--lock {word}: a plan does not change it, give it as a flag of its own")
+            if names.count(name) > 1:
+                raise UserError(f"--lock {word}: {name} is locked twice, leave one of them out")
         try:
             grid = parse_grid(self.lock or [])
         except UserError as error:
             raise UserError(str(error).replace("--sweep", "--lock").replace("VALUE,VALUE", "VALUE")) from None
         for name, values in grid.items():
             if len(values) > 1:
-                raise UserError(f"--lock {name}={','.join(map(str, values))}: one value, of several the last is lost")
+                raise UserError(f"--lock {name}={','.join(map(str, values))}: give it one value")
         return {name: values[0] for name, values in grid.items()}
 
     def stays(self, name: str) -> bool:
         """Whether a plan must keep the flag: it is locked, or was typed with another value than its default."""
         if name in self.locked:
             return True
-        default = {each.name: each.default for each in fields(PlanConfig)}[name]
-        if name == "strategy":
-            default = "single" if self.world_size == 1 else "ddp"
+        # One process is single by default, several are typed as ddp.
+        default = "ddp" if name == "strategy" and self.world_size > 1 else DEFAULTS[name]
         return name not in SAMPLES and getattr(self, name) != default
+
+    @property
+    def keeps_strategy(self) -> bool:
+        return any(self.stays(name) for name in ("strategy", "offload", "config_file"))
 
     @property
     def card(self) -> Gpu:
@@ -150,6 +163,12 @@ class PlanConfig(ProbeConfig):
                 f"Choose one of {choices}, or name your own file with --config_file"
             )
         return known[strategy.name, strategy.offload]
+
+
+DEFAULTS = {
+    each.name: each.default_factory() if callable(each.default_factory) else each.default
+    for each in fields(PlanConfig)
+}
 
 
 def launch_files() -> Iterator[tuple[tuple[str, str], str]]:

@@ -4,15 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.dataset import open_dataset
-from data.lengths import column_values, with_lengths
 from data.packing import pack
-from models.loading import is_preset, load_processor
+from models.loading import is_preset
 from planning.budget import Budget
 from planning.config import PlanConfig
+from planning.dataset import measured_records, num_tokens
 from planning.predictions import Prediction, Predictions
 from planning.space import changed
-from utils import UserError
 
 
 LENGTH_STEP = 64  # tokens: the mean length is rounded up to a multiple
@@ -47,28 +45,29 @@ class Packed:
 def epoch_of(config: PlanConfig, budget: Budget, chosen: Prediction, predictions: Predictions) -> Epoch:
     """Opens the data set, as train.py would, and counts its tokens. Raises UserError as train.py does."""
     step = chosen.config
-    num_tokens = lengths(config, step.max_seq_len, step.max_image_pixels)
-    num_updates = -(-len(num_tokens) // (config.samples_per_update * step.world_size))
-    mean_tokens = int(np.ceil(num_tokens.mean()))
-    length = min(-(-mean_tokens // LENGTH_STEP) * LENGTH_STEP, step.max_seq_len)
+    lengths = num_tokens(measured_records(config, step.max_seq_len, step.max_image_pixels), step.max_seq_len)
+    num_rows = len(pack(lengths, step.max_seq_len, step.seed)) if step.packing else len(lengths)
+    num_updates = -(-num_rows // (config.samples_per_update * step.world_size))
+    mean_tokens = int(np.ceil(lengths.mean()))
+    length = step.max_seq_len if step.packing else min(-(-mean_tokens // LENGTH_STEP) * LENGTH_STEP, step.max_seq_len)
     (mean_step,) = predictions.of([replace(step, max_seq_len=length)])
     return Epoch(
-        num_samples=len(num_tokens),
+        num_samples=len(lengths),
         num_updates=num_updates,
         mean_tokens=mean_tokens,
         most_seconds=num_updates * chosen.step_seconds,
         seconds=None if mean_step.problem else num_updates * mean_step.step_seconds,
         counts_bytes=is_preset(config.model),
-        packed=None if config.stays("packing") else packed(chosen, budget, num_tokens, predictions),
+        packed=None if step.packing or config.stays("packing") else packed(chosen, budget, lengths, predictions),
     )
 
 
-def packed(chosen: Prediction, budget: Budget, num_tokens: np.ndarray, predictions: Predictions) -> Packed | None:
+def packed(chosen: Prediction, budget: Budget, lengths: np.ndarray, predictions: Predictions) -> Packed | None:
     """The chosen step on packed rows. None: an update's samples fill no row, or the model or its attention cannot keep
     them apart."""
     step = chosen.config
-    num_rows = len(pack(num_tokens, step.max_seq_len, step.seed))
-    num_steps = round(step.gradient_accumulation_steps * num_rows / len(num_tokens))
+    num_rows = len(pack(lengths, step.max_seq_len, step.seed))
+    num_steps = round(step.gradient_accumulation_steps * num_rows / len(lengths))
     wanted = changed(step, {"packing": True, "gradient_accumulation_steps": max(num_steps, 1)})
     if not num_steps or isinstance(wanted, str):
         return None
@@ -83,13 +82,3 @@ def packed(chosen: Prediction, budget: Budget, num_tokens: np.ndarray, predictio
         device_bytes=found.device_bytes,
         fits=budget.fits(found),
     )
-
-
-def lengths(config: PlanConfig, max_seq_len: int, max_image_pixels: int) -> np.ndarray:
-    """The tokens of each sample that train.py would train on, at most `max_seq_len`."""
-    dataset = open_dataset(config.dataset, config.image_folder)
-    records = with_lengths(dataset, load_processor(config.model), max_seq_len, max_image_pixels)
-    is_fitting = column_values(records, "num_label_tokens") > 0
-    if not is_fitting.any():
-        raise UserError(f"--dataset {config.dataset}: no sample fits --max_seq_len {max_seq_len}, choose a larger one")
-    return np.minimum(column_values(records, "num_tokens"), max_seq_len)[is_fitting]

@@ -12,11 +12,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from memory.charts import front_chart
-from memory.page import Front as PageFront
-from memory.page import step_page
+from memory.page import Choices, step_page
 from memory.probe import predicted_checkpoint_bytes, probe_with_record
 from planning.budget import Budget
 from planning.config import PlanConfig
+from planning.dataset import with_images_of_dataset
 from planning.epoch import epoch_of
 from planning.front import Front
 from planning.predictions import Prediction, Predictions
@@ -24,7 +24,7 @@ from planning.recipe import launch_command, recipe_text
 from planning.report import checkpointing, epoch_lines, plan_lines
 from planning.search import Found, Searcher, search
 from step import check_model
-from utils import size, write_json, write_whole
+from utils import counted, size, write_json, write_whole
 
 
 RECIPE, PAGE, PICTURE, RECORD = "chosen.yaml", "plan.html", "plan.png", "plan.json"
@@ -38,6 +38,8 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     check_model(config.probe_config)
+    if config.dataset is not None:
+        config = with_images_of_dataset(config)
     budget, bar = Budget.of(config), Progress()
     with bar, Predictions(lambda step, is_known: bar.add(step, budget)) as predictions:
         searcher = Searcher(config, budget, predictions)
@@ -82,20 +84,26 @@ def write_plan(
 ) -> None:
     """The result, the picture of the front, and of the chosen step the recipe and the page. Where nothing fits, those
     of an earlier plan are taken away."""
-    write_json(folder / RECORD, result)
     best = [row(step, budget) for step in front.best]
     picture = front_chart(result["plan"], best, result["chosen"], result["budget_bytes"])
+    # The page takes seconds, so it is made first: an interruption leaves an earlier plan whole.
+    page = None if found.chosen is None else page_of(found.chosen, result)
+    for name in (RECIPE, PAGE):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / RECORD, result)
     picture.savefig(folder / PICTURE, dpi=120)
-    if found.chosen is None:
-        for name in (RECIPE, PAGE):
-            (folder / name).unlink(missing_ok=True)
+    if page is None:
         print(f"Saved to {folder}", flush=True)
         return
-    probed, record = probe_with_record(found.chosen.config)
-    page_front = PageFront(result["plan"], result["chosen"], result["budget_bytes"], differing(result["plan"]))
-    write_whole(folder / PAGE, step_page(probed, record.device, page_front).encode())
+    write_whole(folder / PAGE, page.encode())
     write_whole(folder / RECIPE, recipe_text(config, found.chosen, folder / RECIPE).encode())
     print(f"Saved to {folder}. Run it: {launch_command(config, found.chosen, folder / RECIPE)}", flush=True)
+
+
+def page_of(chosen: Prediction, result: dict[str, Any]) -> str:
+    probed, record = probe_with_record(chosen.config)
+    choices = Choices(result["plan"], result["chosen"], result["budget_bytes"], differing(result["plan"]))
+    return step_page(probed, record.device, choices)
 
 
 def differing(rows: list[dict[str, Any]]) -> list[str]:
@@ -121,9 +129,7 @@ class Progress:
         fits = budget.fits(step)
         if fits and (self.best is None or step.tokens_per_second > self.best.tokens_per_second):
             self.best = step
-            rows = step.config.per_device_train_batch_size
+            rows = counted(step.config.per_device_train_batch_size, "row")
             words = f"{step.tokens_per_second:,.0f} tokens/s in {size(step.device_bytes)}"
-            self.bar.set_postfix_str(
-                f"best so far {words}: {rows} rows, checkpointed: {checkpointing(vars(step.config))}"
-            )
+            self.bar.set_postfix_str(f"best so far {words}: {rows}, checkpointed: {checkpointing(vars(step.config))}")
         self.bar.update()

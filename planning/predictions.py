@@ -5,18 +5,20 @@
         first.device_bytes, first.problem
 
 A prediction is kept under all that it depends on: the flags, the model's files, this code, the libraries' versions
-and the allocator's settings. A step that is refused is kept too, with its problem.
+and the allocator's settings. A step that is refused is not kept: why may depend on more, such as what is installed.
 """
 
 import hashlib
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,9 @@ class Predictions:
                 running[self.pool_for(config).submit(figures_of, config)] = (key, config)
         for future in as_completed(running):
             key, config = running[future]
-            found[key] = Prediction(config, **future.result())
-            self._write(key, future.result())
+            found[key] = Prediction(config, **result_of(future))
+            if found[key].problem is None:
+                self._write(key, future.result())
             self.report(found[key], False)
         return [replace(found[key], config=config) for key, config in zip(keys, configs, strict=True)]
 
@@ -122,6 +125,16 @@ class Predictions:
             pass
 
 
+def result_of(future: Future) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that predicts was killed, most likely because RAM ran out: close other programs and start the "
+            "plan again, it goes on where it was"
+        ) from None
+
+
 def figures_of(config: ProbeConfig) -> dict[str, Any]:
     """For a process of the pool."""
     quiet_libraries()
@@ -140,8 +153,13 @@ def num_processes() -> int:
 
 
 def cache_folder() -> Path:
-    """The user's own folder of caches, as the XDG base directory specification names it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory_probe"
+    """The user's own folder of caches, as the XDG base directory specification names it; without a home, one that goes
+    with the next start of the computer."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir())
+    return folder / "memory_probe"
 
 
 def key_of(config: ProbeConfig) -> str:
@@ -167,4 +185,12 @@ def code_state() -> list[str]:
         path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             content.update(file.read_bytes())
-    return [content.hexdigest(), platform.python_version(), *map(version, PACKAGES)]
+    return [content.hexdigest(), platform.python_version(), *map(version_of, PACKAGES)]
+
+
+def version_of(package: str) -> str | None:
+    """None: it is not installed, which not every prediction needs."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

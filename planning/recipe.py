@@ -1,7 +1,9 @@
 """The chosen step as a recipe for train.py, and the command that runs it."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -9,6 +11,7 @@ from models.loading import is_preset
 from planning.config import SEARCHED, PlanConfig
 from planning.predictions import Prediction
 from step import StepConfig
+from utils import counted, flag_words
 
 
 FIRST = ("model", "dataset", "image_folder")
@@ -21,10 +24,9 @@ def recipe_text(config: PlanConfig, chosen: Prediction, recipe: Path) -> str:
     found = [name for name in SEARCHED if name in flags]
     groups = (FIRST, found, [name for name in flags if name not in (*FIRST, *found)])
     comments = ("", "# What the plan has found:", "# As you gave it, or by default:")
-    width, height = chosen.config.photo_size
     lines = [
         f"# Planned for {config.card.title}: rows of {chosen.config.max_seq_len} tokens with "
-        f"{chosen.config.images_per_sample} image{'s' * (chosen.config.images_per_sample != 1)} of {width}x{height}.",
+        f"{counted(chosen.config.images_per_sample, 'image')} of {chosen.config.image_size}.",
         f"#   {launch_command(config, chosen, recipe)}",
     ]
     if is_preset(config.model):
@@ -39,17 +41,20 @@ def recipe_text(config: PlanConfig, chosen: Prediction, recipe: Path) -> str:
 def launch_command(config: PlanConfig, chosen: Prediction, recipe: Path | None) -> str:
     """The command that trains with the chosen step; without a recipe, with the flags that the plan has found."""
     strategy = chosen.config.launch
-    processes = f" --num_processes {strategy.world_size}" if strategy.world_size > 1 else ""
-    flags = f"--recipe {recipe}" if recipe is not None else " ".join(found_flags(config, chosen))
-    return f"accelerate launch --config_file {config.launch_file(strategy)}{processes} train.py {flags}"
+    words = ["--config_file", config.launch_file(strategy)]
+    if config.config_file is not None or strategy.world_size > 1:  # one's own file may say another number
+        words += ["--num_processes", str(strategy.world_size)]
+    flags = ["--recipe", str(recipe)] if recipe is not None else flag_words(found_flags(config, chosen))
+    return shlex.join(["accelerate", "launch", *words, "train.py", *flags])
 
 
-def found_flags(config: PlanConfig, chosen: Prediction) -> list[str]:
-    """The step's flags that differ from train.py's defaults, as words of a command line."""
-    words = [f"--model {config.model}"]
+def found_flags(config: PlanConfig, chosen: Prediction) -> dict[str, Any]:
+    """The step's flags that differ from train.py's defaults; and those of which its demo, which it trains without
+    --dataset, has defaults of its own."""
+    flags = {"model": config.model, "dataset": config.dataset, "image_folder": config.image_folder}
     for each in fields(StepConfig):
         value = getattr(chosen.config, each.name)
         default = each.default_factory() if callable(each.default_factory) else each.default
-        if each.name != "model" and value is not None and value != default:
-            words.append(f"--{each.name} {' '.join(value) if isinstance(value, list) else value}")
-    return words
+        if value != default or each.name in (*SEARCHED, "per_device_eval_batch_size"):
+            flags.setdefault(each.name, value)
+    return flags

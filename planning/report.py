@@ -1,15 +1,17 @@
 """What people read of a plan: a table, the chosen step, and what stands in the way of a faster one."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from memory.config import ProbeConfig
 from memory.report import as_flags, duration
 from planning.budget import Budget, margin_of
-from planning.config import ALLOWED, SEARCHED, PlanConfig
+from planning.config import ALLOWED, CHANGES, OF_ADAPTER, SEARCHED, PlanConfig
 from planning.epoch import Epoch
 from planning.front import Front
 from planning.predictions import Prediction
 from planning.search import Found
-from utils import markdown_table, size
+from utils import counted, markdown_table, size
 
 
 MAX_ROWS = 12  # of the table
@@ -17,25 +19,34 @@ MAX_ROWS = 12  # of the table
 
 def plan_lines(config: PlanConfig, budget: Budget, found: Found, front: Front) -> list[str]:
     """The table of the front and, below it, the verdict."""
-    samples = config.samples_per_update * config.world_size
+    samples = counted(config.samples_per_update * config.world_size, "sample")
+    images = f"{counted(config.images_per_sample, 'image')} of {config.image_size}"
     lines = [
-        f"{config.model} on {budget_name(config)} ({size(budget.device_bytes)}): an update has {samples} sample"
-        f"{'s' * (samples != 1)} of up to {config.max_seq_len} tokens",
+        f"{config.model} on {budget_name(config)} ({size(budget.device_bytes)}): an update has {samples} of up to "
+        f"{config.max_seq_len} tokens, with {images if config.images_per_sample else 'no images'} each",
         "",
-        front_table(front, budget, found.chosen),
+        front_table(config, front, budget, found.chosen),
         "",
     ]
-    return lines + (chosen_lines(config, budget, found, front) if found.chosen else [nothing_fits(config, front)])
+    if found.chosen is None:
+        return [*lines, nothing_fits(config, budget, front)]
+    return lines + chosen_lines(config, budget, found, front)
 
 
 def budget_name(config: PlanConfig) -> str:
     return config.card.title if config.budget_gib is None else f"a budget on {config.card.title}"
 
 
-def front_table(front: Front, budget: Budget, chosen: Prediction | None) -> str:
+def front_table(config: PlanConfig, front: Front, budget: Budget, chosen: Prediction | None) -> str:
     """The front's steps, from the least memory to the most tokens a second."""
     header = ["rows", "accumulated", "checkpointed", "strategy", "device", "host", "update", "tokens/s", "fits"]
-    return markdown_table(header, [cells(step, budget, step == chosen) for step in front.shown(chosen, MAX_ROWS)])
+    steps = front.shown(chosen, MAX_ROWS)
+    rows = [cells(step, budget, step == chosen) for step in steps]
+    changes = [as_flags(flags_changed(config, step.config, CHANGES)) for step in steps]
+    if any(changes):  # of what is learnt
+        header = ["changed", *header]
+        rows = [[change, *row] for change, row in zip(changes, rows, strict=True)]
+    return markdown_table(header, rows)
 
 
 def cells(step: Prediction, budget: Budget, is_chosen: bool) -> list[Any]:
@@ -63,15 +74,14 @@ def checkpointing(flags: dict[str, Any]) -> str:
     if flags.get("checkpoint_num_layers") is None:
         return f"all layers{tiles}"
     parts = [(flags["checkpoint_num_layers"], "layer"), (flags["checkpoint_num_mlps"], "MLP")]
-    words = " and ".join(f"{number} {name}{'s' * (number > 1)}" for number, name in parts if number)
+    words = " and ".join(counted(number, noun) for number, noun in parts if number)
     return words + tiles if words else "nothing of the decoder"
 
 
 def chosen_lines(config: PlanConfig, budget: Budget, found: Found, front: Front) -> list[str]:
     chosen = found.chosen
-    names = [*SEARCHED, *ALLOWED.values()]
-    flags = {name: getattr(chosen.config, name) for name in names}
-    lines = [f"Chosen: {as_flags(flags_changed(config, flags))}".rstrip(": ")]
+    flags = as_flags(flags_changed(config, chosen.config, (*SEARCHED, *CHANGES)))
+    lines = [f"Chosen: {flags or 'the step as you typed it'}"]
     if found.changes:
         before = {name: getattr(config, name) for name in found.changes}
         lines.append(
@@ -80,17 +90,18 @@ def chosen_lines(config: PlanConfig, budget: Budget, found: Found, front: Front)
     lines.append(kept_free(config, budget, chosen))
     blocked = front.next_faster(chosen, budget)
     if blocked is None:
-        lines.append("No faster step was found, whatever its memory.")
+        lines.append("Of the steps that were tried, none is faster.")
     else:
         lines.append(
-            f"The next faster one ({blocked.config.per_device_train_batch_size} rows, checkpointed: "
+            f"The next faster one ({counted(blocked.config.per_device_train_batch_size, 'row')}, checkpointed: "
             f"{checkpointing(vars(blocked.config))}) does not fit: {budget.excess(blocked)}."
         )
     return lines
 
 
-def flags_changed(config: PlanConfig, flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value != getattr(config, name)}
+def flags_changed(config: PlanConfig, step: ProbeConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the step that are not as they were typed."""
+    return {name: getattr(step, name) for name in names if getattr(step, name) != getattr(config, name)}
 
 
 def kept_free(config: PlanConfig, budget: Budget, chosen: Prediction) -> str:
@@ -105,20 +116,26 @@ def kept_free(config: PlanConfig, budget: Budget, chosen: Prediction) -> str:
     return f"Kept free of the device: {', '.join(parts)}. {size(left)} is left over."
 
 
-def nothing_fits(config: PlanConfig, front: Front) -> str:
+def nothing_fits(config: PlanConfig, budget: Budget, front: Front) -> str:
     """And what might help."""
     least = front.least
-    what = f"the smallest step takes {size(least.device_bytes)} of the device and {size(least.host_bytes)} of RAM"
+    free_bytes = budget.margin_bytes(least) + budget.reserve_bytes
+    what = f"the smallest step takes {size(least.device_bytes)} of the device, {size(free_bytes)} must stay free"
+    host = f", and it takes {size(least.host_bytes)} of RAM"
     more = [word for word in ALLOWED if word not in (config.allow or ()) and ALLOWED[word] not in config.locked]
-    help_ = f" --allow {' '.join(more)} lets the plan change more." if more and config.lora_r else ""
-    return f"NOTHING FITS {budget_name(config)}: {what}.{help_}"
+    if config.lora_r == 0:
+        more = [word for word in more if word not in OF_ADAPTER]
+    help_ = f" --allow {' '.join(more)} lets the plan change more." if more else ""
+    help_ += " --lora_r 16 trains an adapter in place of all weights." if config.lora_r == 0 else ""
+    return f"NOTHING FITS {budget_name(config)}: {what}{host}.{help_}"
 
 
 def epoch_lines(epoch: Epoch) -> list[str]:
     most = f"at most {time_words(epoch.most_seconds)}, if every row were full"
     mean = f"their mean of {epoch.mean_tokens} tokens"
     likely = "" if epoch.seconds is None else f"about {time_words(epoch.seconds)} at {mean}, "
-    lines = [f"An epoch of {epoch.num_samples:,} samples is {epoch.num_updates:,} updates: {likely}{most}."]
+    samples, updates = counted(epoch.num_samples, "sample"), counted(epoch.num_updates, "update")
+    lines = [f"An epoch of {samples} is {updates}: {likely}{most}."]
     if epoch.counts_bytes:
         lines.append(
             "A preset has no tokenizer: each byte of text was counted as a token, so the real mean is smaller."
@@ -127,8 +144,8 @@ def epoch_lines(epoch: Epoch) -> list[str]:
         flags = f"--packing true --gradient_accumulation_steps {packed.gradient_accumulation_steps}"
         fits = "fits" if packed.fits else "does not fit"
         lines.append(
-            f"Packed, they fill {packed.num_rows:,} rows, and an epoch takes {time_words(packed.seconds)}: with "
-            f"{flags} an update has about as many samples. It needs {size(packed.device_bytes)}, which {fits}."
+            f"Packed, they fill {counted(packed.num_rows, 'row')}, and an epoch takes {time_words(packed.seconds)}: "
+            f"with {flags} an update has about as many samples. It needs {size(packed.device_bytes)}, which {fits}."
         )
     return lines
 

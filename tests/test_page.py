@@ -17,7 +17,7 @@ from tiny_records import tiny_config, traced
 from memory.categories import CATEGORIES, TITLES
 from memory.charts import category_series
 from memory.config import ProbeConfig
-from memory.page import Front, record_data, step_page
+from memory.page import Choices, record_data, step_page
 from memory.predict import PEFT_NAMES
 from memory.probe import probe_with_record
 from memory.record import Allocation, Record
@@ -322,7 +322,7 @@ def test_settings_to_choose_from(browser, probed, tmp_path):
     """A point a row that has a time, a budget, the choice in a ring; hovering and focus say what a point is."""
     result, record = probed
     rows = front_rows(result)
-    front = Front(rows, chosen=rows[1], budget_bytes=10 * GIB, keys=["lora_r", "lora_target_modules"])
+    front = Choices(rows, chosen=rows[1], budget_bytes=10 * GIB, keys=["lora_r", "lora_target_modules"])
     path = tmp_path / "plan.html"
     path.write_text(step_page(result, record, front))
     browser.show(path)
@@ -353,7 +353,7 @@ def test_settings_to_choose_from(browser, probed, tmp_path):
 def test_settings_without_a_time_are_a_table_alone(browser, probed, tmp_path):
     rows = front_rows(probed[0])[-1:]
     path = tmp_path / "plan.html"
-    path.write_text(step_page(*probed, Front(rows, chosen=rows[0], budget_bytes=10 * GIB, keys=["lora_r"])))
+    path.write_text(step_page(*probed, Choices(rows, chosen=rows[0], budget_bytes=10 * GIB, keys=["lora_r"])))
     browser.show(path)
     assert not browser.find("#front-plot")[0].is_displayed() and len(browser.find("#front-table tbody tr")) == 1
 

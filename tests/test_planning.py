@@ -1,8 +1,11 @@
 """memory_probe.py --plan: its flags, its predictions, what it writes."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from memory.config import ProbeConfig
 from planning import predictions as predictions_module
 from planning.budget import Budget
 from planning.config import PlanConfig
-from planning.epoch import epoch_of, lengths
+from planning.dataset import with_images_of_dataset
+from planning.epoch import epoch_of
 from planning.front import Front
-from planning.predictions import Prediction, Predictions, key_of
-from planning.recipe import found_flags, launch_command, recipe_text
+from planning.predictions import Prediction, Predictions, cache_folder, key_of
+from planning.recipe import launch_command, recipe_text
 from planning.report import epoch_lines
 from step import StepConfig
 from training.config import TrainConfig
@@ -46,11 +50,14 @@ def config(**flags) -> PlanConfig:
         ({"sweep": ["lora_r=8,16"]}, "--sweep: not with --plan"),
         ({"explain": True}, "--explain: not with --plan"),
         ({"lock": ["rank=8"]}, "--lock rank=8"),
-        ({"lock": ["lora_r=8,16"]}, "--lock lora_r=8,16: one value"),
+        ({"lock": ["lora_r=8,16"]}, "--lock lora_r=8,16: give it one value"),
+        ({"lock": ["lora_r=8", "lora-r=16"]}, "--lock lora_r=8: lora_r is locked twice"),
+        ({"lora_r": 32, "lock": ["lora_r=8"]}, "--lock lora_r=8: --lora_r 32 is typed too"),
+        ({"world_size": 2}, "--world_size 2: single is one process, choose --strategy ddp"),
         ({"lock": ["lora_r=-1"]}, "--lora_r -1"),
         ({"lock": ["gpu=h100"]}, "--lock gpu=h100: a plan does not change it"),
         ({"allow": ["speed"]}, "--allow speed: choose of quantize"),
-        ({"allow": ["length"], "lock": ["max_seq_len=64"]}, "--allow length: --lock keeps max_seq_len"),
+        ({"allow": ["length"], "lock": ["max_seq_len=128"]}, "--allow length: --lock keeps max_seq_len"),
         ({"allow": ["rank"], "lora_r": 0}, "--allow rank: --lora_r 0 trains no adapter"),
         ({"reserve_gib": -1.0}, "--reserve_gib -1.0"),
         ({"host_gib": 0.0}, "--host_gib 0.0: it must be above 0"),
@@ -84,9 +91,12 @@ def test_locked_flags_are_taken():
     assert planned.stays("gradient_accumulation_steps") and not planned.stays("per_device_train_batch_size")
 
 
-def test_several_processes_are_ddp():
-    planned = config(world_size=2)
-    assert planned.launch.name == "ddp" and not planned.stays("strategy")
+@pytest.mark.parametrize(
+    "flags", [{"world_size": 2, "strategy": "ddp"}, {"lock": ["world_size=2"], "strategy": "ddp"}], ids=str
+)
+def test_several_processes(flags):
+    planned = config(**flags)
+    assert planned.launch.name == "ddp" and planned.world_size == 2 and not planned.keeps_strategy
     assert "ddp.yaml --num_processes 2 train.py" in launch_command(planned, Prediction(planned.probe_config), None)
 
 
@@ -108,13 +118,15 @@ def test_the_recipe_gives_the_same_step(tmp_path):
     assert "tiny is a preset" in recipe.read_text()
 
 
-def test_the_flags_give_the_same_step():
-    planned = config(quantize="nf4", lora_target_modules=["q_proj"])
-    words = " ".join(found_flags(planned, Prediction(planned.probe_config))).split()
-    trained = parse_config(TrainConfig, [*words, "--dataset", "my.json"])
-    assert (
-        trained.quantize == "nf4" and trained.lora_target_modules == ["q_proj"] and trained.mixed_precision == "bf16"
-    )
+@pytest.mark.parametrize("dataset", [None, "my data.json"])
+def test_the_flags_give_the_same_step(dataset):
+    """Also where train.py would add the demo's recipe."""
+    planned = config(quantize="nf4", lora_target_modules=["q_proj", "k_proj"], gradient_checkpointing=False)
+    planned.dataset = dataset
+    words = shlex.split(launch_command(planned, Prediction(planned.probe_config), None))
+    trained = parse_config(TrainConfig, words[words.index("train.py") + 1 :])
+    assert trained.step_flags == {each.name: getattr(planned, each.name) for each in fields(StepConfig)}
+    assert trained.dataset == dataset
 
 
 def test_a_file_of_ones_own_is_launched(tmp_path):
@@ -122,7 +134,9 @@ def test_a_file_of_ones_own_is_launched(tmp_path):
     own.write_text((ROOT / "accelerate_configs/zero3.yaml").read_text())
     planned = config(config_file=str(own))
     assert planned.stays("strategy")
-    assert f"--config_file {own} train.py" in launch_command(planned, Prediction(planned.probe_config), None)
+    assert f"--config_file {own} --num_processes 1 train.py" in launch_command(
+        planned, Prediction(planned.probe_config), None
+    )
 
 
 # Predictions
@@ -157,6 +171,7 @@ def test_a_refused_step_has_its_problem(tmp_path):
     with Predictions(lambda *_: None, tmp_path) as predictions:
         (step,) = predictions.of([planned])
     assert step.problem and not step.device_bytes
+    assert not list(tmp_path.iterdir())  # what it lacks may be installed by the next time
 
 
 def test_what_a_prediction_depends_on(monkeypatch, tmp_path):
@@ -178,6 +193,23 @@ def test_what_a_prediction_depends_on(monkeypatch, tmp_path):
     (model / "config.json").write_text((ROOT / "data/tiny_mgm/config.json").read_text() + "\n")
     predictions_module.model_state.cache_clear()
     assert key_of(in_folder) != key
+
+
+def test_a_killed_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions_module, "figures_of", die)
+    with pytest.raises(UserError, match="a process that predicts was killed"):
+        with Predictions(lambda *_: None, tmp_path) as predictions:
+            predictions.of([config().probe_config])
+
+
+def die(config: ProbeConfig) -> None:
+    os._exit(1)
+
+
+def test_the_cache_needs_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_folder().is_relative_to(tempfile.gettempdir())
 
 
 # The front
@@ -218,7 +250,25 @@ def test_an_epoch_of_nothing():
     """Each of the demo's rows needs more positions than 8."""
     planned = config(model="data/tiny_mgm", max_seq_len=8, dataset=str(ensure_demo() / "validation.json"))
     with pytest.raises(UserError, match="no sample fits --max_seq_len 8"):
-        lengths(planned, 8, 0)
+        with_images_of_dataset(planned)
+
+
+def test_rows_have_the_images_of_the_data():
+    """But for what is typed."""
+    planned = config(model="data/tiny_mgm", dataset=str(ensure_demo() / "train.json"), images_per_sample=2)
+    assert with_images_of_dataset(replace(planned, images_per_sample=1)).images_per_sample == 1
+    assert with_images_of_dataset(planned).images_per_sample == 2
+
+
+def test_a_packed_epoch(tmp_path):
+    """Its updates are of packed rows."""
+    flags = {"model": "data/tiny_mgm", "dataset": str(ensure_demo() / "validation.json")}
+    planned = config(packing=True, **flags)
+    with Predictions(lambda *_: None, tmp_path) as predictions:
+        (chosen,) = predictions.of([planned.probe_config])
+        epoch = epoch_of(planned, Budget.of(planned), chosen, predictions)
+    assert epoch.num_samples / 4 < epoch.num_updates < epoch.num_samples / 2.5
+    assert epoch.seconds == epoch.most_seconds and epoch.packed is None
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

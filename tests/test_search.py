@@ -7,11 +7,12 @@ import pytest
 
 from memory.config import ProbeConfig
 from planning import search as search_module
+from planning import space as space_module
 from planning.budget import Budget
 from planning.config import PlanConfig
 from planning.predictions import Prediction
 from planning.search import WORTH, Searcher, search
-from planning.space import between, changed, row_choices
+from planning.space import changed, paths, row_choices, values_of
 from utils import GIB, UserError
 
 
@@ -68,7 +69,7 @@ def plan(budget_gib: float, predictions: MadeUp | None = None, **flags):
 def all_steps(searcher: Searcher) -> list[Prediction]:
     """Every number of rows with every way to checkpoint."""
     config = searcher.config
-    ways = [way for through in (True, False) for way in between(config, through)]
+    ways = [way for path in paths(config) for way in path]
     configs = [changed(config.probe_config, row | way) for row, way in itertools.product(row_choices(config), ways)]
     return MadeUp.of(searcher.predictions, configs)
 
@@ -93,8 +94,8 @@ def test_the_rung_above_does_not_fit(budget_gib):
     """Of the chosen number of rows, the next step is known, and too large."""
     found, searcher = plan(budget_gib)
     chosen = found.chosen.config
-    for through_mlps in (True, False):
-        rungs = [replace(chosen, **way) for way in between(searcher.config, through_mlps)]
+    for path in paths(searcher.config):
+        rungs = [replace(chosen, **way) for way in path]
         above = [b for a, b in itertools.pairwise(rungs) if a == chosen]
         steps = [step for step in searcher.seen if step.config in above]
         assert not any(searcher.budget.fits(step) for step in steps)
@@ -114,12 +115,16 @@ def test_locks_stay():
     found, searcher = plan(12, lock=["per_device_train_batch_size=2", "gradient_checkpointing=true"])
     assert {step.config.per_device_train_batch_size for step in searcher.seen} == {2}
     assert all(step.config.gradient_checkpointing for step in searcher.seen)
-    assert all(step.config.checkpoint_num_layers is None for step in searcher.seen)
+    assert {step.config.checkpoint_num_layers for step in searcher.seen} >= {None, 0}
 
 
 def test_typed_flags_stay():
     _, searcher = plan(12, checkpoint_num_layers=9)
     assert {step.config.checkpoint_num_layers for step in searcher.seen} == {9}
+    assert {step.config.checkpoint_num_mlps for step in searcher.seen} >= {0, 9}
+    _, searcher = plan(12, checkpoint_num_mlps=4)
+    assert {step.config.checkpoint_num_mlps for step in searcher.seen} == {4}
+    assert {step.config.checkpoint_num_layers for step in searcher.seen} >= {0, 14}
     _, searcher = plan(5, strategy="zero3", offload="param")
     assert {step.config.strategy for step in searcher.seen} == {"zero3"}
 
@@ -139,6 +144,89 @@ def test_allowed_changes_come_little_by_little():
     found, searcher = plan(5.75, allow=["length"])
     assert found.changes == {"max_seq_len": 1024}
     assert not any(step.config.quantize == "nf4" for step in searcher.seen)
+
+
+def test_a_change_that_cannot_be_is_left_out():
+    """Later ones do without it."""
+
+    class Gpt2(MadeUp):
+        def one(self, config):
+            if config.lora_target_modules == ["q_proj", "v_proj"]:
+                return Prediction(config, problem="no module of that name")
+            return super().one(config)
+
+    found, _ = plan(5.75, Gpt2(), allow=["targets", "length"])
+    assert found.changes == {"max_seq_len": 1024}
+
+
+def test_needless_changes_are_taken_back():
+    """Half the length is needed, and half the rank does nothing for it; 4 bits do."""
+    found, _ = plan(5.75, allow=["rank", "length"])
+    assert found.changes == {"max_seq_len": 1024}
+    found, _ = plan(2.85, allow=["quantize", "rank", "length"], lock=["strategy=single"])
+    assert found.changes == {"quantize": "nf4", "max_seq_len": 1024}
+
+
+def test_the_scale_stays_with_another_rank():
+    config = ProbeConfig(mode="predict", lora_r=16, lora_alpha=32)
+    assert list(values_of(config, "rank")) == [{"lora_r": 8, "lora_alpha": 16}, {"lora_r": 4, "lora_alpha": 8}]
+    config = replace(config, use_rslora=True)
+    assert list(values_of(config, "rank")) == [{"lora_r": 8}, {"lora_r": 4}]
+
+
+def test_fewer_targets_are_a_part_of_them():
+    config = ProbeConfig(mode="predict")
+    for names, found in [
+        (["q_proj", "k_proj", "v_proj"], 1),
+        (["all-linear"], 1),
+        (["k_proj"], 0),
+        (["q_proj", "v_proj"], 0),
+    ]:
+        assert len(list(values_of(replace(config, lora_target_modules=names), "targets"))) == found
+
+
+def test_more_rows_may_be_slower_at_first():
+    """Two rows of a shape that the GPU does not like do not end the search."""
+
+    class Uneven(MadeUp):
+        def one(self, config):
+            step = super().one(config)
+            slow = 1.3 if config.per_device_train_batch_size == 2 else 1
+            return replace(
+                step, step_seconds=step.step_seconds * slow, tokens_per_second=step.tokens_per_second / slow
+            )
+
+    found, searcher = plan(24, Uneven())
+    best = max(filter(searcher.budget.fits, all_steps(searcher)), key=lambda step: step.tokens_per_second)
+    assert found.chosen.tokens_per_second * WORTH**2 >= best.tokens_per_second
+    assert found.chosen.config.per_device_train_batch_size > 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"lock": ["offload=none"]}, {"lock": ["strategy=single"]}, {"config_file": "accelerate_configs/single.yaml"}],
+)
+def test_a_typed_launch_keeps_zero3_away(flags):
+    found, searcher = plan(4, **flags)
+    assert found.chosen is None and "zero3" not in {step.config.strategy for step in searcher.seen}
+
+
+def test_a_router_keeps_its_rows(monkeypatch):
+    """Its loss is of a micro-batch."""
+    monkeypatch.setattr(space_module, "has_router_loss", lambda config: True)
+    _, searcher = plan(60, per_device_train_batch_size=2)
+    assert {step.config.per_device_train_batch_size for step in searcher.seen} == {2}
+
+
+def test_a_model_without_checkpointing(monkeypatch):
+    monkeypatch.setattr(space_module, "supports_gradient_checkpointing", lambda model: False)
+    found, searcher = plan(24)
+    assert found.chosen is not None and not any(step.config.gradient_checkpointing for step in searcher.seen)
+
+
+def test_updates_of_very_many_samples():
+    _, searcher = plan(7, gradient_accumulation_steps=10**9)
+    assert len(row_choices(searcher.config)) < 64
 
 
 def test_what_cannot_be_is_passed_over():
