@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -75,7 +76,7 @@ def run_jobs(jobs: list[Job], num_gpus: int, end: float) -> int:
     waiting, running = iter(jobs), dict[Future, tuple[int, Job, float]]()
     num_done = 0
     with ExitStack() as stack:
-        pools = [stack.enter_context(process_pool(initializer=see_gpu, initargs=(i,))) for i in range(num_gpus)]
+        pools = [stack.enter_context(pool_of(gpu)) for gpu in visible_gpus(num_gpus)]
 
         def start(gpu: int) -> None:
             if (job := next(waiting, None)) is not None:
@@ -97,10 +98,18 @@ def run_jobs(jobs: list[Job], num_gpus: int, end: float) -> int:
     return len(jobs) - num_done
 
 
-def see_gpu(index: int) -> None:
-    """Before the first use of CUDA in this process and in those that it starts."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
-    quiet_libraries()
+def visible_gpus(num_gpus: int) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(num_gpus)]
+
+
+def pool_of(gpu: str) -> ProcessPoolExecutor:
+    """A process that sees one GPU from its start: what it imports first may already ask for GPUs."""
+    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": gpu}):
+        pool = process_pool(initializer=quiet_libraries)
+        pool.submit(os.getpid).result()  # it is started by its first task
+    return pool
 
 
 def matrix_jobs(config: AllGpusConfig, num_gpus: int, families: bool = False) -> Iterator[Job]:
