@@ -97,20 +97,24 @@ def packing_table() -> str:
 
 def loader_table() -> str:
     """What a worker prepares for MGM-2B, and how long the demo's steps wait."""
-    loader, waiting = read_result("loader.json"), read_result("waiting.json")
-    rates = [
-        [run["num_workers"], f"{run['images_per_second']:.1f}", milliseconds(run["cpu_seconds_per_image"])]
-        for run in loader["runs"]
-    ]
+    waiting = read_result("waiting.json")
     waits = []
     for run in waiting["runs"]:
         waits.append([run["num_workers"], milliseconds(run["median_step_seconds"])])
         waits[-1] += [f"{run['median_wait_seconds'] * 1000:.1f} ms", milliseconds(run["longest_wait_seconds"])]
         waits[-1] += [f"{run['waiting_share']:.1%}"]
     header = ["workers", "a step", "waits for its batch, median", "at most", "of the time"]
-    parts = [f"JPEGs of 1024 x 768 to both of MGM-2B's views, {loader['machine']}:"]
-    parts += [markdown_table(["workers", "images/s", "processor time an image"], rates)]
-    return "\n\n".join([*parts, "The demo's steps:", markdown_table(header, waits)])
+    rates = [part for name in ("loader.json", "gpu/loader.json") for part in loader_rates(read_result(name))]
+    return "\n\n".join([*rates, "The demo's steps:", markdown_table(header, waits)])
+
+
+def loader_rates(loader: dict[str, Any]) -> list[str]:
+    rates = [
+        [run["num_workers"], f"{run['images_per_second']:.1f}", milliseconds(run["cpu_seconds_per_image"])]
+        for run in loader["runs"]
+    ]
+    header = ["workers", "images/s", "processor time an image"]
+    return [f"JPEGs of 1024 x 768 to both of MGM-2B's views, {loader['machine']}:", markdown_table(header, rates)]
 
 
 def step_time_table(describe: Callable[[dict[str, Any]], str]) -> str:

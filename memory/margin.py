@@ -6,7 +6,7 @@ MEMORY_MARGIN = 0.02  # of the bytes of all tensors at the peak
 # eight), and logits of all tokens leave gaps (6.0 %).
 ZERO3_MARGIN, FULL_LOSS_MARGIN = 0.12, 0.08
 # The worst error of an update's seconds over the rows from which no constant comes: results/gpu/step_time.json.
-TIME_MARGIN = 0.35
+TIME_MARGIN = 0.33
 
 
 def device_margin(strategy: str, loss: str) -> float:

@@ -28,6 +28,7 @@ class Constants:
         engine_seconds: of one that autograd's engine issues, in the backward pass.
         view_seconds: of one that launches nothing.
         module_seconds: of the call of a module, besides its operators.
+        product_seconds: of each matrix product, besides: its inputs are cast, and a library chooses a kernel for it.
         transfer_seconds: of each transfer, besides: under ZeRO-3, of DeepSpeed's code around a weight that it fetches.
         packed_seconds: of each of bitsandbytes' operators, besides: they are written in Python.
         host_bytes_per_second: of the host's memory, where the optimizer runs there.
@@ -39,6 +40,7 @@ class Constants:
     engine_seconds: float
     view_seconds: float
     module_seconds: float
+    product_seconds: float
     transfer_seconds: float
     packed_seconds: float
     host_bytes_per_second: float
@@ -48,15 +50,16 @@ class Constants:
 
 # `python -m benchmarks.step_time --mode fit` computes them from measured steps.
 CONSTANTS = Constants(
-    python_seconds=22.9e-6,
-    engine_seconds=33.5e-6,
-    view_seconds=3.33e-6,
-    module_seconds=14.3e-6,
-    transfer_seconds=343e-6,
-    packed_seconds=114e-6,
+    python_seconds=9.98e-6,
+    engine_seconds=11.6e-6,
+    view_seconds=1.45e-6,
+    module_seconds=6.23e-6,
+    product_seconds=59e-6,
+    transfer_seconds=378e-6,
+    packed_seconds=162e-6,
     host_bytes_per_second=50e9,
-    product_share=0.829,
-    attention_share=0.366,
+    product_share=0.813,
+    attention_share=0.404,
 )
 # They grow together: the slower the host, the longer its Python.
 PYTHON = ("python_seconds", "view_seconds", "module_seconds")
@@ -113,6 +116,8 @@ def host_seconds(operation: Operation, constants: Constants = CONSTANTS) -> floa
         seconds += constants.transfer_seconds
     elif operation.name in PACKED:
         seconds += constants.packed_seconds
+    elif operation.product is not None:
+        seconds += constants.product_seconds
     return seconds + (constants.python_seconds if operation.is_python else constants.engine_seconds)
 
 

@@ -14,8 +14,8 @@ from memory.work import Operation
 
 # A GPU of one operation a second in 16 bits, half of that in fp32, 10 bytes of memory and 1 byte of PCIe a second.
 SPEED = Speed(1.0, 0.5, 10.0, 1.0, 0.0, 1)
-# A host of a second an operator in Python, half of that in the engine, a tenth a view, two a module.
-HOST = Constants(1.0, 0.5, 0.1, 2.0, 0.5, 5.0, 10.0, 1.0, 0.25)
+# A host of a second an operator in Python, half of that in the engine, a tenth a view, two a module, three a product.
+HOST = Constants(1.0, 0.5, 0.1, 2.0, 3.0, 0.5, 5.0, 10.0, 1.0, 0.25)
 
 
 def kernel(seconds: float, is_python: bool = True, **others: int) -> Operation:
@@ -42,6 +42,7 @@ WAIT = Operation("wait", "wait", "step", True)
         ([Operation("transfer", "copy_", "forward", True, nbytes=3, stream=1), kernel(1)], 1.5 + 3),  # side by side
         ([kernel(3), Operation("transfer", "copy_", "forward", True, nbytes=3, stream=1)], 2.5 + 3),
         ([replace(kernel(1), name="gemm_4bit")], 1 + 5 + 1),
+        ([replace(kernel(1), product=(1, 128, 8, 256))], 1 + 3 + 1),
         ([Operation("host", "Adam", "step", True, nbytes=30)], 3 + 1),
         ([], 0),
     ],
