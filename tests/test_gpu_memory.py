@@ -30,7 +30,7 @@ ALLOCATED_ERROR = 0.001
         ({"checkpoint_num_layers": 6, "checkpoint_num_mlps": 6}, 0.01),
         # Where there is room, ZeRO-3 has reserved up to 57 % more than predicted, for one more gathered weight.
         # Here the allocator may reserve 2.24 GiB, 15 % more, and the step has to do with that.
-        (ZERO3 | {"max_seq_len": 1024, "budget_gib": 2.75}, 0.1),
+        (ZERO3 | {"max_seq_len": 1024, "budget_gib": 3.55}, 0.1),
     ],
     ids=str,
 )

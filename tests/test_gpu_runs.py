@@ -105,13 +105,14 @@ def result_of(done: subprocess.CompletedProcess) -> dict:
 
 
 def test_the_seconds_of_an_update(folder: Path) -> None:
-    """Predicted within a factor of 2 of what is measured. It is the first test: the other runs would share the host.
-    The run is long enough for the forecast to come."""
+    """Predicted within a factor of 3 of what is measured: the host decides, and other programs may use it. It is the
+    first test, because the other runs would. The run is long enough for the forecast to come."""
     flags = f"{DEMO} --forecast true --logging_steps 100 --max_steps 1000 --save_steps 0 --eval_samples 0"
     done = command(f"train.py {flags} --output_dir {folder / 'seconds'}")
     speed = result_of(done)["speed"]
     print(speed)
-    assert speed["problem"] is None and 0.5 < speed["predicted_step_seconds"] / speed["measured_step_seconds"] < 2
+    assert speed["problem"] is None
+    assert 1 / 3 < speed["predicted_step_seconds"] / speed["measured_step_seconds"] < 3
     assert "Seconds of an update: predicted 0.0" in done.stdout
 
 
