@@ -1,11 +1,11 @@
-"""Measure a step on a GPU in a fresh process: the allocator's counters, and what the device needs in all.
+"""Measure a step on GPUs, each in a fresh process: the allocator's counters, and what the device needs in all.
 
 The step is memory/probed_step.py's. A smaller card is emulated by a limit on what PyTorch may reserve.
 """
 
+import os
 import subprocess
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -16,45 +16,51 @@ from torch import nn
 import step
 from memory.cards import overhead_bytes
 from memory.config import ProbeConfig
-from memory.launch import Result, in_fresh_process, launched
+from memory.launch import Result, in_fresh_process, launched, on_every_rank
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
 from memory.strategy import Strategy
-from utils import UserError, set_allocator
+from utils import UserError, counted, set_allocator
 
 
 def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None = None) -> dict[str, Any]:
-    """Peaks of a few updates, in bytes, and whether memory ran out.
+    """Peaks of a few updates, in bytes, and whether memory ran out: those of the first process, and of several in
+    `last_rank` also those of the last.
 
     Args:
         limit_bytes: of the device, to emulate a smaller one; what is there beside PyTorch counts as predicted.
 
     Raises:
-        UserError: something else computes on the GPU, or the strategy has several processes.
+        UserError: something else computes on a GPU, or there are fewer GPUs than processes.
     """
-    refuse_gpu_in_use()
-    return in_gpu_process(strategy, measure_this_process, config, limit_bytes)
+    for index in range(min(strategy.world_size, torch.cuda.device_count())):
+        refuse_gpu_in_use(index)
+    first, *others = on_gpus(strategy, measure_this_process, config, limit_bytes)
+    return first | ({"last_rank": others[-1]} if others else {})
 
 
-def in_gpu_process(strategy: Strategy, function: Callable[..., Result], *arguments: Any) -> Result:
-    """What `function` returns in a fresh process that has the GPU, as the strategy's launcher would start it.
+def on_gpus(strategy: Strategy, function: Callable[..., Result], *arguments: Any) -> list[Result]:
+    """What `function` returns in fresh processes, one for each GPU and as the strategy's launcher would start them.
 
     Raises:
-        UserError: the strategy has several processes.
+        UserError: there are fewer GPUs than processes.
     """
-    if strategy.world_size > 1:
-        raise UserError(f"--world_size {strategy.world_size}: one process is measured; predict more than one")
-    is_deepspeed = strategy.name.startswith("zero")
-    launch = launched(strategy.deepspeed_config, splits_weights=strategy.name == "zero3", gpu=True)
-    with launch if is_deepspeed else nullcontext():
-        return in_fresh_process(function, *arguments)
+    num_gpus = torch.cuda.device_count()
+    if strategy.world_size > num_gpus:
+        have = f"this machine has {counted(num_gpus, 'GPU')}"
+        raise UserError(f"--world_size {strategy.world_size}: {have}; predict, or choose fewer processes")
+    if strategy.name == "single":
+        return [in_fresh_process(function, *arguments)]
+    splits_weights = strategy.name == "zero3"
+    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights, gpu=True):
+        return on_every_rank(function, strategy.world_size, *arguments)
 
 
-def refuse_gpu_in_use() -> None:
+def refuse_gpu_in_use(index: int = 0) -> None:
     """Raise UserError where another process computes on the GPU: its memory would be taken for the step's.
 
     A process on another GPU of the host does not count.
     """
-    uuid = torch.cuda.get_device_properties(0).uuid
+    uuid = torch.cuda.get_device_properties(index).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0 and done.stdout.strip():
@@ -62,8 +68,9 @@ def refuse_gpu_in_use() -> None:
 
 
 def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) -> dict[str, Any]:
-    """What measure_gpu returns. For a fresh process."""
+    """What measure_gpu returns of one process. For a fresh one."""
     set_allocator()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     total_bytes = torch.cuda.mem_get_info()[1]
     context_bytes = used_bytes()
     accelerator = launched_accelerator(config)

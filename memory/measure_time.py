@@ -4,18 +4,20 @@ The step is memory/probed_step.py's, with all of an update's micro-batches, and 
 train.py does.
 """
 
+import os
 import time
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import step
 from memory.config import ProbeConfig
-from memory.measure_gpu import build_as_loaded, in_gpu_process, used_bytes
+from memory.measure_gpu import build_as_loaded, on_gpus, used_bytes
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
 from utils import set_allocator
@@ -26,20 +28,21 @@ MIN_UPDATES, MAX_UPDATES, MAX_SECONDS = 5, 30, 5.0
 
 
 def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
-    """The seconds of the fastest update, what the host and the GPU do in it, how many kernels there are, and what the
-    device then holds.
+    """The seconds of the first process's fastest update, what the host and the GPU do in it, how many kernels there
+    are, and what the device then holds.
 
     The median of all updates stands beside it. Other programs on the machine slow the host down, most of all.
 
     Raises:
-        UserError: the strategy has several processes.
+        UserError: there are fewer GPUs than processes.
     """
-    return in_gpu_process(strategy, measure_time_here, config)
+    return on_gpus(strategy, measure_time_here, config)[0]
 
 
 def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
     """What measure_time returns. For a fresh process."""
     set_allocator()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     accelerator = step.build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,
@@ -56,7 +59,7 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
     probed.run_updates(WARM_UP_UPDATES, waits_for_norm=True)
     updates: list[dict[str, float]] = []
     end = time.perf_counter() + MAX_SECONDS
-    while len(updates) < MIN_UPDATES or (len(updates) < MAX_UPDATES and time.perf_counter() < end):
+    while len(updates) < MIN_UPDATES or (len(updates) < MAX_UPDATES and is_before(end)):
         torch.cuda.synchronize()
         clock.start()
         probed.run_updates(1, waits_for_norm=True)
@@ -78,6 +81,11 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         "num_updates": len(updates),
         "device_bytes": device_bytes,
     }
+
+
+def is_before(end: float) -> bool:
+    """By the first process's clock: all processes run the same updates."""
+    return broadcast_object_list([time.perf_counter() < end])[0]
 
 
 class PhaseClock:

@@ -11,7 +11,8 @@ from tiny_records import tiny_config
 
 import step
 from memory.measure_cpu import measure_rank
-from memory.measure_gpu import measure_this_process, refuse_gpu_in_use
+from memory.measure_gpu import measure_this_process, on_gpus, refuse_gpu_in_use
+from memory.strategy import Strategy
 from utils import ALLOCATOR_VARIABLE, UserError
 
 
@@ -30,6 +31,7 @@ class Built(Exception):
 def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatch) -> None:
     """Of the 128 that a recipe accumulates, as a prediction does: the others find the same memory."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     for name in ("RANK", "LOCAL_RANK", ALLOCATOR_VARIABLE):  # what is measured in a process of its own sets them
         monkeypatch.setenv(name, "0")
 
@@ -42,6 +44,12 @@ def test_a_measurement_runs_two_micro_batches_an_update(measure_here, monkeypatc
         with pytest.raises(Built, match=f"^{expected}$"):
             measure_here(config)
         assert config.gradient_accumulation_steps == given, "the flags are the caller's"
+
+
+def test_more_processes_than_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="--world_size 2: this machine has 1 GPU; predict"):
+        on_gpus(Strategy("ddp", world_size=2), measure_this_process)
 
 
 @pytest.mark.parametrize(("uuid", "is_refused"), [("used", True), ("free", False)])
