@@ -16,6 +16,7 @@ from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -31,7 +32,7 @@ from evaluation.tasks.textvqa_score import textvqa_score  # noqa: F401 (part of 
 from models.adapter import base_of, check_base, load_adapter, load_trained_processor
 from models.config import MIXED_PRECISIONS, ModelConfig, find_tiny_mgm
 from models.loading import load_model
-from step import build_accelerator
+from step import build_accelerator, prepare
 from utils import UserError, check_choice, check_minimum, check_writable, flag, run_script, write_json
 
 
@@ -139,7 +140,10 @@ def prepare_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
         model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
         if config.adapter is not None:
             model = load_adapter(model, config.adapter)
-    model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
+    if accelerator.is_fsdp2:  # accelerate asks for an optimizer
+        model, _ = prepare(accelerator, model, torch.optim.SGD(model.parameters()))
+    else:
+        model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
     model.eval()
     return model
 

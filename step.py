@@ -9,8 +9,8 @@ from typing import Any
 import quiet  # noqa: F401 (before PEFT)
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, AutocastKwargs, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from layers.tiled_mlp import tile_frozen_mlps
 from models.checkpointing import checkpoint_layers, keep_frozen_towers_in_eval, without_input_gradients
 from models.config import MIXED_PRECISIONS, ModelConfig
 from models.family import family_of, has_router_loss, packs, reads_padding_mask
+from models.fsdp2 import fsdp2_plugin, prepare_sharded, use_on_cpu, whole
 from models.loading import load_config, load_model, num_decoder_layers, num_positions
 from models.lora import (
     ALL_LINEAR,
@@ -135,17 +136,27 @@ def build_accelerator(
     """The strategy is the launch config's, the rest the flags'. `project_dir` takes TensorBoard's logs."""
     on_cpu = not torch.cuda.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    plugin, handlers = fsdp2_plugin(), []
+    if on_cpu and uses_deepspeed:  # DeepSpeed would ask for a backend of its own and count one process
+        handlers = [InitProcessGroupKwargs(backend="gloo")]
+    elif plugin is not None:  # casts of gathered weights would be kept for the whole forward pass
+        handlers = [AutocastKwargs(cache_enabled=False)]
     accelerator = Accelerator(
         cpu=on_cpu and not uses_deepspeed,  # DeepSpeed finds the CPU itself; this flag would switch it off
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        # FSDP would keep whole gradients between micro-batches; it does not, if each of them is reduced.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            gradient_accumulation_steps, sync_each_batch=plugin is not None
+        ),
         log_with="tensorboard" if project_dir else None,
         project_dir=project_dir,
         # The sampler has made the processes' shares even; accelerate's way would repeat samples.
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
-        # Without a GPU DeepSpeed would ask for a backend of its own and count one process.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else [],
+        kwargs_handlers=handlers,
+        fsdp_plugin=plugin,
     )
+    if plugin is not None and on_cpu:
+        use_on_cpu(accelerator, plugin)
     if uses_deepspeed:
         # NaN in a gradient skips the step; in bf16 stage 2 looks for it only when told to.
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -194,7 +205,7 @@ def needs_padding_mask(config: StepConfig) -> bool:
 
 
 def build_model(
-    config: StepConfig, is_deepspeed: bool, report: Callable[[str], None] = lambda line: None
+    config: StepConfig, is_deepspeed: bool, is_fsdp: bool = False, report: Callable[[str], None] = lambda line: None
 ) -> nn.Module:
     """LoRA on the language model, the trainable modules in full, the rest frozen in the compute dtype.
 
@@ -203,6 +214,10 @@ def build_model(
     """
     if is_deepspeed and config.use_dora and config.quantize != "none":
         raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
+    if is_fsdp and config.quantize != "none":
+        raise UserError(
+            f"--quantize {config.quantize}: FSDP2 would not split 4-bit weights, choose ddp.yaml or zero3.yaml"
+        )
     dtype = MIXED_PRECISIONS[config.mixed_precision]
     base = model = load_model(config.model, dtype, config.attn_implementation, config.quantize)
     use_model_loss(base, config.loss == "chunked")
@@ -231,7 +246,7 @@ def build_model(
     if not trained_parameters(model):
         raise UserError(f"--trainable_modules {' '.join(names)}: nothing is left to train")
     keep_frozen_towers_in_eval(base)
-    lighten(config, model, base, dtype, is_deepspeed)
+    lighten(config, model, base, dtype, is_deepspeed, is_fsdp)
     if not is_deepspeed:
         for parameter in trained_parameters(model):
             parameter.data = parameter.data.float()
@@ -239,7 +254,12 @@ def build_model(
 
 
 def lighten(
-    config: StepConfig, model: nn.Module, base: PreTrainedModel, dtype: torch.dtype, is_deepspeed: bool
+    config: StepConfig,
+    model: nn.Module,
+    base: PreTrainedModel,
+    dtype: torch.dtype,
+    is_deepspeed: bool,
+    is_fsdp: bool,
 ) -> None:
     """Let the model's layers compute the same in fewer kernels, and keep less."""
     fuse_norms(base)
@@ -251,7 +271,8 @@ def lighten(
         gather_layers_whole(base)
     else:
         fuse_lora(model)
-        if not has_router_loss(base.config):
+        # FSDP2's hooks know torch's checkpointing, which is a part of the one backward pass.
+        if not (is_fsdp or has_router_loss(base.config)):
             checkpoint_with_less_work(model)
     checkpoint_mlps(model)
 
@@ -281,11 +302,18 @@ def build_optimizer(
     return OPTIMIZERS[optim](parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
-def fuses_optimizer(accelerator: Accelerator) -> bool:
+def fuses_optimizer(accelerator: Accelerator, optim: str = "adamw_torch") -> bool:
     """On a GPU. Not with a loss scaler: accelerate would not see the steps that it skips. DeepSpeed moves the
-    parameters itself."""
+    parameters itself. torch has no fused SGD for parameters that FSDP2 has split."""
     is_plain = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
-    return is_plain and accelerator.device.type == "cuda"
+    return is_plain and accelerator.device.type == "cuda" and not (accelerator.is_fsdp2 and optim == "sgd")
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> list[Any]:
+    """accelerator.prepare, under every strategy."""
+    if accelerator.is_fsdp2:
+        return prepare_sharded(accelerator, model, optimizer, *others)
+    return list(accelerator.prepare(model, optimizer, *others))
 
 
 def training_step(
@@ -317,6 +345,7 @@ def training_step(
     if accelerator.sync_gradients:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        grad_norm = whole(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm
         grad_norm = float(grad_norm) if skip_nonfinite else grad_norm
     is_skipped = skip_nonfinite and grad_norm is not None and not math.isfinite(grad_norm)
     if not is_skipped or accelerator.scaler is not None:  # a scaler lowers its scale in a step that it skips

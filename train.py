@@ -32,7 +32,15 @@ from data.spot_check import check_lengths, learned_text
 from data.turn_ends import missing_turn_end
 from evaluation.held_out import HeldOut, evaluate
 from models.loading import check_is_no_preset, load_processor, num_positions
-from step import build_accelerator, build_model, build_optimizer, check_model, fuses_optimizer, training_step
+from step import (
+    build_accelerator,
+    build_model,
+    build_optimizer,
+    check_model,
+    fuses_optimizer,
+    prepare,
+    training_step,
+)
 from training.checkpoints import (
     Checkpoints,
     Position,
@@ -91,18 +99,19 @@ def main(config: TrainConfig) -> dict | None:
         max_image_pixels=config.max_image_pixels,
     )
 
-    model = build_model(config, accelerator.state.deepspeed_plugin is not None, report=accelerator.print)
+    model = build_model(
+        config, accelerator.state.deepspeed_plugin is not None, accelerator.is_fsdp2, report=accelerator.print
+    )
     loader, sampler, longest = build_loader(
         config, train_dataset, processor, accelerator.num_processes, config.group_by_length
     )
     if config.packing:
         accelerator.print(f"Packed {len(train_dataset)} samples into {len(loader.dataset)} rows")
-    optimizer = build_optimizer(
-        model, config.optim, config.learning_rate, config.weight_decay, fused=fuses_optimizer(accelerator)
-    )
+    is_fused = fuses_optimizer(accelerator, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.learning_rate, config.weight_decay, is_fused)
     num_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * sampler.num_updates()
     scheduler = build_scheduler(config, optimizer, num_steps)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
 
     state = TrainingState(accelerator, model, optimizer, scheduler)
     settings = run_settings(

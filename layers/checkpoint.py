@@ -5,7 +5,7 @@ torch.utils.checkpoint calls Python for each tensor that a layer saves: when it 
 when it is used. On a fast GPU the host is too slow for that. Here the forward pass runs without a graph, so nothing is
 saved; the backward pass runs the layer again with one, and goes back through it.
 
-    checkpoint_with_less_work(model)    # once transformers' own checkpointing is switched on; not under DeepSpeed
+    checkpoint_with_less_work(model)    # once transformers' own is switched on; not under DeepSpeed or FSDP2
     checkpoint_mlps(model)              # those alone that models/checkpointing.py has chosen
 
 The backward pass of a layer fills `.grad` itself, so torch.autograd.grad finds no gradients of its parameters. Layers

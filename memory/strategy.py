@@ -18,6 +18,7 @@ from utils import UserError, check_choice
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "param")
+NO_FSDP = "FSDP cannot be predicted yet, choose single, ddp or ZeRO to predict"
 CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 
 
@@ -73,6 +74,8 @@ class Strategy:
             return cls("single", "none", world_size)
         if kind in ("MULTI_GPU", "MULTI_CPU"):
             return cls("ddp", "none", world_size)
+        if kind == "FSDP":
+            raise UserError(f"--config_file {path}: {NO_FSDP}")
         if kind != "DEEPSPEED":
             raise UserError(
                 f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU or DEEPSPEED"

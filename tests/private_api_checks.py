@@ -523,6 +523,22 @@ def check_launch_variables() -> None:
         assert f"ACCELERATE_{name}" in source, f"accelerate no longer reads ACCELERATE_{name}"
 
 
+def check_fsdp_variables() -> None:
+    source = inspect.getsource(importlib.import_module("accelerate.utils.launch"))
+    for name in (
+        "ACCELERATE_USE_FSDP",
+        *(f"FSDP_{name}" for name in ("VERSION", "AUTO_WRAP_POLICY", "OFFLOAD_PARAMS")),
+    ):
+        assert f'"{name}"' in source, f"accelerate's launcher no longer sets {name}"
+    source = inspect.getsource(importlib.import_module("accelerate.state"))
+    assert "self.__dict__.update(PartialState._shared_state)" in source
+
+
+def check_fsdp_hooks() -> None:
+    collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    assert "_post_accumulate_grad_hooks" in inspect.getsource(collectives.foreach_reduce)
+
+
 def check_deepspeed_variable() -> None:
     from deepspeed.accelerator import real_accelerator
 

@@ -53,7 +53,8 @@ def test_flags_give_the_launch_configs_strategy() -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("distributed_type: FSDP", "FSDP"),
+        ("distributed_type: FSDP", "FSDP cannot be predicted yet"),
+        ("distributed_type: TPU", "TPU is not known"),
         ("no: config", "distributed_type"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "deepspeed_config_file"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: nowhere.json}", "nowhere.json"),

@@ -125,7 +125,7 @@ class Checkpoints:
             "rng": gather_object([rng_state_to_json(rng)]),
         }
         error = None
-        tensors = self.state.tensors()  # ZeRO gathers each from all processes, so all of them iterate
+        tensors = self.state.tensors()  # ZeRO and FSDP2 gather each from all processes, so all iterate
         try:
             if self.accelerator.is_main_process:
                 write_checkpoint(self.output_dir, position.global_step, content, tensors)

@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType
 from child_processes import child_command
 from data.worst_case import Row
 from memory.cards import this_gpu
+from memory.strategy import NO_FSDP
 from utils import GIB, UserError
 
 
@@ -122,6 +123,8 @@ def launch_flags(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     world_size, kind = accelerator.num_processes, accelerator.distributed_type
     if kind == DistributedType.NO:
         return {"strategy": "single"}
+    if kind == DistributedType.FSDP:
+        raise UserError(NO_FSDP)
     if kind != DistributedType.DEEPSPEED:
         return {"strategy": "ddp", "world_size": world_size}
     json_path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")

@@ -7,10 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from peft import PeftModel
 from torch import nn
 
 from layers.model_loss import head_of
+from models.fsdp2 import is_sharded, own_part
 from models.parts import language_model, path_of
 from utils import UserError, name_some
 
@@ -43,7 +46,12 @@ class GradientCheck:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        handles = [parameter.register_hook(self._note(name)) for name, parameter in self.parameters.items()]
+        handles = [
+            parameter.register_post_accumulate_grad_hook(self._note_own_part(name))
+            if is_sharded([parameter])
+            else parameter.register_hook(self._note(name))
+            for name, parameter in self.parameters.items()
+        ]
         yield
         for handle in handles:
             handle.remove()
@@ -57,6 +65,15 @@ class GradientCheck:
 
         return hook
 
+    def _note_own_part(self, name: str) -> Callable[[nn.Parameter], None]:
+        """FSDP2 computes with gathered parameters, and gives each process its part of the gradient."""
+
+        def hook(parameter: nn.Parameter) -> None:
+            part = own_part(parameter.grad)
+            self.largest[name] = part.abs().max() if part.numel() else part.new_zeros(())
+
+        return hook
+
     def report(self, is_scaled: bool, needs_images: Collection[str] = ()) -> list[str]:
         """What is without a gradient by design, a line for each reason.
 
@@ -67,8 +84,11 @@ class GradientCheck:
         Raises:
             UserError: a gradient is not finite, or is 0 (or was never computed) without such a reason.
         """
-        names = list(self.largest)
-        values = torch.stack([x.float() for x in self.largest.values()]).tolist() if names else []
+        names = [name for name in self.parameters if name in self.largest]  # in the same order on every process
+        values = torch.stack([self.largest[name].float() for name in names]) if names else torch.empty(0)
+        if is_sharded(self.parameters.values()):
+            values = gather(values.to(PartialState().device)[None]).amax(dim=0)  # over the parts; nan comes through
+        values = values.tolist()
         found = dict(zip(names, values, strict=True))
         infinite = [name for name, value in found.items() if not value < float("inf")]
         if infinite and not is_scaled:

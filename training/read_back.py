@@ -25,7 +25,7 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     """Compare what `folder` holds with the model that was saved there. The main process calls.
 
     Of an adapter the logits of a short text are compared, of a fully trained model each tensor. Nothing is where
-    ZeRO-3 holds the weights in parts, or biases are trained: the next evaluation shows it.
+    ZeRO-3 or FSDP2 holds the weights in parts, or biases are trained: the next evaluation shows it.
 
     Raises:
         RuntimeError: the folder does not give back what was trained.

@@ -19,6 +19,7 @@ from data.worst_case import Row
 from memory.categories import RESIDENT
 from memory.cpu_profile import bytes_in_use, memory_events, profile_memory, rise, storage_bytes
 from memory.margin import MEMORY_MARGIN
+from models.fsdp2 import own_part
 from utils import GIB
 
 
@@ -48,7 +49,8 @@ class RunMemory:
         self.profiler: profile | None = None
         self.in_use_bytes = 0
         self.measured_shape: tuple[int, int] | None = None  # rows and tokens of the micro-batch, on a GPU the largest
-        if not torch.cuda.is_available():
+        # The profiler's bytes begin with what is in use, which is not known of FSDP2's split tensors.
+        if not torch.cuda.is_available() and accelerator.distributed_type != DistributedType.FSDP:
             self.handle = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, *_: object) -> None:
@@ -133,19 +135,21 @@ class RunMemory:
 
 
 def watch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state. The dict is filled in the first update."""
+    """Bytes of this process's parameters, gradients and optimizer state. The dict is filled in the first update."""
     measured: dict[str, int] = {}
 
     def before_step(*_: object) -> None:
-        measured["gradients_bytes"] = storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        measured["gradients_bytes"] = storage_bytes(own_part(p.grad) for p in model.parameters() if p.grad is not None)
         handles[0].remove()
 
     def after_step(*_: object) -> None:
-        parameters = list(model.parameters())
+        parameters = [(parameter.requires_grad, own_part(parameter)) for parameter in model.parameters()]
         values = [value for state in optimizer.state.values() for value in state.values()]
-        measured["weights_bytes"] = storage_bytes([*(p for p in parameters if not p.requires_grad), *model.buffers()])
-        measured["trained_bytes"] = storage_bytes(p for p in parameters if p.requires_grad)
-        measured["optimizer_bytes"] = storage_bytes(value for value in values if isinstance(value, torch.Tensor))
+        measured["weights_bytes"] = storage_bytes(
+            [*(p for is_trained, p in parameters if not is_trained), *model.buffers()]
+        )
+        measured["trained_bytes"] = storage_bytes(p for is_trained, p in parameters if is_trained)
+        measured["optimizer_bytes"] = storage_bytes(own_part(x) for x in values if isinstance(x, torch.Tensor))
         handles[1].remove()
 
     handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from models.fsdp2 import own_part, split_like, whole
 from models.gather import gathered
 
 
@@ -74,7 +75,7 @@ class TrainingState:
         """(`parameter/NAME`, fp32), (`exp_avg/NAME`, fp32) ... (`step/NAME`, a number), on the CPU, one at a time."""
         for name, parameter in self.parameters.items():
             for key, tensor in self._zero_tensors(parameter) if self.zero_stage else self._torch_tensors(parameter):
-                yield f"{key}/{name}", tensor.detach().to("cpu", copy=True).contiguous()
+                yield f"{key}/{name}", whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
     def load_tensors(self, tensors: Tensors) -> None:
         """The reverse of `tensors`."""
@@ -118,7 +119,7 @@ class TrainingState:
             held = [deepspeed_attribute(parameter, PARTITION) for parameter in held]
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         tensors = [*held, *self._updated_tensors(), *(value for value in state if isinstance(value, torch.Tensor))]
-        return [str(_sum(tensor.detach())) for tensor in tensors]
+        return [str(_sum(own_part(tensor.detach()))) for tensor in tensors]
 
     def values(self) -> dict[str, Any]:
         """The scheduler's and the loss scaler's state, for JSON. The same on every process."""
@@ -168,9 +169,11 @@ class TrainingState:
         state_dict = self.optimizer.state_dict()
         for i, (name, parameter) in enumerate(self.parameters.items()):  # build_optimizer's order
             tensors = dict(by_name[name])
-            parameter.data.copy_(tensors.pop(PARAMETER))
+            own_part(parameter.data).copy_(own_part(split_like(tensors.pop(PARAMETER), parameter)))
             if tensors:
-                state_dict["state"][i] = tensors
+                state_dict["state"][i] = {
+                    key: tensor if key == STEP else split_like(tensor, parameter) for key, tensor in tensors.items()
+                }
         self.optimizer.load_state_dict(state_dict)
 
     def _zero_tensors(self, parameter: nn.Parameter) -> Tensors:
