@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from memory.launch import free_port
 from utils import BadSample
@@ -117,6 +118,11 @@ def launch_environment(config: str, num_processes: int) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"accelerate_configs/deepspeed_{config}.json",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(config == "zero3").lower(),
         }
+    if config == "fsdp2":
+        settings = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
+        environment = {"ACCELERATE_USE_FSDP": "true"}
+        for key, value in settings.items():
+            environment[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
     if config != "single":
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
         environment["LOCAL_WORLD_SIZE"] = str(num_processes)

@@ -437,14 +437,15 @@ def test_an_epochs_last_sample_is_trained_on(flags: str, tmp_path: Path) -> None
         " --per_device_train_batch_size 1 --dataloader_num_workers 0 --no_rehearse --learning_rate 1e-3 --save_steps 0"
     )
     results, adapters = {}, {}
-    for config, num_processes, accumulation in (("single", 1, 4), ("ddp", 2, 2), ("zero3", 2, 2)):
+    strategies = (("single", 1, 4), ("ddp", 2, 2), ("fsdp2", 2, 2), ("zero3", 2, 2))
+    for config, num_processes, accumulation in strategies:
         folder = tmp_path / config
         words = f"{flags} --gradient_accumulation_steps {accumulation} --output_dir {folder / 'out'}"
         ended = run(words, folder, config, num_processes)
         assert ended.code == 0, ended.err[-2000:]
         results[config] = ended.result
         adapters[config] = load_file(folder / "out/adapter_model.safetensors")
-    for config in ("ddp", "zero3"):
+    for config in ("ddp", "fsdp2", "zero3"):
         for key in ("global_step", "train_loss", "last_loss"):
             assert results[config][key] == pytest.approx(results["single"][key], rel=1e-4), (config, key)
         for name, tensor in adapters[config].items():

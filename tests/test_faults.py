@@ -61,12 +61,13 @@ def optimizer_steps(checkpoint: Path) -> set[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["single", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["single", "fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("action", ["nan", "infinite gradient"])
 def test_one_bad_update_is_skipped(config: str, action: str, data_flags: str, tmp_path: Path) -> None:
     """Step and samples are named, nothing is changed by it, the schedule waits, and the run goes on."""
     output_dir = tmp_path / "out"
-    precision = " --mixed_precision bf16" if config == "zero2" else ""  # where DeepSpeed by itself would not look
+    # Where DeepSpeed by itself would not look, and where accelerate would leave autocast out.
+    precision = " --mixed_precision bf16" if config in ("zero2", "fsdp2") else ""
     fault = Fault(FORWARD, 6, action)  # the second micro-batch of update 3
     ended = run(f"{FLAGS}{data_flags}{precision} --output_dir {output_dir}", tmp_path, config, faults=(fault,))
     assert ended.code == 0, ended.err[-3000:]
@@ -152,7 +153,7 @@ def test_skipping_keeps_the_mean(data_flags: str, tmp_path: Path) -> None:
     bad = damage(tmp_path / "data")
     flags = f"{FLAGS}{data_flags} --on_bad_sample skip --max_bad_fraction 0.5 --max_steps 8 --seed 42"
     curves = {}
-    for config, num_processes in (("single", 1), ("ddp", 2), ("zero3", 2)):
+    for config, num_processes in (("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero3", 2)):
         output_dir = tmp_path / f"{config}-{num_processes}"
         sizes = " --per_device_train_batch_size 1" if num_processes == 2 else ""
         logs = tmp_path / "logs" / config
@@ -167,7 +168,7 @@ def test_skipping_keeps_the_mean(data_flags: str, tmp_path: Path) -> None:
         assert curve(output_dir, "data/bad_samples")[-1] == len(bad)
         curves[config] = curve(output_dir, "train/loss")
     assert curves["single"][0] == pytest.approx(mean_loss(tmp_path / "data/records.json", bad), abs=1e-5)
-    for config in ("ddp", "zero3"):
+    for config in ("ddp", "fsdp2", "zero3"):
         assert curves[config] == pytest.approx(curves["single"], abs=1e-4), config
 
 

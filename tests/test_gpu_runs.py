@@ -29,7 +29,7 @@ TWO_GPUS = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
 
 STRATEGIES = ("single", "zero2", "zero3")
 LEARNING = [(config, 1, precision) for config in STRATEGIES for precision in ("bf16", "fp16")]
-LEARNING += [(config, 2, precision) for config in ("ddp", "zero2", "zero3") for precision in ("bf16", "fp16")]
+LEARNING += [(config, 2, precision) for config in ("ddp", "fsdp2", "zero2", "zero3") for precision in ("bf16", "fp16")]
 KILLED = {"undisturbed": "", "again": "", "other": " --seed 7", "resumed": ""}
 # From which function on the allocator may have 64 MiB more, where what comes then needs more.
 STARVED = {
@@ -131,6 +131,22 @@ def test_the_demo_learns(config: str, num_processes: int, precision: str, runs: 
     assert result["skipped_updates"] <= (6 if precision == "fp16" else 0)
     first_loss = float(re.search(r"loss ([\d.]+)", done.stderr)[1])
     assert result["last_loss"] < 1.6 < 3 < first_loss, "it did not learn"
+
+
+@TWO_GPUS
+def test_fsdp2_offloads(tmp_path: Path) -> None:
+    """What is split waits in host memory: the updates are the same, and a GPU holds less."""
+    text = (ROOT / "accelerate_configs/fsdp2.yaml").read_text()
+    key, results = "fsdp_offload_params", {}
+    for value in ("false", "true"):
+        path = tmp_path / f"{value}.yaml"
+        path.write_text(text.replace(f"{key}: false", f"{key}: {value}"))
+        launch = f"-m accelerate.commands.launch --config_file {path} --num_processes 2"
+        flags = f"{SMALL} --mixed_precision bf16 --lora_dropout 0 --output_dir {tmp_path / value}"
+        results[value] = result_of(command(f"{launch} train.py {flags}"))
+        print(value, results[value]["train_loss"], results[value]["peak"])
+    assert results["true"]["train_loss"] == pytest.approx(results["false"]["train_loss"], rel=1e-2)
+    assert results["true"]["peak"]["train"] < results["false"]["peak"]["train"]
 
 
 def test_the_main_command(runs: dict) -> None:

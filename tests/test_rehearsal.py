@@ -27,7 +27,8 @@ FORWARD = "mgm.modeling_mgm.MGMForConditionalGeneration.forward"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 1), ("zero3", 1), ("zero2", 2), ("zero3", 2)]
+    ("config", "num_processes"),
+    [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 1), ("zero3", 1), ("zero2", 2), ("zero3", 2)],
 )
 def test_leaves_no_trace(config: str, num_processes: int, tmp_path: Path) -> None:
     """Weights, optimizer and random numbers: the run with it ends bitwise where the run without it ends."""

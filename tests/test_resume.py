@@ -285,13 +285,14 @@ def test_other_eval_samples(before: int, after: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_goes_on_under_another_strategy(
-    killed: Path, data_flags: str, references: dict[str, Path], tmp_path: Path
+    config: str, killed: Path, data_flags: str, references: dict[str, Path], tmp_path: Path
 ) -> None:
-    """From one process to ZeRO-3, with other micro-batches of the same update: not bitwise, but the same course."""
+    """From one process to FSDP2 or ZeRO-3 on one: not bitwise, but the same course."""
     shutil.copytree(killed, tmp_path / "out")
     flags = f"{FLAGS}{data_flags} --output_dir {tmp_path / 'out'}{RESUME} --lora_dropout 0.1"
-    ended = run(flags, tmp_path, "zero3")
+    ended = run(flags, tmp_path, config)
     assert ended.code == 0, ended.err[-3000:]
     expected = load_file(references["single"] / "adapter_model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
@@ -365,16 +366,22 @@ def test_launcher_is_terminated(data_flags: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
-def test_two_processes(config: str, data_flags: str, tmp_path: Path) -> None:
-    """Terminated on one process in the middle of an update, both stop together; resumed, bitwise as undisturbed."""
-    flags = f"{TWO_PROCESSES}{data_flags} --output_dir"
+@pytest.mark.parametrize(
+    ("config", "action"),
+    [("ddp", "terminate"), ("fsdp2", "terminate"), ("fsdp2", "kill"), ("zero2", "terminate"), ("zero3", "terminate")],
+)
+def test_two_processes(config: str, action: str, data_flags: str, tmp_path: Path) -> None:
+    """Terminated on one process in the middle of an update, both stop together; killed, both are gone, and the last
+    checkpoint is there. Resumed, bitwise as undisturbed."""
+    flags = f"{TWO_PROCESSES}{data_flags} --eval_dataset data/demo/validation.json --eval_samples 2"
+    flags += " --max_new_tokens 2 --output_dir"  # a rehearsal that answers before the checkpoint is read
     folders = [tmp_path / "undisturbed", tmp_path / "terminated"]
     ended = run(f"{flags} {folders[0]}", tmp_path / "logs", config, 2)
     assert ended.code == 0, ended.err[-3000:]
-    fault = Fault("train.training_step", 15, "terminate")
+    fault = Fault("train.training_step", 15, action)
     ended = run(f"{flags} {folders[1]}", tmp_path / "logs", config, 2, faults=(fault,))
-    assert ended.code == 143 and "Kept step 7" in ended.out, ended.err[-3000:]
+    assert ended.code == (143 if action == "terminate" else -signal.SIGKILL), ended.err[-3000:]
+    assert ("Kept step 7" in ended.out) == (action == "terminate")
     ended = run(f"{flags} {folders[1]}{RESUME}", tmp_path / "logs", config, 2)
     assert ended.code == 0, ended.err[-3000:]
     assert_same_run(folders[1], folders[0])

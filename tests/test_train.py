@@ -46,6 +46,7 @@ STRATEGIES = {
     "single-8x1": ("single", 1, 8, 1),
     "single-4x2": ("single", 1, 4, 2),
     "ddp-2-processes": ("ddp", 2, 1, 4),
+    "fsdp2-2-processes": ("fsdp2", 2, 1, 4),
     "zero2": ("zero2", 1, 4, 2),
     "zero2-2-processes": ("zero2", 2, 1, 4),
     "zero3": ("zero3", 1, 4, 2),
@@ -110,6 +111,16 @@ def test_strategies_agree(runs):
             values = scalars(output_dir, tag)
             assert len(values) == NUM_STEPS
             assert values == pytest.approx(scalars(reference, tag), abs=1e-4, rel=1e-4), (name, tag)
+
+
+@pytest.mark.slow
+def test_fsdp2_splits(runs):
+    """Each of two processes holds half of the weights, of what is trained and of its optimizer state."""
+    whole, split = (runs[name][1] for name in ("ddp-2-processes", "fsdp2-2-processes"))
+    assert split["environment"]["distributed_type"] == "FSDP"
+    for key in ("weights_bytes", "trained_bytes", "gradients_bytes", "optimizer_bytes"):
+        measured = [result["memory"]["measured"][key] for result in (whole, split)]
+        assert measured[1] == pytest.approx(measured[0] / 2, rel=0.01), key
 
 
 @pytest.mark.slow
@@ -213,15 +224,19 @@ def test_the_disk_is_predicted(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["single", "zero3"])
-def test_full_fine_tuning_saves_a_model(config, mixed_dataset, tmp_path):
+@pytest.mark.parametrize(("config", "num_processes"), [("single", 1), ("fsdp2", 2), ("zero3", 1)])
+def test_full_fine_tuning_saves_a_model(config, num_processes, mixed_dataset, tmp_path):
     """--lora_r 0 trains the language model, leaves the towers alone and saves an ordinary model."""
     flags = f"--lora_r 0 --max_steps 2 --eval_samples 0 --dataset {mixed_dataset} --image_folder data/demo"
-    flags += f" --learning_rate 1e-3 --per_device_train_batch_size 32 --output_dir {tmp_path / 'out'}"
-    result, _ = launch(config, 1, *flags.split())
+    flags += (
+        f" --learning_rate 1e-3 --per_device_train_batch_size {32 // num_processes} --output_dir {tmp_path / 'out'}"
+    )
+    result, _ = launch(config, num_processes, *flags.split())
     base, tuned = load_model(MODEL, torch.float32, "sdpa"), load_model(str(tmp_path / "out"), torch.float32, "sdpa")
     changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert "model.language_model.embed_tokens.weight" in changed
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    assert names == dict(base.named_parameters()).keys(), "a tied weight once"
     assert not any("vision_tower" in name for name in changed)
     assert_disk_is_predicted(tmp_path / "out", result, "model.safetensors", lora_r=0)
     assert result["trainable_params"] == sum(
@@ -314,7 +329,9 @@ def test_what_is_trained_gets_a_gradient(flags, images_per_sample):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--trainable_modules vision_tower multi_modal_projector", "--lora_bias all"])
-@pytest.mark.parametrize(("config", "num_processes"), [("single", 1), ("ddp", 2), ("zero2", 2), ("zero3", 1)])
+@pytest.mark.parametrize(
+    ("config", "num_processes"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 1)]
+)
 def test_unused_parameters_under_every_strategy(config, num_processes, flags, tmp_path):
     """Two processes train what one does: DDP does not wait for what has no gradient."""
     flags = f"{flags} --max_steps 2 --eval_samples 0 --per_device_train_batch_size 2 --dataloader_num_workers 0"
@@ -382,38 +399,56 @@ def splitting_zero3(tmp_path) -> str:
     ("trained", "num_layers", "num_mlps"),
     [("--lora_r 16", 1, 2), ("--lora_target_modules all-linear", 1, 2), ("--lora_r 0", 0, 3)],
 )
-def test_parts_recomputed_under_zero3(trained, num_layers, num_mlps, splitting_zero3, mixed_dataset, tmp_path):
-    """Frozen MLPs, adapted ones and trained ones, also that of the first layer, which is not gathered as a whole: loss
-    and gradient norm of three updates are those of a single process that recomputes nothing."""
+def test_parts_recomputed_where_weights_are_gathered(
+    trained, num_layers, num_mlps, splitting_zero3, mixed_dataset, tmp_path
+):
+    """Frozen MLPs, adapted ones and trained ones, also that of the first layer, which ZeRO-3 does not gather as a
+    whole: loss and gradient norm of three updates are those of a single process that recomputes nothing."""
     flags = f"{trained} --lora_dropout 0 --max_steps 3 --logging_steps 1 --eval_samples 0 --dataset {mixed_dataset}"
-    flags += " --image_folder data/demo --per_device_train_batch_size 8"
-    launch("single", 1, *flags.split(), "--no_gradient_checkpointing", "--output_dir", str(tmp_path / "plain"))
-    flags += f" --checkpoint_num_layers {num_layers} --checkpoint_num_mlps {num_mlps} --output_dir {tmp_path / 'out'}"
-    launch(splitting_zero3, 1, *flags.split())
-    for tag in ("train/loss", "train/grad_norm"):
-        expected, found = (scalars(tmp_path / name, tag) for name in ("plain", "out"))
-        assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4), tag
+    flags += " --image_folder data/demo --mlp_tiles 2"
+    plain = f"--no_gradient_checkpointing --per_device_train_batch_size 8 --output_dir {tmp_path / 'plain'}"
+    launch("single", 1, *flags.split(), *plain.split())
+    flags += f" --checkpoint_num_layers {num_layers} --checkpoint_num_mlps {num_mlps}"
+    for name, config, num_processes in (("zero3", splitting_zero3, 1), ("fsdp2", "fsdp2", 2)):
+        rows = f"--per_device_train_batch_size {8 // num_processes} --output_dir {tmp_path / name}"
+        launch(config, num_processes, *flags.split(), *rows.split())
+        for tag in ("train/loss", "train/grad_norm"):
+            expected, found = (scalars(tmp_path / folder, tag) for folder in ("plain", name))
+            assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4), (name, tag)
+
+
+@pytest.fixture
+def reading_once(tmp_path) -> str:
+    """fsdp2.yaml, but so that the first process alone reads the weights."""
+    launch_config = (ROOT / "accelerate_configs/fsdp2.yaml").read_text()
+    key = "fsdp_cpu_ram_efficient_loading"
+    (tmp_path / "fsdp2.yaml").write_text(launch_config.replace(f"{key}: false", f"{key}: true "))
+    return str(tmp_path / "fsdp2")
 
 
 @pytest.mark.slow
-def test_dora_under_zero3(splitting_zero3, mixed_dataset, tmp_path):
-    """DoRA reads whole weights outside their layers' own forward. Two processes under ZeRO-3 agree with a single
-    process, and save an adapter that loads."""
+def test_dora_where_weights_are_gathered(splitting_zero3, reading_once, mixed_dataset, tmp_path):
+    """DoRA reads whole weights outside their layers' own forward. Two processes under ZeRO-3 and FSDP2 agree with a
+    single process, and save an adapter that loads."""
     flags = "--use_dora --lora_target_modules all-linear --lora_dropout 0 --max_steps 3 --logging_steps 1"
     flags += f" --eval_samples 0 --learning_rate 4e-3 --dataset {mixed_dataset} --image_folder data/demo"
     losses = []
-    for name, config, num_processes in (("one", "single", 1), ("two", splitting_zero3, 2)):
+    runs = (("one", "single", 1), ("zero3", splitting_zero3, 2), ("fsdp2", reading_once, 2))
+    for name, config, num_processes in runs:
         rows = f"--per_device_train_batch_size {8 // num_processes} --output_dir {tmp_path / name}"
         launch(config, num_processes, *flags.split(), *rows.split())
         losses.append(scalars(tmp_path / name, "train/loss"))
-    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-4, rel=1e-4)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and sum("lora_magnitude_vector" in key for key in two) == 28
-    PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path / "two")
+    one, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name, *_ in runs)
+    for (name, *_), adapter, found in zip(runs[1:], others, losses[1:], strict=True):
+        assert len(found) == 3 and found == pytest.approx(losses[0], abs=1e-4, rel=1e-4), name
+        assert one.keys() == adapter.keys() and sum("lora_magnitude_vector" in key for key in adapter) == 28, name
+        PeftModel.from_pretrained(load_model(MODEL, torch.float32, "sdpa"), tmp_path / name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "num_processes", "rows"), [("single", 1, 8), ("ddp", 2, 4), ("zero3", 2, 1)])
+@pytest.mark.parametrize(
+    ("config", "num_processes", "rows"), [("single", 1, 8), ("ddp", 2, 4), ("fsdp2", 2, 2), ("zero3", 2, 1)]
+)
 def test_packed_updates_are_the_unpacked(config, num_processes, rows, mixed_dataset, whole_epochs, tmp_path):
     """An update of all samples, three times: loss and gradient norm with those of a padded batch in one process."""
     accumulation = 8 // (rows * num_processes)
