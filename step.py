@@ -4,13 +4,14 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import quiet  # noqa: F401 (before PEFT)
 
 import torch
 from accelerate import Accelerator, AutocastKwargs, DataLoaderConfiguration, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, KwargsHandler, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ from utils import UserError, check_choice, check_minimum, flag, free_on_resume, 
 
 
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}  # transformers' names
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(kw_only=True)
@@ -136,11 +138,13 @@ def build_accelerator(
     """The strategy is the launch config's, the rest the flags'. `project_dir` takes TensorBoard's logs."""
     on_cpu = not torch.cuda.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    plugin, handlers = fsdp2_plugin(), []
-    if on_cpu and uses_deepspeed:  # DeepSpeed would ask for a backend of its own and count one process
-        handlers = [InitProcessGroupKwargs(backend="gloo")]
-    elif plugin is not None:  # casts of gathered weights would be kept for the whole forward pass
-        handlers = [AutocastKwargs(cache_enabled=False)]
+    plugin = fsdp2_plugin()
+    # Without a GPU DeepSpeed would ask for a backend of its own and count one process. The time-out is long because all
+    # wait for the one that prepares the data; train.py sees by itself that one is gone.
+    backend = "gloo" if on_cpu and uses_deepspeed else "nccl"
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
+    if plugin is not None:  # casts of gathered weights would be kept for the whole forward pass
+        handlers.append(AutocastKwargs(cache_enabled=False))
     accelerator = Accelerator(
         cpu=on_cpu and not uses_deepspeed,  # DeepSpeed finds the CPU itself; this flag would switch it off
         mixed_precision=mixed_precision,

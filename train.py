@@ -16,7 +16,7 @@ import quiet  # noqa: F401 (before PEFT)
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
 from transformers import ProcessorMixin, get_scheduler
@@ -47,14 +47,16 @@ from training.checkpoints import (
     check_output_dir,
     find_checkpoint,
     finished_run,
-    read_position,
     run_settings,
 )
 from training.config import DEMO_RECIPE, TrainConfig
 from training.disk_room import warn_of_little_room
 from training.doctor import run_doctor
 from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
+from training.network import choose_interface
 from training.out_of_memory import ExplainOutOfMemory
+from training.peers import Peers
+from training.processes import check_same, main_processes_first, of_main
 from training.rehearsal import rehearse
 from training.run_log import RunLog
 from training.saving import save_trained
@@ -66,10 +68,10 @@ MAX_NAMED_RECORDS = 100  # of those left out; data.check names them all
 
 
 def main(config: TrainConfig) -> dict | None:
-    output_dir = Path(config.output_dir)
     if config.doctor:
-        return run_doctor(config.model, output_dir)
+        return run_doctor(config.model, Path(config.output_dir))
     check_output_dir(config)
+    choose_interface()
     accelerator = build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,
@@ -77,15 +79,23 @@ def main(config: TrainConfig) -> dict | None:
         config.max_grad_norm,
         config.output_dir,
     )
+    with Peers(accelerator):
+        return train(config, accelerator)
+
+
+def train(config: TrainConfig, accelerator: Accelerator) -> dict | None:
+    """All of the run that several processes do together."""
+    output_dir = Path(config.output_dir)
     check_model(config)
     processor = build_processor(config)
     set_seed(config.seed)
 
     # Bad data is found here, before the first byte is written.
-    with accelerator.main_process_first():
+    with main_processes_first(accelerator):
         train_dataset, eval_dataset = build_datasets(config, processor)
     data = train_dataset.digest
-    if finished := finished_run(config, data):
+    check_same(accelerator, config.shared_flags | {"data": data})
+    if finished := of_main(accelerator, lambda: finished_run(config, data)):
         accelerator.print(f"{output_dir} is finished already")
         return finished if accelerator.is_main_process else None
     if config.dataset is None:
@@ -122,8 +132,10 @@ def main(config: TrainConfig) -> dict | None:
         updates=num_steps,
         trained=state.shapes(),
     )
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print)
-    position = read_position(checkpoint)
+    checkpoint, position = of_main(
+        accelerator,
+        lambda: find_checkpoint(config.resume_from_checkpoint, output_dir, settings, accelerator.print),
+    )
     updates = range(position.global_step + 1, num_steps + 1)
     warn_of_little_room(accelerator, config, model, state.shapes(), updates)
 

@@ -26,6 +26,7 @@ from training.checkpoint_files import (
 from training.config import TrainConfig
 from training.out_of_memory import SNAPSHOT
 from training.previous_run import RUN_JSON
+from training.processes import items_of_main, of_main
 from training.random_state import load_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from training.run_log import RunLog
 from training.training_state import TrainingState
@@ -86,9 +87,9 @@ class Checkpoints:
                 self.accelerator.print(kept)
 
     def resume(self, path: Path) -> None:
-        """Restore everything to what it was when the checkpoint was written."""
-        saved = read_state(path)
-        self.state.load_tensors(read_tensors(path))
+        """Restore everything to what it was when the checkpoint was written. The main process reads it for all."""
+        saved = of_main(self.accelerator, lambda: read_state(path))
+        self.state.load_tensors(items_of_main(self.accelerator, lambda: read_tensors(path)))
         self.state.load_values(saved)
         self.log.load_state_dict(saved["log"])
         if len(saved["rng"]) == self.accelerator.num_processes:
@@ -146,20 +147,21 @@ class Checkpoints:
 
 def find_checkpoint(
     resume_from: str | None, output_dir: Path, settings: dict[str, Any], warn: Callable[[str], None]
-) -> Path | None:
-    """The checkpoint to resume from; None if `resume_from` is None.
+) -> tuple[Path | None, Position]:
+    """The checkpoint to resume from, and its position. If `resume_from` is None: None, and the beginning.
 
     Raises:
         UserError: there is no good one, or it was made with other settings.
     """
     if resume_from is None:
-        return None
+        return None, Position()
     if resume_from == LATEST:
         path = find_latest(output_dir, warn)
     elif damage := find_damage(path := Path(resume_from)):
         raise UserError(f"--resume_from_checkpoint {resume_from}: {damage}; choose another, or 'latest'")
-    check_settings(path, read_state(path)["settings"], settings)
-    return path
+    saved = read_state(path)
+    check_settings(path, saved["settings"], settings)
+    return path, Position(**saved["position"])
 
 
 def find_latest(output_dir: Path, warn: Callable[[str], None]) -> Path:
@@ -193,11 +195,6 @@ def check_output_dir(config: TrainConfig) -> None:
         )
     if overwrite and is_resumed_here:
         raise UserError("--overwrite_output_dir with --resume_from_checkpoint: the one removes what the other needs")
-
-
-def read_position(path: Path | None) -> Position:
-    """The position that a checkpoint was saved at; without a checkpoint, the beginning."""
-    return Position() if path is None else Position(**read_state(path)["position"])
 
 
 def finished_run(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """The flags of train.py."""
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from step import StepConfig
 from utils import UserError, check_choice, check_minimum, flag, free_on_resume
@@ -15,6 +16,9 @@ SCHEDULERS = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: the learning rate has to begin above it
+# Each machine may have its own: where files lie, and for how many processes it has cores.
+OWN_FLAGS = {"model", "dataset", "image_folder", "eval_dataset", "output_dir", "resume_from_checkpoint"}
+OWN_FLAGS |= {"dataloader_num_workers"}
 
 
 @dataclass(kw_only=True)
@@ -75,6 +79,11 @@ class TrainConfig(StepConfig):
             )
         check_minimum(self, logging_steps=1, max_new_tokens=1)
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
+
+    @property
+    def shared_flags(self) -> dict[str, Any]:
+        """What must be the same on all machines."""
+        return {name: value for name, value in asdict(self).items() if name not in OWN_FLAGS}
 
     @staticmethod
     def default_recipe(flags: Namespace) -> Path | None:
