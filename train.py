@@ -52,8 +52,9 @@ from training.checkpoints import (
 from training.config import DEMO_RECIPE, TrainConfig
 from training.disk_room import warn_of_little_room
 from training.doctor import run_doctor
+from training.doctor_machines import run_doctor_on_machines
 from training.faults import BadSamples, NonFiniteUpdates, Watch, check_bad_fraction
-from training.network import choose_interface
+from training.network import choose_interface, num_processes
 from training.out_of_memory import ExplainOutOfMemory
 from training.peers import Peers
 from training.processes import check_same, main_processes_first, of_main
@@ -68,6 +69,8 @@ MAX_NAMED_RECORDS = 100  # of those left out; data.check names them all
 
 
 def main(config: TrainConfig) -> dict | None:
+    if config.doctor and num_processes() > 1:
+        return run_doctor_on_machines(config)
     if config.doctor:
         return run_doctor(config.model, Path(config.output_dir))
     check_output_dir(config)

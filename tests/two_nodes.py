@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from memory.launch import free_port
-
 
 ROOT = Path(__file__).parent.parent
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 BIN = Path(sys.executable).parent  # of the launchers
+SETTLE = 'hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@"'
+LAUNCH_VARIABLES = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def ip(*words: str) -> str:
@@ -64,15 +64,11 @@ class TwoNodes:
     def disk_of(self, node: int) -> Path:
         return self.folder / str(node)
 
-    def start(self, node: int, *command: str) -> None:
-        """A command from the launchers' folder, at the top of the repository. Its output goes to `log`."""
-        places = [str(self.disk_of(node)), str(self.disk)]
-        caches = self.disk_of(node) / "datasets_cache"
-        caches.mkdir(exist_ok=True)
-        words = ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", *places]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(self.disk / "datasets_cache")}
-        for variable in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(variable, None)
+    def start(self, node: int, *command: str, **variables: str) -> None:
+        """Start a launcher's command at the top of the repository. `log` has its output."""
+        words = ["unshare", "--uts", "sh", "-c", SETTLE, "sh", f"node{node}", str(self.disk_of(node)), str(self.disk)]
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+        environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(self.disk / "datasets_cache"), **variables}
         with open(self.log_file(node), "w") as log:
             self.started[node] = subprocess.Popen(
                 ["ip", "netns", "exec", self.names[node], *words, str(BIN / command[0]), *command[1:]],
@@ -121,19 +117,18 @@ class TwoNodes:
         """Pull the cable."""
         ip("-n", self.names[1], "link", "set", self.ports[1], "down")
 
-    def free_port(self) -> int:
-        return free_port()
 
-
-def accelerate_line(node: int, config: str, port: int, *extra: str) -> list[str]:
-    """The line of docs/scaling.md."""
-    machines = f"--num_machines 2 --num_processes 2 --machine_rank {node}"
-    main = f"--main_process_ip {ADDRESSES[0]} --main_process_port {port}"
-    return ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",
-            *machines.split(), *main.split(), *extra, "train.py"]  # fmt: skip
+def accelerate_line(node: int, port: int, config: str = "ddp") -> list[str]:
+    """As docs/scaling.md has it."""
+    line = f"accelerate launch --config_file accelerate_configs/{config}.yaml --num_machines 2 --num_processes 2"
+    line += f" --machine_rank {node} --main_process_ip {ADDRESSES[0]} --main_process_port {port}"
+    if config.startswith("zero"):
+        line += " --deepspeed_multinode_launcher standard"
+    return [*line.split(), "train.py"]
 
 
 def torchrun_line(node: int, port: int) -> list[str]:
-    """The line of docs/scaling.md."""
-    machines = f"--nnodes 2 --nproc_per_node 1 --node_rank {node}"
-    return ["torchrun", *machines.split(), "--master_addr", ADDRESSES[0], "--master_port", str(port), "train.py"]
+    """As docs/scaling.md has it."""
+    line = f"torchrun --nnodes 2 --nproc_per_node 1 --node_rank {node}"
+    line += f" --master_addr {ADDRESSES[0]} --master_port {port} train.py"
+    return line.split()

@@ -92,7 +92,11 @@ def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the model's config cannot be read.
     """
-    found = [*findings(look(load_config(model), output_dir)), *judge_model(model)]
+    return print_findings([*findings(look(load_config(model), output_dir)), *judge_model(model)])
+
+
+def print_findings(found: list[Finding]) -> dict[str, Any]:
+    """Print them; returns them with the worst `status`."""
     for finding in found:
         print(f"[{MARKS[finding.mark]}] {finding.what}")
         if finding.remedy:

@@ -10,9 +10,9 @@ import psutil
 GLOO_INTERFACE, NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
-def num_machines() -> int:
+def num_processes() -> int:
     """Of the launch; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_interface() -> None:
@@ -21,7 +21,8 @@ def choose_interface() -> None:
     By itself gloo takes the address that the machine's name stands for: on many systems 127.0.1.1, which no other
     machine reaches. NCCL looks for an interface itself. Call before the processes join.
     """
-    if num_machines() > 1 and GLOO_INTERFACE not in os.environ and (interface := interface_to_main()):
+    is_spread = num_processes() > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if is_spread and GLOO_INTERFACE not in os.environ and (interface := interface_to_main()):
         os.environ[GLOO_INTERFACE] = interface
 
 

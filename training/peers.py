@@ -1,9 +1,9 @@
 """Ends the run on all machines when one of its processes is gone, and says which.
 
-In a collective the others would wait for it: with NCCL until the time-out, with gloo too where a cable is cut. So every
-process has a connection to the main process that carries nothing but a farewell. A process that is killed breaks it at
-once. A machine without power or network no longer answers the keep-alive probes, which the operating system sends: they
-need no Python, so a process that is busy for minutes is not taken for a lost one.
+In a collective the others would wait for it: with NCCL until the time-out, with gloo too where a cable is cut. So
+every process has a connection to the main process that carries nothing but a farewell. If it is killed, the connection
+breaks at once. If its machine loses power or network, it no longer answers the keep-alive probes of the operating
+system. They need no Python, so a process that is busy for minutes is not taken for a lost one.
 """
 
 import json
@@ -70,12 +70,12 @@ class Peers:
         if self.accelerator.is_main_process:
             family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
             server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-        port, secret = broadcast_object_list([server and server.getsockname()[1], secret])
+        port, secret, main = broadcast_object_list([server and server.getsockname()[1], secret, self.name])
         try:
             if server is None:
                 connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
                 connection.sendall(json.dumps([secret, self.name]).encode() + b"\n")
-                self._add(connection, f"rank 0 on {host}")
+                self._add(connection, main)
             else:
                 server.settimeout(CONNECT_SECONDS)
                 while len(self.names) < self.accelerator.num_processes - 1:

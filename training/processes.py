@@ -69,4 +69,6 @@ def check_same(accelerator: Accelerator, values: dict[str, Any]) -> None:
         differences = [key for key in values if other[key] != first[1][key]]
         if differences:
             shown = "; ".join(f"{key} is {first[1][key]} there, {other[key]} here" for key in differences)
-            raise UserError(f"{name} differs from {first[0]}: {shown}. Start all machines with the same data and flags")
+            raise UserError(
+                f"{name} differs from {first[0]}: {shown}. Start all machines with the same data and flags"
+            )
