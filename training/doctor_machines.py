@@ -22,7 +22,6 @@ from torch import distributed
 
 from data.dataset import digest_records, open_dataset
 from models.loading import load_config
-from step import COLLECTIVE_TIMEOUT
 from training.config import TrainConfig
 from training.doctor import (
     Finding,
@@ -41,6 +40,7 @@ from utils import UserError, brief_error, markdown_table
 
 ROOT = Path(__file__).parent.parent
 JOIN_SECONDS = 120  # from the first process that has started Python to the last
+REPORT_SECONDS = 1800  # then: a large data set is read
 COLLECTIVE_SECONDS = 60
 MAX_CLOCK_SECONDS = 1.0
 
@@ -73,7 +73,7 @@ def run_doctor_on_machines(config: TrainConfig) -> dict[str, Any] | None:
     """Print a table of all machines and what is wrong; returns `status` and findings on the main process, else None.
 
     Raises:
-        UserError: the main process cannot be reached, or the model's config cannot be read.
+        UserError: the main process cannot be reached.
     """
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     choose_interface()
@@ -87,16 +87,18 @@ def run_doctor_on_machines(config: TrainConfig) -> dict[str, Any] | None:
         store.set(f"collective/{rank}", try_collective(store, rank, num_processes) or "")
         return None
     others = range(1, num_processes)
-    missing = [other for other in others if ask(store, f"here/{other}", timedelta(seconds=JOIN_SECONDS)) is None]
+    missing = [other for other in others if ask(store, f"here/{other}", JOIN_SECONDS) is None]
     reports = [report]
     for other in (other for other in others if other not in missing):
-        text = ask(store, f"report/{other}", COLLECTIVE_TIMEOUT)
-        reports.append(Report.from_json(text))
-        reports[-1].clock_seconds = clock_difference(store, other)
+        if (text := ask(store, f"report/{other}", REPORT_SECONDS)) is None:
+            missing.append(other)
+        else:
+            reports.append(Report.from_json(text))
+            reports[-1].clock_seconds = clock_difference(store, other)
     if not missing:
         report.collective = try_collective(store, rank, num_processes)
         for each in reports[1:]:
-            each.collective = ask(store, f"collective/{each.rank}", timedelta(seconds=2 * COLLECTIVE_SECONDS))
+            each.collective = ask(store, f"collective/{each.rank}", 2 * COLLECTIVE_SECONDS)
     print(as_table(reports))
     return print_findings(judge_machines(reports, missing))
 
@@ -118,10 +120,10 @@ def join(rank: int) -> distributed.Store:
     return distributed.PrefixStore("doctor", store)
 
 
-def ask(store: distributed.Store, key: str, timeout: timedelta) -> str | None:
+def ask(store: distributed.Store, key: str, seconds: float) -> str | None:
     """The key's value; None if it is not there after this time."""
     try:
-        store.wait([key], timeout)
+        store.wait([key], timedelta(seconds=seconds))
         return store.get(key).decode()
     except distributed.DistStoreError:
         return None
@@ -164,8 +166,11 @@ def _sum_ones(store: distributed.Store, rank: int, num_processes: int, outcome: 
 
 def look_at_process(config: TrainConfig, rank: int) -> Report:
     found = []
-    if os.environ["LOCAL_RANK"] == "0":
-        found = [*findings(look(load_config(config.model), Path(config.output_dir))), *judge_model(config.model)]
+    try:
+        if os.environ["LOCAL_RANK"] == "0":
+            found = [*findings(look(load_config(config.model), Path(config.output_dir))), *judge_model(config.model)]
+    except UserError as error:
+        found = [problem(str(error), "each machine needs the model, or a shared disk")]
     return Report(
         rank=rank,
         machine=socket.gethostname(),
@@ -219,8 +224,8 @@ def judge_machines(reports: list[Report], missing: list[int]) -> list[Finding]:
     main = reports[0]
     found = [
         problem(
-            f"rank {rank} is missing: it has not come within {JOIN_SECONDS} s",
-            "look at its machine's output; all machines need the same --num_processes and number of machines",
+            f"rank {rank} is missing: it has not reported in time",
+            "look at its machine's output; all machines need the same number of machines and of processes",
         )
         for rank in missing
     ]
