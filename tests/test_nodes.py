@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from forked_runs import Fault, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from two_nodes import TwoNodes, accelerate_line, torchrun_line
+from two_nodes import TwoNodes, accelerate_line, slurm_line, torchrun_line
 
 from data.demo import ensure_demo
 from memory.launch import free_port
@@ -118,7 +118,7 @@ def test_a_node_is_killed(launcher: str, nodes: TwoNodes, reference: list[float]
 
 
 @pytest.mark.slow
-def test_a_cut_cable(nodes: TwoNodes) -> None:
+def test_a_cut_link(nodes: TwoNodes) -> None:
     """Neither node hears of the other again: both end."""
     start(nodes, accelerate_line, HALF.replace(f"max_steps {NUM_STEPS}", "max_steps 10000"))
     wait_for_checkpoint(nodes, 2)
@@ -128,9 +128,9 @@ def test_a_cut_cable(nodes: TwoNodes) -> None:
 
 
 @pytest.mark.slow
-def test_zero3(nodes: TwoNodes, reference: list[float]) -> None:
-    """Weights in parts on two machines."""
-    start(nodes, accelerate_line, HALF, config="zero3")
+def test_zero3_under_slurm(nodes: TwoNodes, reference: list[float]) -> None:
+    """Weights in parts on two machines, started as Slurm does."""
+    start(nodes, slurm_line, HALF, config="zero3")
     for node in range(2):
         assert nodes.wait(node) == 0, nodes.log(node)[-3000:]
     assert_as_one_process(nodes, reference)

@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces that a cable joins, each with a process tree and a disk of its own."""
+"""Two machines on one: network namespaces that a link joins, each with a process tree and a disk of its own."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ class TwoNodes:
         for i, name in enumerate(self.names):
             with suppress(OSError):
                 self.kill(i)
-                ip("netns", "del", name)  # the cable goes with it
+                ip("netns", "del", name)  # the link goes with it
 
     def disk_of(self, node: int) -> Path:
         return self.folder / str(node)
@@ -68,10 +68,11 @@ class TwoNodes:
         """Start a launcher's command at the top of the repository. `log` has its output."""
         words = ["unshare", "--uts", "sh", "-c", SETTLE, "sh", f"node{node}", str(self.disk_of(node)), str(self.disk)]
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+        environment["PATH"] = f"{BIN}:{environment['PATH']}"
         environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(self.disk / "datasets_cache"), **variables}
         with open(self.log_file(node), "w") as log:
             self.started[node] = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[node], *words, str(BIN / command[0]), *command[1:]],
+                ["ip", "netns", "exec", self.names[node], *words, *command],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -114,7 +115,7 @@ class TwoNodes:
                 os.kill(int(pid), signal.SIGKILL)
 
     def cut(self) -> None:
-        """Pull the cable."""
+        """Cut the link."""
         ip("-n", self.names[1], "link", "set", self.ports[1], "down")
 
 
@@ -125,6 +126,13 @@ def accelerate_line(node: int, port: int, config: str = "ddp") -> list[str]:
     if config.startswith("zero"):
         line += " --deepspeed_multinode_launcher standard"
     return [*line.split(), "train.py"]
+
+
+def slurm_line(node: int, port: int, config: str = "ddp") -> list[str]:
+    """launch/slurm.sh, as on the node that `srun` starts it on: `srun` runs the command that it is given."""
+    variables = f"SLURM_NNODES=2 SLURM_NODEID={node} SLURM_JOB_ID={port} SLURM_JOB_NODELIST={ADDRESSES[0]}"
+    script = 'srun() { "${@:2}"; }; scontrol() { echo $3; }; . launch/slurm.sh'
+    return ["env", *variables.split(), f"CONFIG={config}", "bash", "-c", script, "slurm.sh"]
 
 
 def torchrun_line(node: int, port: int) -> list[str]:
