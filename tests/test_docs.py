@@ -67,8 +67,9 @@ def test_flags_exist(path):
     assert set(quoted) <= every | FOREIGN_FLAGS, set(quoted) - every
 
 
-# Docker's, lmms-eval's, benchmarks/step.py's, accelerate's, every script's
-FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size", "num_processes", "recipe"}
+# Docker's, lmms-eval's, benchmarks/step.py's, accelerate's and torchrun's, every script's
+FOREIGN_FLAGS = {"shm", "model_args", "tasks", "size", "num_processes", "recipe", "rdzv_conf", "machine_rank"}
+FOREIGN_FLAGS |= {"deepspeed_multinode_launcher"}
 
 
 @pytest.mark.parametrize("config", SCRIPTS.values(), ids=SCRIPTS)

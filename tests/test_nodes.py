@@ -1,6 +1,7 @@
 """train.py on two machines (network namespaces): the same result, and an end everywhere when one of them is lost."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -189,3 +190,12 @@ def test_other_processes(case: str, records: Path, reference: list[float], tmp_p
     ended = run((FLAGS if num_after == 1 else HALF) + places + RESUME, tmp_path, after, num_after)
     assert ended.code == 0, ended.err[-3000:]
     assert losses(tmp_path / "out") == pytest.approx(reference, abs=1e-4)
+
+
+def test_the_page_names_the_tests() -> None:
+    """Each case above has its row in docs/scaling.md, and each test named there exists."""
+    page = (Path(__file__).parent.parent / "docs/scaling.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)(?:\[([\w-]+)\])?`", page)
+    assert {case for _, name, case in named if name == "test_other_processes"} == RESUMED.keys()
+    for file, name, _ in named:
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), name
