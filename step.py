@@ -139,8 +139,8 @@ def build_accelerator(
     on_cpu = not torch.cuda.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     plugin = fsdp2_plugin()
-    # Without a GPU DeepSpeed would ask for a backend of its own and count one process. The time-out is long because all
-    # wait for the one that prepares the data; train.py sees by itself that one is gone.
+    # Without a GPU DeepSpeed would ask for a backend of its own and count one process. The time-out is long because
+    # all wait for the one that prepares the data; train.py sees by itself that one is gone.
     backend = "gloo" if on_cpu and uses_deepspeed else "nccl"
     handlers: list[KwargsHandler] = [InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)]
     if plugin is not None:  # casts of gathered weights would be kept for the whole forward pass

@@ -539,6 +539,11 @@ def check_fsdp_hooks() -> None:
     assert "_post_accumulate_grad_hooks" in inspect.getsource(collectives.foreach_reduce)
 
 
+def check_agent_store_variable() -> None:
+    source = inspect.getsource(torch.distributed.elastic.agent.server.local_elastic_agent)
+    assert '"TORCHELASTIC_USE_AGENT_STORE": str(use_agent_store)' in source
+
+
 def check_deepspeed_variable() -> None:
     from deepspeed.accelerator import real_accelerator
 
