@@ -6,8 +6,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -57,10 +58,13 @@ def launched(
 
 
 def free_port() -> int:
-    """A port of this computer that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port of this computer that nothing listens on. It is none of those that systems give to connections: it might
+    be given to one before it is used."""
+    for port in SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("100 ports from 20000 to 31999 are all taken")
 
 
 def in_fresh_process(
