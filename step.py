@@ -218,6 +218,10 @@ def build_model(
     """
     if is_deepspeed and config.use_dora and config.quantize != "none":
         raise UserError("--use_dora true: not with 4-bit weights under DeepSpeed, choose single.yaml or ddp.yaml")
+    if is_fsdp and config.mixed_precision == "fp16":
+        raise UserError(
+            "--mixed_precision fp16: accelerate's loss scaler fails under FSDP2, choose bf16, ddp.yaml or zero3.yaml"
+        )
     if is_fsdp and config.quantize != "none":
         raise UserError(
             f"--quantize {config.quantize}: FSDP2 would not split 4-bit weights, choose ddp.yaml or zero3.yaml"

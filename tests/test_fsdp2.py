@@ -53,6 +53,10 @@ def test_refused_launch_configs(key: str, value: object, remedy: str, monkeypatc
 
 
 def test_4_bit_weights_are_refused() -> None:
+    config = StepConfig(model="tiny")
+    config.mixed_precision = "fp16"  # this machine's CPU would refuse it
+    with pytest.raises(UserError, match="--mixed_precision fp16: accelerate's loss scaler fails under FSDP2"):
+        build_model(config, is_deepspeed=False, is_fsdp=True)
     with pytest.raises(UserError, match="--quantize nf4: FSDP2 would not split 4-bit weights, choose ddp.yaml"):
         build_model(StepConfig(model="tiny", quantize="nf4"), is_deepspeed=False, is_fsdp=True)
 
