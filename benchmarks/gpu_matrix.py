@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
+from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of, or_failure
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.launch import in_fresh_process
 from memory.measure import measure
 from memory.measure_gpu import measure_this_process
 from memory.probe import probe
-from utils import UserError, check_choice, flag, run_script, write_json
+from utils import check_choice, flag, run_script, write_json
 
 
 ZERO2, ZERO3 = ({"config_file": f"accelerate_configs/{name}.yaml"} for name in ("zero2", "zero3"))
@@ -120,13 +120,7 @@ def row_config(config: MatrixConfig, gpu: str, flags: dict[str, Any]) -> ProbeCo
 
 
 def measure_row(config: ProbeConfig) -> dict[str, Any]:
-    """A row that fails holds its error, so that the rows after it are still measured."""
-    try:
-        return measure(config)
-    except UserError:  # such as a GPU that something else uses: of the machine, not of the row
-        raise
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+    return or_failure(measure, config)
 
 
 def record_history(config: ProbeConfig) -> dict[str, Any]:

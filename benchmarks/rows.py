@@ -9,7 +9,7 @@ Rows are told apart by their flags. When the code changes so that the same flags
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memory.cards import nearest_gpu
-from utils import GIB, environment, flag, write_json
+from utils import GIB, UserError, environment, flag, write_json
 
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +56,20 @@ class Rows:
 
     def write(self) -> None:
         write_json(self.path, self.result)
+
+
+def or_failure(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a row's function returns. A row that fails holds its error, so that the rows after it are still measured.
+
+    Raises:
+        UserError: of the machine, not of the row, such as a GPU that something else uses.
+    """
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def read_result(name: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu_matrix import ZERO2, ZERO3
-from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of
+from benchmarks.rows import Rows, RowsConfig, gpu_machine, gpu_of, or_failure
 from benchmarks.speed_tables import STEP_TIMES
 from benchmarks.tables import write_tables
 from memory.cards import GPUS
@@ -112,13 +112,7 @@ def measure_rows(path: Path, overwrite: bool) -> list[dict[str, Any]]:
 
 
 def measure_row(config: ProbeConfig) -> dict[str, Any]:
-    """A row that fails holds its error, so that the rows after it are still measured."""
-    try:
-        return measure_time(config, config.launch)
-    except UserError:
-        raise
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+    return or_failure(measure_time, config, config.launch)
 
 
 def predict_rows(path: Path) -> dict[str, Any]:
