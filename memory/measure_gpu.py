@@ -69,8 +69,7 @@ def refuse_gpu_in_use(index: int = 0) -> None:
 
 def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) -> dict[str, Any]:
     """What measure_gpu returns of one process. For a fresh one."""
-    set_allocator()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begin_on_gpu()
     total_bytes = torch.cuda.mem_get_info()[1]
     context_bytes = used_bytes()
     accelerator = launched_accelerator(config)
@@ -103,6 +102,12 @@ def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) ->
         "oom": peaks.oom,
         "gpu_name": torch.cuda.get_device_name(),
     }
+
+
+def begin_on_gpu() -> None:
+    """What a process does before its first allocation: the allocator as in training, and its own GPU."""
+    set_allocator()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def build_as_loaded(config: ProbeConfig, is_deepspeed: bool) -> nn.Module:

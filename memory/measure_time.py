@@ -4,7 +4,6 @@ The step is memory/probed_step.py's, with all of an update's micro-batches, and 
 train.py does.
 """
 
-import os
 import time
 from statistics import median
 from typing import Any
@@ -17,10 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import step
 from memory.config import ProbeConfig
-from memory.measure_gpu import build_as_loaded, on_gpus, used_bytes
+from memory.measure_gpu import begin_on_gpu, build_as_loaded, on_gpus, used_bytes
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
-from utils import set_allocator
 
 
 WARM_UP_UPDATES = 4  # DeepSpeed fetches ahead from the second on, and kernels are chosen in the first
@@ -41,8 +39,7 @@ def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
 
 def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
     """What measure_time returns. For a fresh process."""
-    set_allocator()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begin_on_gpu()
     accelerator = step.build_accelerator(
         config.mixed_precision,
         config.per_device_train_batch_size,
