@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from models.loading import is_preset
-from planning.config import SEARCHED, PlanConfig
+from planning.config import DEFAULTS, SEARCHED, PlanConfig
 from planning.predictions import Prediction
 from step import StepConfig
 from utils import counted, flag_words
@@ -54,7 +54,6 @@ def found_flags(config: PlanConfig, chosen: Prediction) -> dict[str, Any]:
     flags = {"model": config.model, "dataset": config.dataset, "image_folder": config.image_folder}
     for each in fields(StepConfig):
         value = getattr(chosen.config, each.name)
-        default = each.default_factory() if callable(each.default_factory) else each.default
-        if value != default or each.name in (*SEARCHED, "per_device_eval_batch_size"):
+        if value != DEFAULTS[each.name] or each.name in (*SEARCHED, "per_device_eval_batch_size"):
             flags.setdefault(each.name, value)
     return flags

@@ -23,7 +23,7 @@ from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from models.family import is_mgm
 from models.loading import is_preset, load_config
 from training.disk_room import free_disk_bytes
-from utils import GIB, size
+from utils import GIB, counted, size
 
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
@@ -210,8 +210,7 @@ def judge_packages(facts: Facts) -> list[Finding]:
 
 def judge_cuda(facts: Facts) -> list[Finding]:
     if facts.gpus:
-        plural = "s" * (len(facts.gpus) > 1)
-        return [ok(f"{len(facts.gpus)} GPU{plural}, torch built with CUDA {facts.torch_cuda}")]
+        return [ok(f"{counted(len(facts.gpus), 'GPU')}, torch built with CUDA {facts.torch_cuda}")]
     if not facts.driver_gpus:
         return [ok("no GPU: training runs on the CPU, in fp32; memory_probe.py predicts for any card")]
     names = ", ".join(facts.driver_gpus)
