@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.chinese import in_chinese
 from benchmarks.memory_tables import gib, ladder_table, loss_table
 from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
@@ -26,6 +27,7 @@ FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes
 DEFAULTS = {"lora_r": 16, "max_seq_len": 2048}
 DOCUMENTS = (
     "README.md",
+    "README.zh-CN.md",
     *(
         f"docs/{name}.md"
         for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "planner", "lora", "host_memory")
@@ -266,6 +268,8 @@ TABLES = {
     "lora": lora_table,
     "host": host_table,
 }
+# The same in Chinese.
+TABLES |= {f"{name} zh": (lambda table=table: in_chinese(table())) for name, table in TABLES.items()}
 
 
 def with_tables(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:

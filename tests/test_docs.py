@@ -17,7 +17,7 @@ from utils import flag_parser
 
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCS = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "memory_probe.py": PlanConfig}
 SCRIPTS |= {"convert_mgm.py": ConvertConfig, "data.check": CheckConfig}
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")

@@ -1,0 +1,35 @@
+"""A table of the documents in Chinese: its words are translated, cell by cell, its numbers stay."""
+
+import re
+
+
+# A cell that is one of these, as a whole.
+WORDS = {
+    "models": "模型",
+    "predicted": "预测误差",
+    "trained": "训练",
+    "evaluated": "评测",
+    "merged": "合并",
+    "packed": "packing",
+    "Llama (text alone)": "Llama（纯文本）",
+    "yes": "是",
+    "no": "否",
+    "refused": "拒绝",
+    "tokens": "token 数",
+    "strategy": "策略",
+    "full": "全量",
+    "device, predicted": "显存，预测",
+    "host RAM": "主机内存",
+}
+# A part of a cell, and what stands for it.
+PARTS = {r"^within (\S+)$": r"\1 以内", r"^device, measured on an (\w+)$": r"显存，\1 实测"}
+
+
+def in_chinese(table: str) -> str:
+    return re.sub(r"(?<=\| ).+?(?= \|)", lambda cell: translated(cell[0]), table)
+
+
+def translated(cell: str) -> str:
+    for pattern, replacement in PARTS.items():
+        cell = re.sub(pattern, replacement, cell)
+    return WORDS.get(cell, cell)
