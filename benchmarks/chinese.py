@@ -20,9 +20,25 @@ WORDS = {
     "full": "全量",
     "device, predicted": "显存，预测",
     "host RAM": "主机内存",
+    "stage": "阶段",
+    "split": "切分什么",
+    "none (DDP)": "不用（DDP）",
+    "nothing": "不切分",
+    "optimizer state": "优化器状态",
+    "optimizer state, gradients": "优化器状态、梯度",
+    "optimizer state, gradients, weights": "优化器状态、梯度、权重",
+    "gradient checkpointing": "梯度检查点",
+    "allocated": "张量",
+    "of which activations": "其中激活值",
+    "TFLOP a step": "一步的 TFLOP",
 }
 # A part of a cell, and what stands for it.
-PARTS = {r"^within (\S+)$": r"\1 以内", r"^device, measured on an (\w+)$": r"显存，\1 实测"}
+PARTS = {
+    r"^within (\S+)$": r"\1 以内",
+    r"^device, measured on an (\w+)$": r"显存，\1 实测",
+    r"^full, (\d) GPUs?$": r"全量，\1 卡",
+    r"^LoRA, (\d) GPUs?$": r"LoRA，\1 卡",
+}
 
 
 def in_chinese(table: str) -> str:

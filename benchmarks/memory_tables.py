@@ -1,4 +1,5 @@
-"""The tables of docs/memory.md: what each technique saves, and the ways to compute the loss."""
+"""The tables of docs/memory.md: what each technique saves, and the ways to compute the loss; and those of
+docs/interview.md."""
 
 from typing import Any
 
@@ -53,3 +54,46 @@ def loss_table() -> str:
             markdown_table(["method", "memory on top of the inputs", "time", "error of the gradient"], rows),
         ]
     return "\n\n".join(parts)
+
+
+# Bytes of a trained parameter in mixed precision with AdamW (arXiv:1910.02054, section 3), and what each stage splits.
+STATES = {"weights": 2, "gradients": 2, "optimizer state": 12}
+STAGES = {
+    "none (DDP)": (),
+    "ZeRO-1": ("optimizer state",),
+    "ZeRO-2": ("optimizer state", "gradients"),
+    "ZeRO-3": ("optimizer state", "gradients", "weights"),
+}
+
+
+def zero_stages_table() -> str:
+    """A GPU's share of MGM-2B's weights, gradients and optimizer state, by stage and number of GPUs."""
+    rows = read_result("mgm_2b.json")["lora"]
+    (full,) = (row for row in rows if row["flags"] == {"lora_r": 0})
+    (lora,) = (row for row in rows if row["flags"] == {"lora_r": 16, "lora_alpha": 32})
+    columns = {"full, 1 GPU": (full, 1), "full, 2 GPUs": (full, 2), "full, 8 GPUs": (full, 8)}
+    columns |= {"LoRA, 1 GPU": (lora, 1), "LoRA, 8 GPUs": (lora, 8)}
+    cells = [
+        [stage, ", ".join(split) or "nothing", *(gib(share_bytes(*column, split)) for column in columns.values())]
+        for stage, split in STAGES.items()
+    ]
+    return markdown_table(["stage", "split", *columns], cells)
+
+
+def share_bytes(row: dict[str, Any], num_gpus: int, split: tuple[str, ...]) -> float:
+    """What one GPU holds: a frozen parameter has a weight alone."""
+    trained, total = row["trainable_params"], row["total_params"]
+    sizes = {name: nbytes * trained for name, nbytes in STATES.items()}
+    sizes["weights"] = STATES["weights"] * total
+    return sum(nbytes / num_gpus if name in split else nbytes for name, nbytes in sizes.items())
+
+
+def checkpointing_table() -> str:
+    """results/ladder.json: all techniques, without gradient checkpointing and with it."""
+    ladder = read_result("ladder.json")
+    (without,) = (row for row in ladder["without"] if row["title"] == "gradient checkpointing")
+    cells = []
+    for title, row in (("no", without), ("yes", ladder["rungs"][-1])):
+        activations = f"{row['breakdown']['activations'] / MIB:.0f} MiB"
+        cells.append([title, gib(row["peak_allocated_bytes"]), activations, f"{row['flops'] / 1e12:.1f}"])
+    return markdown_table(["gradient checkpointing", "allocated", "of which activations", "TFLOP a step"], cells)

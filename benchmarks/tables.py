@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.chinese import in_chinese
-from benchmarks.memory_tables import gib, ladder_table, loss_table
+from benchmarks.memory_tables import checkpointing_table, gib, ladder_table, loss_table, zero_stages_table
 from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
@@ -32,6 +32,8 @@ DOCUMENTS = (
         f"docs/{name}.md"
         for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "planner", "lora", "host_memory")
     ),
+    "docs/interview.md",
+    "docs/interview.zh-CN.md",
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
@@ -267,6 +269,8 @@ TABLES = {
     "loader": loader_table,
     "lora": lora_table,
     "host": host_table,
+    "zero-stages": zero_stages_table,
+    "checkpointing": checkpointing_table,
 }
 # The same in Chinese.
 TABLES |= {f"{name} zh": (lambda table=table: in_chinese(table())) for name, table in TABLES.items()}
