@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHINESE = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.zh-CN.md"), *ROOT.glob("docs/*.zh-CN.md")])
 NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", re.ASCII)  # not those of names: H200
-LINK = re.compile(r"\]\(([^)\s]+)\)|<(https?://[^>]+)>")
+LINK = re.compile(r"\]\(([^)\s]+)\)|<(https?://[^>]+)>|(?:src|srcset|href)=\"([^\"]+)\"")
 CODE = re.compile(r"`[^`]+`")
-MARKER = re.compile(r"<!-- (.+?)(?: zh)? -->")
+MARKER = re.compile(r"<!-- (.+?)(?: zh)? -->")  # around a table or a number that is generated
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -70,10 +70,11 @@ def target(link: str, path: Path) -> str:
 
 
 def items(text: str, path: Path) -> Counter[str]:
-    """The links, the `code` and the numbers of a text, each as often as it stands there."""
-    links = [target(link or url, path) for link, url in LINK.findall(text)]
+    """The links, the `code`, the markers and the numbers of a text, each as often as it stands there."""
+    links = [target("".join(groups), path) for groups in LINK.findall(text)]
     text = LINK.sub("] ", " ".join(text.split()))
-    return Counter([*links, *CODE.findall(text), *NUMBER.findall(CODE.sub(" ", text))])
+    markers, text = MARKER.findall(text), MARKER.sub("", text)
+    return Counter([*links, *markers, *CODE.findall(text), *NUMBER.findall(CODE.sub(" ", text))])
 
 
 def cells(row: str) -> int:
