@@ -3,8 +3,8 @@
     python -m benchmarks.ladder    # no GPU; 18 rows, each 10 to 80 seconds
 
 The first row is full fine-tuning with logits. Then techniques are added one after another, each is used alone, and
-each is left out of all. Operations are counted by torch's own formulas. Writes results/ladder.json, docs/ladder.png,
-and the table of docs/memory.md.
+each is left out of all. Operations are counted by torch's own formulas. Writes results/ladder.json,
+docs/pictures/ladder.svg, and the table of docs/memory.md.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,17 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 import step
-from benchmarks.memory_tables import ladder_titles
 from benchmarks.operations import Operations
-from benchmarks.rows import RESULTS, ROOT
+from benchmarks.pictures import write_pictures
+from benchmarks.rows import RESULTS, machine
 from benchmarks.tables import write_tables
-from memory.charts import stacked_bars
 from memory.config import ProbeConfig
 from memory.predict import summarize, trace_step
 from mgm.patch_info_mining import MGMPatchInfoMining, View
-from utils import GIB, flag, run_script, write_json
+from utils import flag, run_script, write_json
 
 
 # The first row, and what each technique changes. `mining` is no flag: it patches the original's computation in.
@@ -45,6 +43,7 @@ BRANCHES = {  # from the last rung on
     "4-bit weights": {"quantize": "nf4"},
     "ZeRO-3, all offloaded": {"config_file": "accelerate_configs/zero3.yaml"},
 }
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
 
 
 @dataclass(kw_only=True)
@@ -67,11 +66,11 @@ def main(config: LadderConfig) -> dict[str, Any]:
     for row in (*rungs, *branches, *alone, *without):
         row |= predict_row(config, row["flags"])
         print(row, flush=True)
-    result = {"model": config.model, "max_seq_len": config.max_seq_len}
+    result = {"model": config.model, "max_seq_len": config.max_seq_len} | machine(*PACKAGES)
     result |= {"rungs": rungs, "branches": branches, "alone": alone, "without": without}
     write_json(RESULTS / "ladder.json", result)
-    ladder_chart(result).savefig(ROOT / "docs/ladder.png", dpi=120)
     write_tables()
+    write_pictures(["ladder"])
     return {"rungs": len(rungs), "output": "results/ladder.json"}
 
 
@@ -123,25 +122,6 @@ def norm_and_project(projection: nn.Sequential, features: torch.Tensor) -> torch
     norm, linear = projection
     normed = F.layer_norm(features, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return F.linear(normed, linear.weight, linear.bias)
-
-
-def ladder_chart(ladder: dict[str, Any]) -> Figure:
-    """A bar for each row, divided into the categories of its peak, beside the sizes of two cards."""
-    rows, titles = [*ladder["rungs"], *ladder["branches"]], ladder_titles(ladder)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    ends = stacked_bars(axes, titles, [row["breakdown"] for row in rows], visible_gib=0.05)
-    for row, title, end in zip(rows, titles, ends, strict=True):
-        size = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB"
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(end + 0.4, title, size, va="center", fontsize="small", bbox=box, zorder=3)
-    for gib in (8, 24):
-        axes.axvline(gib, color="black", linestyle="--", linewidth=0.8)
-    axes.set_xlim(0, max(ends) * 1.12)
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB allocated at the peak (dashed lines: 8 GiB and 24 GiB)")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""MGM-2B's trained parameters and GPU memory by way of training, and its host memory by launch config, predicted.
+"""MGM-2B's parameters by part, its trained parameters and GPU memory by way of training, and its host memory by launch
+config, predicted.
 
     python -m benchmarks.mgm_2b    # no GPU; adds the rows that are missing, each 10 to 80 seconds
 
-Writes results/mgm_2b.json, and the tables of docs/lora.md and docs/host_memory.md.
+Writes results/mgm_2b.json, the tables of docs/lora.md and docs/host_memory.md, and docs/pictures/architecture.svg.
 """
 
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 
 import step
+from benchmarks.pictures import write_pictures
 from benchmarks.rows import Rows, RowsConfig
 from benchmarks.tables import write_tables
 from memory.config import ProbeConfig
 from memory.host import host_breakdown
 from memory.predict import trace_step
 from memory.probe import probe
+from models.loading import load_model
 from models.lora import count_parameters
 from utils import run_script
 
@@ -51,13 +54,23 @@ def main(config: Mgm2bConfig) -> dict[str, Any]:
     for name, predict_row in (("lora", lora), ("host", host)):
         for flags in rows.missing(ROWS[name], name):
             rows.add({"flags": flags} | predict_row(flags), name)
+    rows.result["parts"] = parts()
+    rows.write()
     write_tables()
+    write_pictures(["architecture"])
     return {"rows": sum(len(rows.result[name]) for name in ROWS), "output": config.output}
 
 
 def probe_config(flags: dict[str, Any]) -> ProbeConfig:
     """bf16, a row of 2048 tokens with an image, checkpointing: ProbeConfig's defaults."""
     return ProbeConfig(mode="predict", device="cuda", gpu="rtx4090", eval_samples=0, **flags)
+
+
+def parts() -> dict[str, int]:
+    """The parameters of each part, by its name in mgm/modeling_mgm.py. The head is the language model's embedding."""
+    with torch.device("meta"):
+        model = load_model(ProbeConfig.model, torch.bfloat16, "sdpa")
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in model.model.named_children()}
 
 
 def lora(flags: dict[str, Any]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from utils import GIB, markdown_table
 
 PEAK, BUSY, WHOLE = "peak_allocated_bytes", "busy_seconds", "step_seconds"
 PLANS = RESULTS / "gpu/plans.json"
+SAMPLES, SAMPLE_TOKENS = 8, 2048  # of an update
 SWEPT = {"model": "mgm-2b", "budget_gib": 12}  # the plan against which the sweep is held
 # README's table: one row, all layers checkpointed.
 README_STEP = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
@@ -62,15 +63,20 @@ def comparison(result: dict[str, Any]) -> str:
         f"Against the fastest of these that fits, the plan's choice keeps the GPU busy for {busy['fastest']:.2f} of "
         f"the time; against one row with all layers checkpointed, as in the README's table, {busy['readme']:.2f}."
     )
-    turns = [row for turn in result.get("turns", []) for row in turn]
-    if not turns:
+    if not result.get("turns"):
         return text
-    chosen = [row for row in turns if row["flags"] == choice(result)["chosen"]]
-    whole = ratios(chosen, [row for row in turns if row not in chosen], WHOLE)
+    whole = turn_ratios(result)
     return (
         f"{text} With the fastest ones in turns, {len(result['turns'])} times each, its update takes "
         f"{whole['fastest']:.2f} of the time of the fastest other, and {whole['readme']:.2f} of README's."
     )
+
+
+def turn_ratios(result: dict[str, Any]) -> dict[str, float]:
+    """The choice's whole update against those with which it took turns."""
+    turns = [row for turn in result["turns"] for row in turn]
+    chosen = [row for row in turns if row["flags"] == choice(result)["chosen"]]
+    return ratios(chosen, [row for row in turns if row not in chosen], WHOLE)
 
 
 def ratios(chosen: list[dict[str, Any]], others: list[dict[str, Any]], name: str) -> dict[str, float]:
@@ -111,7 +117,8 @@ def swept(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def about(result: dict[str, Any]) -> str:
     machine = result.get("machine", {"gpu": f"planned for {result['gpu']}", "torch": "nothing measured yet"})
-    return f"{machine['gpu']}, PyTorch {machine['torch']}; updates of 8 samples of 2048 tokens with an image."
+    what = f"updates of {SAMPLES} samples of {SAMPLE_TOKENS} tokens with an image"
+    return f"{machine['gpu']}, PyTorch {machine['torch']}; {what}."
 
 
 def recomputed(flags: dict[str, Any]) -> str:

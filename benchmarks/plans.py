@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_tables import PLANS, SWEPT, choice, fitting, is_readme_step
+from benchmarks.plan_tables import PLANS, SAMPLES, SWEPT, choice, fitting, is_readme_step
 from benchmarks.rows import Rows, RowsConfig, gpu_machine
 from benchmarks.step_time import measure_row, row_config
 from benchmarks.tables import write_tables
@@ -26,7 +26,6 @@ from planning.space import ALL_LAYERS, NO_CHECKPOINTING, checkpointed
 from utils import UserError, check_choice, flag, run_script, write_json
 
 
-SAMPLES = 8  # of an update
 NUM_TURNS, NUM_RIVALS = 2, 3
 PLANNED = [
     {"model": model, "budget_gib": budget_gib}

@@ -55,9 +55,9 @@ def step_chart(record: Record) -> Figure:
     axes = figure.subplots()
     heights = [[series[category.name][point] / GIB for point in points] for category in used]
     axes.stackplot(points, heights, colors=[c.colour for c in used], labels=[c.title for c in used])
-    for start, phase in record.phase_starts:
-        axes.axvline(start, color="white", linewidth=0.6)
-        axes.text(start, axes.get_ylim()[1], f" {phase}", fontsize="x-small", va="top", rotation=90)
+    for start, phase in dict(record.phase_starts).items():  # of phases without an event between them the last
+        axes.axvline(start, color="black", linewidth=0.5, alpha=0.6)
+        axes.text(start, 1.01, phase, transform=axes.get_xaxis_transform(), fontsize="small", rotation=45)
     axes.set_xlabel("allocations and frees")
     axes.set_ylabel("GiB allocated")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
