@@ -76,8 +76,10 @@ def print_pdf(path: Path) -> None:
 
 
 def report_html() -> str:
-    """The report as a page to print. Links into the repository are left out: they lead nowhere on paper."""
-    body = MarkdownIt("commonmark").enable("table").render(REPORT.read_text())
+    """The report as a page to print. Links into the repository are left out: they lead nowhere on paper; so is the
+    line that leads to the translation."""
+    text = re.sub(r"^\[\S+\]\(report\.\S+\)\n\n", "", REPORT.read_text(), flags=re.M)
+    body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", body, flags=re.S)
     head = f'<meta charset="utf-8"><title>MGM-2B on a small GPU</title><style>{STYLE}</style>'
     return f"<!DOCTYPE html><html><head>{head}</head><body>{body}</body></html>"
