@@ -44,7 +44,7 @@ def memory_numbers() -> dict[str, str]:
     (with_logits,) = (row for row in ladder["rungs"] if row["title"] == "LoRA r=16")
     same_step = measured({"config_file": ZERO3, "max_seq_len": tokens})
     return {
-        "tokens": f"{tokens:,}",
+        "tokens": f"{tokens}",
         "entries": f"{entries:,}",
         "logits": f"{tokens * entries * nbytes / MIB:.2f} MiB",
         "same-step": gib(same_step["device_bytes"]),
