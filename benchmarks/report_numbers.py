@@ -44,7 +44,7 @@ def memory_numbers() -> dict[str, str]:
     (with_logits,) = (row for row in ladder["rungs"] if row["title"] == "LoRA r=16")
     same_step = measured({"config_file": ZERO3, "max_seq_len": tokens})
     return {
-        "tokens": f"{tokens:,}",
+        "tokens": f"{tokens}",
         "entries": f"{entries:,}",
         "logits": f"{tokens * entries * nbytes / MIB:.2f} MiB",
         "same-step": gib(same_step["device_bytes"]),
@@ -96,8 +96,8 @@ def worst_error(pairs: list[Pair]) -> float:
 def speed_numbers() -> dict[str, str]:
     step = read_result("gpu/step.json")
     numbers = {"settings": f"{len(step['ratios'])}"}
-    for name in ("speed", "peak"):
-        numbers |= ends(name, [row[f"{name}_against_best"] for row in step["ratios"]])
+    for name, key in (("speed", "speed_against_best"), ("peak", "peak_against_best")):
+        numbers |= ends(name, [row[key] for row in step["ratios"]])
     for name, rivals in RIVALS.items():
         numbers |= ends(name, [ratio for rival in rivals for ratio in busy_ratios(step, rival)])
     return numbers
