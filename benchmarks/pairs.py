@@ -7,6 +7,15 @@ from typing import Any
 from benchmarks.rows import read_result
 
 
+FULL_LOSS, ZERO3 = "with logits", "ZeRO-3"
+GPU_FILES = {  # the whole device
+    "MGM-2B, H200": "gpu/matrix.json",
+    "MGM-2B and Qwen3-VL-2B in 6 to 24 GiB, H200": "gpu/plans.json",
+    "other families, H100": "gpu/families.json",
+}
+CPU_FILES = {"MGM, CPU": "cpu/matrix.json", "other families, CPU": "families.json"}  # the tensors
+
+
 @dataclass(frozen=True)
 class Pair:
     kind: str  # what was measured, and on what
@@ -25,15 +34,6 @@ class Pair:
             return FULL_LOSS
         is_zero3 = "zero3" in (self.flags.get("config_file") or "") or self.flags.get("strategy") == "zero3"
         return ZERO3 if is_zero3 else ""
-
-
-FULL_LOSS, ZERO3 = "with logits", "ZeRO-3"
-GPU_FILES = {  # the whole device
-    "MGM-2B, H200": "gpu/matrix.json",
-    "MGM-2B and Qwen3-VL-2B in 6 to 24 GiB, H200": "gpu/plans.json",
-    "other families, H100": "gpu/families.json",
-}
-CPU_FILES = {"MGM, CPU": "cpu/matrix.json", "other families, CPU": "families.json"}  # the tensors
 
 
 def gpu_pairs() -> Iterator[Pair]:

@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,12 +67,11 @@ def print_pdf(path: Path) -> None:
     with TemporaryDirectory() as folder:
         page, printed = Path(folder) / "report.html", Path(folder) / "report.pdf"
         page.write_text(report_html().replace("<head>", f'<head><base href="{DOCS.as_uri()}/">'))
-        done = subprocess.run(
-            [program, *PRINT, f"--print-to-pdf={printed}", page.as_uri()],
-            capture_output=True, text=True, timeout=PRINT_SECONDS,
-        )  # fmt: skip
+        command = [program, *PRINT, f"--print-to-pdf={printed}", page.as_uri()]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, timeout=PRINT_SECONDS)
         if not printed.exists():
-            raise UserError(f"--pdf: {program} has not printed the page: {done.stderr.strip()[-300:]}")
+            raise UserError(f"--pdf: {program} has printed nothing: does it start, and is it Chromium?")
         write_whole(path, printed.read_bytes() + f"% {digest()}\n".encode())
 
 

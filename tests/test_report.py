@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.architecture import lora_parameters
 from benchmarks.charts import OURS
-from benchmarks.pairs import gpu_pairs
+from benchmarks.pairs import GPU_FILES, gpu_pairs
 from benchmarks.pictures import FOLDER, PICTURES, SCHEMES, picture
 from benchmarks.plan_tables import SAMPLES, SWEPT
 from benchmarks.report import BROWSERS, REPORT, digest, print_pdf
@@ -84,12 +85,15 @@ def test_both_pictures_are_there(path):
         assert dark == light.replace(".svg", "-dark.svg") and (path.parent / light).exists()
 
 
-def test_numbers_are_generated():
-    """Those between the markers, and each number that is computed stands somewhere."""
-    for path in sorted(DOCS.glob("report*.md")):
-        assert with_numbers(path.read_text()) == path.read_text()
-        assert not re.search(r"^<!--", path.read_text(), re.M), "Markdown ends the paragraph at a marker at its start"
-    assert {name for name, _ in MARKER.findall(TEXT)} == report_numbers().keys()
+@pytest.mark.parametrize("path", sorted(DOCS.glob("report*.md")), ids=lambda path: path.name)
+def test_numbers_are_generated(path):
+    """Those between the markers, in a translation too, and each number that is computed stands somewhere."""
+    text = path.read_text()
+    assert with_numbers(text) == text and {name for name, _ in MARKER.findall(text)} == report_numbers().keys()
+    assert not re.search(r"^<!--", text, re.M), "Markdown ends the paragraph at a line that begins with a marker"
+
+
+def test_a_number_between_its_markers():
     assert with_numbers("a <!-- plans -->9<!-- /plans --> b") == "a <!-- plans -->10<!-- /plans --> b"
     with pytest.raises(KeyError):
         with_numbers("<!-- nothing -->9<!-- /nothing -->")
@@ -127,6 +131,21 @@ def test_what_the_text_says_without_a_number():
     assert failed == {("qwen3-vl-2b", True)} and "This Liger has no Qwen3-VL" in TEXT
     last = ladder["rungs"][-1]
     assert last["breakdown"]["weights"] > last["peak_allocated_bytes"] / 2 and "most of it" in TEXT
+
+
+def test_the_parts_are_the_model():
+    """Their sizes add up to what full fine-tuning counts; LoRA's part of what is trained is that of docs/lora.md."""
+    result = read_result("mgm_2b.json")
+    (full,) = (row for row in result["lora"] if row["flags"] == {"lora_r": 0})
+    assert sum(result["parts"].values()) == full["total_params"]
+    assert f"| 18 layers | | {lora_parameters():,} |" in (DOCS / "lora.md").read_text()
+
+
+def test_the_cards_are_those_of_the_results():
+    """The names of kinds and the text say which GPU it was."""
+    for kind, name in GPU_FILES.items():
+        assert kind.split()[-1] in read_result(name)["machine"]["gpu"], name
+    assert "H200" in read_result("gpu/step.json")["machine"]
 
 
 def num_pages(pdf: bytes) -> int:
