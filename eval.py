@@ -105,6 +105,7 @@ def main(config: EvalConfig) -> dict | None:
         "score": mean_score(scores),
         "n": len(scores),
         "seconds": time.perf_counter() - start,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "predictions": str(config.predictions),
     }
     details = {"by_type": by_type(scores), "scores": [asdict(score) for score in scores], "config": asdict(config)}

@@ -25,7 +25,7 @@ from utils import parse_config, run_script
 
 ROOT = Path(__file__).parent.parent
 MODEL = "data/tiny_mgm"
-KEYS = ["task", "metric", "score", "n", "seconds", "predictions"]
+KEYS = ["task", "metric", "score", "n", "seconds", "peak_allocated_bytes", "predictions"]
 
 
 @pytest.fixture(autouse=True)

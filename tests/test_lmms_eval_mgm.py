@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data.demo import ensure_demo
 from eval import EvalConfig, main
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own: docs/lmms_eval.md")
+
+from lmms_eval.protocol import ChatMessages  # noqa: E402 (once it is known to be there)
+
+from evaluation.lmms_eval_mgm import cut_at, to_prompt  # noqa: E402
+
 
 ROOT = Path(__file__).parent.parent
 TASK = """
@@ -63,3 +69,39 @@ def test_a_local_task(tmp_path, monkeypatch):
     expected = main(EvalConfig(limit=80, max_new_tokens=8, output=str(tmp_path / "eval.json")))["score"]
     assert 0 < expected < 1
     assert score == pytest.approx(expected, abs=1e-3)
+
+
+def messages(*turns: tuple[str, list]) -> ChatMessages:
+    """Of roles and contents: a text, an image, or a video's or audio's kind in a tuple."""
+
+    def part(content) -> dict:
+        if isinstance(content, str):
+            return {"type": "text", "text": content}
+        kind, url = ("image", content) if isinstance(content, Image.Image) else (content[0], "")
+        return {"type": kind, "url": url}
+
+    return ChatMessages(messages=[{"role": role, "content": list(map(part, contents))} for role, contents in turns])
+
+
+def test_messages_become_turns():
+    """Images where they stand, a placeholder in a text no image, the system's text in the first question."""
+    image = Image.new("L", (4, 4))
+    turns, images = to_prompt(
+        messages(("system", ["Be brief."]), ("user", [image, "What is <image>?", image]), ("assistant", ["A cat."]))
+    )
+    assert turns == [
+        {"from": "human", "value": "Be brief.\n<image>\nWhat is ?\n<image>"},
+        {"from": "gpt", "value": "A cat."},
+    ]
+    assert [each.mode for each in images] == ["RGB", "RGB"]
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_other_media_are_refused(kind):
+    with pytest.raises(ValueError, match="images alone"):
+        to_prompt(messages(("user", [(kind,), "What is it?"])))
+
+
+def test_answers_are_cut():
+    assert cut_at("a cat. Not a dog", ["\n", " Not"]) == "a cat." and cut_at("a cat", None) == "a cat"
+    assert cut_at("a cat\nb", "\n\n") == "a cat\nb"  # blank ends would cut what templates begin with
