@@ -255,9 +255,9 @@ def build_model(
         raise UserError(f"--trainable_modules {' '.join(names)}: nothing is left to train")
     keep_frozen_towers_in_eval(base)
     lighten(config, model, base, dtype, is_deepspeed, is_fsdp)
-    if not is_deepspeed:
-        for parameter in trained_parameters(model):
-            parameter.data = parameter.data.float()
+    for parameter in trained_parameters(model):
+        # PEFT makes an adapter in fp32. ZeRO-3 without offload wants one dtype, and casts only what it has not split.
+        parameter.data = parameter.data.to(dtype if is_deepspeed else torch.float32)
     return model
 
 
@@ -317,11 +317,13 @@ def fuses_optimizer(accelerator: Accelerator, optim: str = "adamw_torch") -> boo
     return is_plain and accelerator.device.type == "cuda" and not (accelerator.is_fsdp2 and optim == "sgd")
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> list[Any]:
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any, **options: Any
+) -> list[Any]:
     """accelerator.prepare, under every strategy."""
     if accelerator.is_fsdp2:
         return prepare_sharded(accelerator, model, optimizer, *others)
-    return list(accelerator.prepare(model, optimizer, *others))
+    return list(accelerator.prepare(model, optimizer, *others, **options))
 
 
 def training_step(
