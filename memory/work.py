@@ -159,9 +159,9 @@ class Work:
                 self._views += 1
             else:
                 self.wait()
-        elif kind == "collective" and dist.get_world_size() > 1:
-            nbytes = num_bytes(name, inputs, [])
-            self._add(Operation("transfer", name, self.phase, is_python, nbytes, stream=stream))
+        elif kind == "collective":
+            if nbytes := sent_bytes(name, inputs, dist.get_world_size()):
+                self._add(Operation("transfer", name, self.phase, is_python, nbytes, stream=stream))
         elif name in COPYING and from_host != to_host:
             nbytes = sum(map(size_of, outputs))
             self._add(Operation("transfer", name, self.phase, is_python, nbytes, stream=stream))
@@ -243,6 +243,15 @@ def num_bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
     if name in FILLING:
         return written
     return read + written
+
+
+def sent_bytes(name: str, inputs: list[torch.Tensor], world_size: int) -> int:
+    """What a process sends in a collective, in a ring: all but its own part of the whole, twice if all get the
+    sum of all. Gathering and scattering name the whole and a part of it."""
+    whole = sum(map(size_of, inputs))
+    if "gather" in name or "scatter" in name:
+        whole = whole * world_size // (world_size + 1)
+    return (2 if "allreduce" in name else 1) * whole * (world_size - 1) // world_size
 
 
 def size_of(tensor: torch.Tensor) -> int:

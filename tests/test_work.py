@@ -14,7 +14,7 @@ from memory.config import ProbeConfig
 from memory.probed_step import ProbedStep, local_accelerator
 from memory.recorder import Recorder
 from memory.trace import trace_single
-from memory.work import Operation, flops_of
+from memory.work import Operation, flops_of, sent_bytes
 
 
 KIB = 1024
@@ -50,6 +50,23 @@ def test_bytes_by_hand(operation: Callable[[], object], names: list[str], nbytes
     assert [each.name for each in operations] == names
     assert [each.nbytes / KIB for each in operations] == pytest.approx(nbytes, abs=0.05)
     assert {each.kind for each in operations} == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("allreduce_", [1000], 2 * 750),
+        ("_allgather_base_", [1000, 250], 750),
+        ("allgather_", [250, 250, 250, 250, 250], 750),
+        ("_reduce_scatter_base_", [250, 1000], 750),
+        ("broadcast_", [1000], 750),
+    ],
+)
+def test_collectives_by_hand(name: str, sizes: list[int], expected: int) -> None:
+    """Of 1000 bytes that four processes share, each sends three quarters; one alone sends nothing."""
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    assert sent_bytes(name, tensors, 4) == expected
+    assert sent_bytes(name, [torch.empty(10)] * 2, 1) == 0
 
 
 def test_a_product() -> None:
