@@ -45,7 +45,7 @@ class Ours:
         self.environment = ExitStack()  # stays open: DeepSpeed reads the environment in every step
         if way == ZERO3:
             strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")
-            launch = launched(strategy.deepspeed_config, splits_weights=True, gpu=device == "cuda")
+            launch = launched(strategy, splits_weights=True, gpu=device == "cuda")
             self.environment.enter_context(launch)
         self.accelerator = step.build_accelerator(
             self.flags.mixed_precision,

@@ -16,6 +16,7 @@ from memory.gpus import (
     BLACKWELL,
     HOPPER,
     NCCL_BYTES,
+    NCCL_PEER_BYTES,
     TURING,
     VOLTA,
     Gpu,
@@ -146,7 +147,10 @@ def _spaced(name: str) -> str:
     return f" {re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()} "
 
 
-def overhead_bytes(gpu: str, strategy: str) -> int:
+def overhead_bytes(gpu: str, strategy: str, world_size: int = 1) -> int:
     """What a process takes of the card besides PyTorch's memory: CUDA's context and kernels, NCCL's buffers."""
     family = GPUS[gpu].family
-    return family.context_bytes + family.kernels_bytes + (NCCL_BYTES if strategy != "single" else 0)
+    nccl_bytes = NCCL_BYTES if strategy != "single" else 0
+    if world_size > 1:
+        nccl_bytes += NCCL_PEER_BYTES[strategy]
+    return family.context_bytes + family.kernels_bytes + nccl_bytes

@@ -22,7 +22,7 @@ class ProbeConfig(StepConfig):
     mode: str | None = flag(None, "predict | measure | both; default: measure where there is a GPU, else predict")
     device: str | None = flag(None, "cuda | cpu: what is predicted or measured; predict defaults to cuda")
     strategy: str = flag("single", " | ".join(STRATEGIES))
-    offload: str = flag("none", "none | optimizer | param: what DeepSpeed keeps in host memory")
+    offload: str = flag("none", "none | optimizer | param: what DeepSpeed or FSDP2 keeps in host memory")
     world_size: int | None = flag(None, "processes, on one host; default: as --config_file says, else 1")
     config_file: str | None = flag(None, "accelerate_configs/X.yaml: strategy, offload and bucket sizes from there")
     gpu: str = flag(

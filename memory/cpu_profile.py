@@ -16,6 +16,8 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from models.fsdp2 import own_part
+
 
 def profile_memory() -> profile:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports on stderr that it starts and stops
@@ -59,9 +61,9 @@ def bytes_in_use(model: nn.Module) -> int:
     sizes = {}
     for tensor in filter(lambda thing: issubclass(type(thing), torch.Tensor), gc.get_objects()):
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
-            if part is None or part.is_shared():
+            if part is None or own_part(part).is_shared():
                 continue
-            storage = part.untyped_storage()
+            storage = own_part(part).untyped_storage()
             if storage.device.type != "meta":  # a fake tensor's, which has no memory
                 sizes[storage.data_ptr()] = storage.nbytes()
     if isinstance(model, nn.parallel.DistributedDataParallel):

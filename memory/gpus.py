@@ -93,8 +93,11 @@ CUBLAS_DEFAULT, CUBLAS_HOPPER = 2 * 4 * MIB + 8 * 16 * 1024, 32 * MIB
 # Measured on an H100, PyTorch 2.11, CUDA 13.0: 526.8 MiB before the first kernel, and after a step of MGM-2B 242 MiB
 # more than the allocator had reserved, whatever the configuration. Taken for the other families too.
 KERNELS = 242 * MIB
-# Under DDP and DeepSpeed, even with one process: NCCL's buffers and kernels, 578 MiB more.
+# Under every strategy but single, even with one process: NCCL's buffers and kernels, 578 MiB more.
 NCCL_BYTES = 578 * MIB
+# What they take more once there is a second process to talk to. DeepSpeed opens more than one communicator. Two H200s
+# behind NVLink, PyTorch 2.11, CUDA 13.0 (results/gpu/scaling.json); ZeRO-1 is taken to be as ZeRO-2.
+NCCL_PEER_BYTES = {"ddp": 270 * MIB, "fsdp2": 270 * MIB, "zero1": 754 * MIB, "zero2": 754 * MIB, "zero3": 468 * MIB}
 HOPPER = Family((9, 0), int(526.8125 * MIB), KERNELS, CUBLAS_HOPPER, 227 * 2**10)
 # RTX 6000 Ada, PyTorch 2.10, CUDA 13.0: 426 MiB (github.com/unslothai/unsloth-zoo/pull/1053)
 ADA = Family((8, 9), 426 * MIB, KERNELS, CUBLAS_DEFAULT, 99 * 2**10)

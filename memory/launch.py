@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from child_processes import process_pool
+from memory.strategy import Strategy
 from utils import quiet_libraries
 
 
@@ -21,33 +22,30 @@ _is_fresh = False
 
 
 @contextmanager
-def launched(
-    deepspeed_config: dict[str, Any],
-    world_size: int = 1,
-    splits_weights: bool = False,
-    gpu: bool = False,
-) -> Iterator[None]:
+def launched(strategy: Strategy, splits_weights: bool = False, gpu: bool = False) -> Iterator[None]:
     """What accelerate's launcher would set in the environment of rank 0, for the processes started inside.
 
     Args:
-        deepspeed_config: what `deepspeed_config_file` holds; empty: no DeepSpeed.
         splits_weights: `zero3_init_flag`: weights are split as they are read.
         gpu: whether the computer's GPUs are seen.
     """
     environment = {
         "RANK": "0",
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(strategy.world_size),
+        "LOCAL_WORLD_SIZE": str(strategy.world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
-        if deepspeed_config:
+        if strategy.name == "fsdp2":
+            settings = {key.upper(): str(value) for key, value in strategy.fsdp_config.items()}
+            environment |= {"ACCELERATE_USE_FSDP": "true"} | settings
+        if strategy.deepspeed_config:
             path = Path(folder) / "deepspeed.json"
-            path.write_text(json.dumps(deepspeed_config))
+            path.write_text(json.dumps(strategy.deepspeed_config))
             environment |= {
                 "ACCELERATE_USE_DEEPSPEED": "true",
                 "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),

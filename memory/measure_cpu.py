@@ -17,7 +17,7 @@ def measure_cpu(config: ProbeConfig, strategy: Strategy) -> int:
     if strategy.name == "single":
         # The fork server has imported what is needed, once; each measurement is a fork of it.
         return in_fresh_process(measure_single, config, method="forkserver", preload=__name__)
-    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights=strategy.name == "zero3"):
+    with launched(strategy, splits_weights=strategy.name == "zero3"):
         return on_every_rank(measure_rank, strategy.world_size, config)[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
@@ -50,8 +51,7 @@ def on_gpus(strategy: Strategy, function: Callable[..., Result], *arguments: Any
         raise UserError(f"--world_size {strategy.world_size}: {have}; predict, or choose fewer processes")
     if strategy.name == "single":
         return [in_fresh_process(function, *arguments)]
-    splits_weights = strategy.name == "zero3"
-    with launched(strategy.deepspeed_config, strategy.world_size, splits_weights, gpu=True):
+    with launched(strategy, splits_weights=strategy.name == "zero3", gpu=True):
         return on_every_rank(function, strategy.world_size, *arguments)
 
 
@@ -73,15 +73,13 @@ def measure_this_process(config: ProbeConfig, limit_bytes: int | None = None) ->
     total_bytes = torch.cuda.mem_get_info()[1]
     context_bytes = used_bytes()
     accelerator = launched_accelerator(config)
-    is_deepspeed = accelerator.state.deepspeed_plugin is not None
-    model = build_as_loaded(config, is_deepspeed)
+    model = build_as_loaded(config, accelerator)
     if limit_bytes is not None:
-        left_bytes = limit_bytes - overhead_bytes(config.gpu, config.strategy)
+        left_bytes = limit_bytes - overhead_bytes(config.gpu, config.strategy, config.world_size)
         torch.cuda.set_per_process_memory_fraction(max(left_bytes, 0) / total_bytes)
     peaks = PhasePeaks()
     try:
-        model = model if is_deepspeed else model.cuda()
-        probed = ProbedStep.build(config, accelerator, model, device="cuda")
+        probed = ProbedStep.build(config, accelerator, on_device(model, accelerator), device="cuda")
         probed.prepare()
         clear_device_cache()  # as train.py does
         probed.watch_phases(peaks.enter_phase)
@@ -110,17 +108,23 @@ def begin_on_gpu() -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def build_as_loaded(config: ProbeConfig, is_deepspeed: bool) -> nn.Module:
+def build_as_loaded(config: ProbeConfig, accelerator: Accelerator) -> nn.Module:
     """step.build_model's model, where from_pretrained would put it, and peaks that begin there."""
-    if is_deepspeed:  # ZeRO-3 splits weights on the GPU while it loads: that counts
-        return step.build_model(config, is_deepspeed)
+    if accelerator.state.deepspeed_plugin is not None:  # ZeRO-3 splits weights on the GPU while it loads: that counts
+        return step.build_model(config, is_deepspeed=True)
     with torch.device("cuda"):  # drawing numbers there is quick
-        model = step.build_model(config, is_deepspeed)
+        model = step.build_model(config, is_deepspeed=False, is_fsdp=accelerator.is_fsdp2)
     if config.quantize == "none":  # 4-bit weights are made where they stay
         model = model.cpu()  # it comes to the GPU in the usual order
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return model
+
+
+def on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model, on the GPU unless the strategy brings it there part by part."""
+    is_brought = accelerator.state.deepspeed_plugin is not None or accelerator.is_fsdp2
+    return model if is_brought else model.cuda()
 
 
 class PhasePeaks:

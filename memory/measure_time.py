@@ -5,6 +5,7 @@ train.py does.
 """
 
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import step
 from memory.config import ProbeConfig
-from memory.measure_gpu import begin_on_gpu, build_as_loaded, on_gpus, used_bytes
+from memory.measure_gpu import begin_on_gpu, build_as_loaded, on_device, on_gpus, used_bytes
 from memory.probed_step import ProbedStep
 from memory.strategy import Strategy
 
@@ -25,20 +26,27 @@ WARM_UP_UPDATES = 4  # DeepSpeed fetches ahead from the second on, and kernels a
 MIN_UPDATES, MAX_UPDATES, MAX_SECONDS = 5, 30, 5.0
 
 
-def measure_time(config: ProbeConfig, strategy: Strategy) -> dict[str, Any]:
+def at_once() -> None:
+    """Nothing to wait for."""
+
+
+def measure_time(config: ProbeConfig, strategy: Strategy, wait: Callable[[], None] = at_once) -> dict[str, Any]:
     """The seconds of the first process's fastest update, what the host and the GPU do in it, how many kernels there
-    are, and what the device then holds.
+    are, and the memory of these updates; of several processes in `last_rank` also the last one's.
 
     The median of all updates stands beside it. Other programs on the machine slow the host down, most of all.
+    `wait` is called in each process before it touches its GPU.
 
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    return on_gpus(strategy, measure_time_here, config)[0]
+    first, *others = on_gpus(strategy, measure_time_here, config, wait)
+    return first | ({"last_rank": others[-1]} if others else {})
 
 
-def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
+def measure_time_here(config: ProbeConfig, wait: Callable[[], None]) -> dict[str, Any]:
     """What measure_time returns. For a fresh process."""
+    wait()
     begin_on_gpu()
     accelerator = step.build_accelerator(
         config.mixed_precision,
@@ -46,9 +54,8 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         config.gradient_accumulation_steps,
         config.max_grad_norm,
     )
-    is_deepspeed = accelerator.state.deepspeed_plugin is not None
-    model = build_as_loaded(config, is_deepspeed)
-    probed = ProbedStep.build(config, accelerator, model if is_deepspeed else model.cuda(), device="cuda")
+    model = on_device(build_as_loaded(config, accelerator), accelerator)
+    probed = ProbedStep.build(config, accelerator, model, device="cuda")
     probed.prepare()
     clear_device_cache()  # as train.py does
     clock = PhaseClock()
@@ -62,7 +69,12 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         probed.run_updates(1, waits_for_norm=True)
         torch.cuda.synchronize()
         updates.append(clock.stop())
-    device_bytes = used_bytes()  # the profiler takes memory of its own
+    memory = {  # before the profiler, which takes memory of its own
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        # What loading has needed and given back was on the device at its peak.
+        "device_bytes": used_bytes() - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved(),
+    }
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         probed.run_updates(1, waits_for_norm=True)
         torch.cuda.synchronize()
@@ -76,8 +88,7 @@ def measure_time_here(config: ProbeConfig) -> dict[str, Any]:
         "busy_seconds": sum(kernels) / 1e6,
         "num_kernels": len(kernels),  # copies and fills as well
         "num_updates": len(updates),
-        "device_bytes": device_bytes,
-    }
+    } | memory
 
 
 def is_before(end: float) -> bool:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from memory.repeated import RepeatedOps
@@ -62,6 +63,8 @@ class PartlyFakeMode(FakeTensorMode):
         self._stale: set[int] = set()  # addresses of the storages of such real tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its operators on the local parts come here, too
         kwargs = kwargs or {}
         tensors = tensors_in((*args, *kwargs.values()))
         if not any(map(self.is_fake, tensors)):

@@ -64,11 +64,13 @@ class PlacedRecorder(Recorder):
         self.places[self.find(tensor)] = "pinned"
 
 
-def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool) -> PlacedRecord:
+def split_by_place(
+    recorder: PlacedRecorder, num_events_before_steps: int, is_split: bool = True, splits_on_device: bool = False
+) -> PlacedRecord:
     """A record for each memory.
 
-    The record of ordinary host memory begins when the engine has been built. So does the device's if ZeRO-3 splits the
-    weights: it does so while it reads them, parameter by parameter.
+    The record of ordinary host memory begins when the engine has been built. So does the device's if the weights are
+    split. `splits_on_device`: before that, ZeRO-3 has read and split them there, parameter by parameter.
     """
 
     def record_of(place: str, first: int = 0, before: Record | None = None) -> Record:
@@ -79,7 +81,7 @@ def split_by_place(recorder: PlacedRecorder, num_events_before_steps: int, is_sp
         device=record_of(
             "device",
             num_events_before_steps if is_split else 0,
-            splitting(recorder) if is_split and is_apart else None,
+            splitting(recorder) if splits_on_device and is_apart else None,
         ),
         pinned=record_of("pinned"),
         host=record_of("host", num_events_before_steps),

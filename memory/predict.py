@@ -6,7 +6,8 @@ from typing import Any
 from memory.allocator import replay_events
 from memory.cards import GPUS, overhead_bytes
 from memory.config import ProbeConfig
-from memory.ddp import with_ddp_buckets
+from memory.ddp import with_ddp
+from memory.fsdp2 import trace_fsdp2
 from memory.host import host_breakdown
 from memory.notes import card_notes
 from memory.placed import PlacedRecord
@@ -32,10 +33,10 @@ def predict(config: ProbeConfig) -> dict[str, Any]:
     return summarize(trace_step(config), config)
 
 
-def trace_step(config: ProbeConfig) -> PlacedRecord:
+def trace_step(config: ProbeConfig, rank: int = 0) -> PlacedRecord:
     """The step under the strategy that the flags choose. Raises UserError as predict does."""
     try:
-        return trace_strategy(config, config.launch)
+        return trace_strategy(config, config.launch, rank)
     except TraceError as error:
         raise UserError(f"--model {config.model}: {error}") from None
     except ImportError as error:  # a kernel's package; sdpa takes the same FlashAttention on a GPU, and as much memory
@@ -51,14 +52,17 @@ def trace_step(config: ProbeConfig) -> PlacedRecord:
         ) from error
 
 
-def trace_strategy(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
-    """Trace the steps of one of the strategy's processes. Raises what trace_single and trace_deepspeed raise."""
+def trace_strategy(config: ProbeConfig, strategy: Strategy, rank: int = 0) -> PlacedRecord:
+    """Trace the steps of one of the strategy's processes. Raises what the functions raise that it calls."""
     if strategy.name.startswith("zero"):
-        return trace_deepspeed(config, strategy)
-    record = trace_single(config)
+        return trace_deepspeed(config, strategy, rank)
     # accelerate wraps the model on GPUs even for one process, on a CPU for several.
-    if strategy.name == "ddp" and (strategy.world_size > 1 or config.device == "cuda"):
-        record = with_ddp_buckets(record, strategy.world_size)
+    is_wrapped = strategy.world_size > 1 or config.device == "cuda"
+    if strategy.name == "fsdp2" and is_wrapped:
+        return trace_fsdp2(config, strategy, rank)
+    record = trace_single(config)
+    if strategy.name == "ddp" and is_wrapped:
+        record = with_ddp(record, strategy.world_size)
     return PlacedRecord(device=record, pinned=Record(), host=Record())
 
 
@@ -71,6 +75,12 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     if config.device == "cuda":
         notes += card_notes(GPUS[config.gpu], totals["device_bytes"], totals["host_bytes"])
     return result | {"notes": notes}
+
+
+def last_rank(first: PlacedRecord, config: ProbeConfig) -> dict[str, int]:
+    """The memory of the last process. DDP gives all processes the same. What is split need not be divided evenly."""
+    record = first if config.strategy == "ddp" else trace_step(config, config.world_size - 1)
+    return {"peak_allocated_bytes": record.device.peak_bytes} | device_memory(record.device, config)
 
 
 def describe(record: Record) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def device_memory(record: Record, config: ProbeConfig) -> dict[str, int]:
     )
     return {
         "peak_reserved_bytes": replay.peak_reserved_bytes,
-        "device_bytes": replay.peak_reserved_bytes + overhead_bytes(config.gpu, config.strategy),
+        "device_bytes": replay.peak_reserved_bytes + overhead_bytes(config.gpu, config.strategy, config.world_size),
     }
 
 

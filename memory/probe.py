@@ -13,7 +13,7 @@ from memory.disk import checkpoint_bytes
 from memory.explain import suggest
 from memory.measure import measure
 from memory.placed import PlacedRecord
-from memory.predict import summarize, trace_step
+from memory.predict import last_rank, summarize, trace_step
 from memory.trace import trained_shapes
 from step import check_model
 from utils import run_script
@@ -32,6 +32,8 @@ def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
     if config.mode != "measure":
         record = trace_step(config)
         result |= summarize(record, config)
+        if config.world_size > 1:
+            result["last_rank"] = last_rank(record, config)
     if config.mode != "predict":
         measured = measure(config)
         if config.mode == "both":
@@ -40,7 +42,8 @@ def probe_with_record(config: ProbeConfig) -> tuple[dict, PlacedRecord | None]:
         result |= measured
     result["checkpoint_bytes"] = predicted_checkpoint_bytes(config)
     result["budget_bytes"] = config.budget_bytes
-    result["fits"] = result["device_bytes"] <= config.budget_bytes and result.get("oom") is None
+    device_bytes = max(result["device_bytes"], result.get("last_rank", result)["device_bytes"])
+    result["fits"] = device_bytes <= config.budget_bytes and result.get("oom") is None
     return result | {"seconds": time.monotonic() - start}, record
 
 

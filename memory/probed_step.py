@@ -93,15 +93,15 @@ class ProbedStep:
             UserError: the images need more positions than a row has.
         """
         if model is None:
-            model = step.build_model(config, is_deepspeed=accelerator.state.deepspeed_plugin is not None)
+            model = step.build_model(config, accelerator.state.deepspeed_plugin is not None, accelerator.is_fsdp2)
         batch, questions = inputs or worst_case_inputs(config)
         is_fused = step.fuses_optimizer(accelerator)
         optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3, fused=is_fused)
         return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device), questions)
 
     def prepare(self, **options: list[bool]) -> None:
-        """accelerator.prepare."""
-        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, **options)
+        """step.prepare."""
+        self.model, self.optimizer = step.prepare(self.accelerator, self.model, self.optimizer, **options)
         self.scheduler = get_scheduler("constant", self.optimizer)
 
     def micro_batch(self, waits_for_norm: bool = False) -> None:
@@ -141,7 +141,9 @@ class ProbedStep:
 
     def watch_phases(self, enter_phase: Callable[[str], None]) -> None:
         """Call `enter_phase` whenever the step goes on to `forward`, `backward` or `step`."""
-        self.model.register_forward_pre_hook(lambda *_: enter_phase("forward") if self.model.training else None)
+        self.model.register_forward_pre_hook(
+            lambda *_: enter_phase("forward") if self.model.training else None, prepend=True
+        )
         backward = self.accelerator.backward
 
         def backward_with_phase(loss: torch.Tensor, **kwargs: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,7 @@ from memory.known import ItemAnswers
 from memory.partly_fake import tensors_in
 from memory.record import PHASES, Allocation, Record, TraceError
 from memory.work import Work
+from models.fsdp2 import own_part
 
 
 aten = torch.ops.aten
@@ -118,6 +120,8 @@ class Recorder(TorchDispatchMode):
         self._references.clear()  # what is freed from now on does not belong to the record
 
     def __torch_dispatch__(self, func: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its operators on the local parts come here, too
         if func is torch.ops.prim.device.default:  # only fake tensors are asked, and often
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -166,7 +170,7 @@ class Recorder(TorchDispatchMode):
         return self._begin(nbytes, (nbytes,), "uint8", op)
 
     def find(self, tensor: torch.Tensor) -> Allocation | None:
-        return self._live.get(tensor.untyped_storage()._cdata)
+        return self._live.get(own_part(tensor).untyped_storage()._cdata)
 
     def set_category(self, category: str, values: Iterable[object]) -> None:
         """Of those values that are tensors in memory."""

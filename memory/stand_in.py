@@ -15,8 +15,8 @@ HOST = "cpu"
 STAND_IN_DEVICE = {"cuda": "cpu:0", "cpu": "cpu"}  # a CPU run has one memory for both
 
 
-def install_stand_in(device: str, world_size: int) -> Any:
-    """Let torch.distributed and DeepSpeed see `world_size` processes with a device each.
+def install_stand_in(device: str, world_size: int, rank: int = 0) -> Any:
+    """Let torch.distributed and DeepSpeed see `world_size` processes with a device each; this one is `rank`.
 
     Returns the accelerator. Its `note_pinned` is called with each tensor that is pinned; its `on_stream` makes a
     context in which the stream with that number is used.
@@ -26,7 +26,7 @@ def install_stand_in(device: str, world_size: int) -> Any:
 
     stand_in = build_stand_in(device, world_size)
     set_accelerator(stand_in)
-    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     # Not before: DeepSpeed's modules ask for the accelerator when they are imported.
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
 

@@ -1,4 +1,4 @@
-"""How a run is laid out: one process, DDP, or ZeRO 1 to 3 with offload, on any number of processes.
+"""How a run is laid out: one process, DDP, ZeRO 1 to 3 or FSDP2, with offload, on any number of processes.
 
     strategy = Strategy.from_config_file("accelerate_configs/zero3.yaml")     # with the file's own bucket sizes
     strategy = Strategy.from_flags("zero3", offload="param", world_size=2)    # with those of accelerate_configs
@@ -16,21 +16,21 @@ import yaml
 from utils import UserError, check_choice
 
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 OFFLOADS = ("none", "optimizer", "param")
-NO_FSDP = "FSDP cannot be predicted yet, choose single, ddp or ZeRO to predict"
 CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 
 
 @dataclass(frozen=True)
 class Strategy:
     """`offload` "param" keeps weights and optimizer state in host memory, "optimizer" only the state.
-    `deepspeed_config` is what DeepSpeed's JSON holds."""
+    `deepspeed_config` is what DeepSpeed's JSON holds, `fsdp_config` the part of accelerate's file with that name."""
 
     name: str = "single"
     offload: str = "none"
     world_size: int = 1
     deepspeed_config: dict[str, Any] = field(default_factory=dict, compare=False)
+    fsdp_config: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("strategy", self.name, STRATEGIES)
@@ -38,9 +38,13 @@ class Strategy:
         if self.world_size < 1:
             raise UserError(f"--world_size {self.world_size}: it must be at least 1")
         if self.name == "single" and self.world_size > 1:
-            raise UserError(f"--world_size {self.world_size}: single is one process, choose --strategy ddp or zero1-3")
-        if self.offload == "param" and self.name != "zero3":
-            raise UserError(f"--offload param: {self.name} keeps all weights, choose --strategy zero3")
+            raise UserError(
+                f"--world_size {self.world_size}: single is one process, choose --strategy ddp, zero1-3 or fsdp2"
+            )
+        if self.offload == "param" and self.name not in ("zero3", "fsdp2"):
+            raise UserError(f"--offload param: {self.name} keeps all weights, choose --strategy zero3 or fsdp2")
+        if self.offload == "optimizer" and self.name == "fsdp2":
+            raise UserError("--offload optimizer: FSDP2 offloads weights and optimizer states together, choose param")
         if self.offload == "optimizer" and self.name in ("single", "ddp"):
             raise UserError(
                 f"--offload optimizer: {self.name} cannot offload, choose --strategy zero1, zero2 or zero3"
@@ -50,6 +54,9 @@ class Strategy:
     def from_flags(cls, name: str, offload: str = "none", world_size: int = 1) -> "Strategy":
         """With the bucket sizes and thresholds of accelerate_configs. Raises UserError for what cannot be."""
         strategy = cls(name, offload, world_size)
+        if name == "fsdp2":
+            settings = yaml.safe_load((CONFIG_FOLDER / "fsdp2.yaml").read_text())["fsdp_config"]
+            return replace(strategy, fsdp_config=settings | {"fsdp_offload_params": offload == "param"})
         if not name.startswith("zero"):
             return strategy
         file_name = "deepspeed_zero3.json" if name == "zero3" else "deepspeed_zero2.json"
@@ -75,10 +82,12 @@ class Strategy:
         if kind in ("MULTI_GPU", "MULTI_CPU"):
             return cls("ddp", "none", world_size)
         if kind == "FSDP":
-            raise UserError(f"--config_file {path}: {NO_FSDP}")
+            settings = launch.get("fsdp_config") or {}
+            offload = "param" if settings.get("fsdp_offload_params") else "none"
+            return cls("fsdp2", offload, world_size, fsdp_config=settings)
         if kind != "DEEPSPEED":
             raise UserError(
-                f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU or DEEPSPEED"
+                f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU, FSDP or DEEPSPEED"
             )
         return _from_deepspeed(path, launch, world_size)
 

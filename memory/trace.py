@@ -52,7 +52,7 @@ def trace_single(config: ProbeConfig) -> Record:
             record_loaded(recorder, probed)
             if on_gpu:
                 (use_foreach if has_scaler else use_fused)(probed.optimizer)
-            watch_step(recorder, probed)
+            watch_step(recorder, probed, probed.optimizer)
             with recorder, noted(recorder.record, config.device), known_quantization():
                 # The model is where it belongs: fake parameters refuse to be moved.
                 probed.prepare(device_placement=[False, True])
@@ -89,16 +89,20 @@ def record_loaded(recorder: Recorder, probed: ProbedStep) -> None:
 
 
 def build_fake_model(
-    config: ProbeConfig, fake_mode: PartlyFakeMode, device: str = "cpu", is_deepspeed: bool = False
+    config: ProbeConfig,
+    fake_mode: PartlyFakeMode,
+    device: str = "cpu",
+    is_deepspeed: bool = False,
+    is_fsdp: bool = False,
 ) -> nn.Module:
     """step.build_model's model, of fake tensors on the device."""
-    return fake_model(build_meta_model(config, is_deepspeed), device, fake_mode)
+    return fake_model(build_meta_model(config, is_deepspeed, is_fsdp), device, fake_mode)
 
 
-def build_meta_model(config: ProbeConfig, is_deepspeed: bool = False) -> nn.Module:
+def build_meta_model(config: ProbeConfig, is_deepspeed: bool = False, is_fsdp: bool = False) -> nn.Module:
     """step.build_model's model, on `meta`."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return step.build_model(config, is_deepspeed)
+        return step.build_model(config, is_deepspeed, is_fsdp)
 
 
 def trained_shapes(config: ProbeConfig) -> dict[str, torch.Size]:
@@ -132,9 +136,11 @@ def _fake(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return parameter
 
 
-def watch_step(recorder: Recorder, probed: ProbedStep) -> None:
-    """Tell the recorder which phase the step is in, and which storages are gradients and optimizer state."""
-    optimizer = probed.optimizer  # torch's own: `prepare` will wrap it
+def watch_step(recorder: Recorder, probed: ProbedStep, optimizer: torch.optim.Optimizer) -> None:
+    """Tell the recorder which phase the step is in, and which storages are gradients and optimizer state.
+
+    `optimizer` is torch's own: `prepare` wraps it.
+    """
 
     def mark_gradient(parameter: torch.Tensor) -> None:
         recorder.find(parameter.grad).category = "gradients"

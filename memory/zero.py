@@ -19,6 +19,7 @@ says (docs/memory_accuracy.md). Two, with buckets so small that the tiny model's
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -39,8 +40,8 @@ from memory.strategy import Strategy
 from memory.trace import build_fake_model, categorize, random_states, record_loaded, run_updates
 
 
-def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
-    """Trace the updates of rank 0 in their steady state, on the largest batch that can come, in a fresh process.
+def trace_deepspeed(config: ProbeConfig, strategy: Strategy, rank: int = 0) -> PlacedRecord:
+    """Trace the updates of one process in their steady state, on the largest batch that can come, in a fresh process.
 
     Raises:
         TraceError: the step does something whose memory depends on data.
@@ -49,16 +50,16 @@ def trace_deepspeed(config: ProbeConfig, strategy: Strategy) -> PlacedRecord:
     """
     # DeepSpeed's own Adam has the same states as torch's, but has to be compiled.
     deepspeed_config = strategy.deepspeed_config | {"zero_force_ds_cpu_optimizer": False}
-    with launched(deepspeed_config, strategy.world_size):
-        return in_fresh_process(trace_this_process, config, strategy.world_size)
+    with launched(replace(strategy, deepspeed_config=deepspeed_config)):
+        return in_fresh_process(trace_this_process, config, strategy.world_size, rank)
 
 
-def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
+def trace_this_process(config: ProbeConfig, world_size: int, rank: int) -> PlacedRecord:
     """What trace_deepspeed returns. For a fresh process."""
     device = STAND_IN_DEVICE[config.device]
     inputs = worst_case_inputs(config)  # real
     fake_mode = PartlyFakeMode(device)
-    stand_in = install_stand_in(device, world_size)
+    stand_in = install_stand_in(device, world_size, rank)
     model = build_fake_model(config, fake_mode, device, is_deepspeed=True)
     # The engine moves and casts the whole module, which fake parameters refuse: it is where and what it should be.
     model._apply = lambda fn, recurse=True: model
@@ -79,7 +80,7 @@ def trace_this_process(config: ProbeConfig, world_size: int) -> PlacedRecord:
             with known_length():
                 probed.end_run(recorder.enter_phase)
     categorize(recorder.record, model)
-    return split_by_place(recorder, num_events_before_steps, is_split)
+    return split_by_place(recorder, num_events_before_steps, is_split, splits_on_device=is_split)
 
 
 def prepare(recorder: PlacedRecorder, probed: ProbedStep) -> None:

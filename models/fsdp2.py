@@ -55,10 +55,15 @@ def fsdp2_plugin() -> FullyShardedDataParallelPlugin | None:
 def use_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """accelerate knows FSDP on accelerators alone; torch's runs on CPUs too, through gloo."""
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.state.fsdp_plugin = plugin
         plugin.cpu_offload = OffloadPolicy()  # none: all is in host memory
-        for state in (accelerator.state, PartialState()):  # each new AcceleratorState copies PartialState's
-            state.distributed_type = DistributedType.FSDP
+        use_fsdp2(accelerator, plugin)
+
+
+def use_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Without a GPU, too."""
+    accelerator.state.fsdp_plugin = plugin
+    for state in (accelerator.state, PartialState()):  # each new AcceleratorState copies PartialState's
+        state.distributed_type = DistributedType.FSDP
 
 
 def prepare_sharded(

@@ -172,11 +172,7 @@ DEFAULTS = {
 
 
 def launch_files() -> Iterator[tuple[tuple[str, str], str]]:
-    """Strategy and offload of each file in accelerate_configs that can be predicted, and the file as a command names
-    it."""
+    """Strategy and offload of each file in accelerate_configs, and the file as a command names it."""
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
-        try:
-            strategy = Strategy.from_config_file(path)
-        except UserError:  # FSDP2
-            continue
+        strategy = Strategy.from_config_file(path)
         yield (strategy.name, strategy.offload), str(Path(CONFIG_FOLDER.name) / path.name)

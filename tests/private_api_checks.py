@@ -539,6 +539,34 @@ def check_fsdp_hooks() -> None:
     assert "_post_accumulate_grad_hooks" in inspect.getsource(collectives.foreach_reduce)
 
 
+def check_fsdp_parts() -> None:
+    """The modules call what is replaced, by the name under which it is replaced."""
+    wrapper, parameters, collectives, group = (
+        importlib.import_module(f"torch.distributed.fsdp._fully_shard.{name}")
+        for name in ("_fully_shard", "_fsdp_param", "_fsdp_collectives", "_fsdp_param_group")
+    )
+    assert "device = _get_device_from_mesh(mesh)" in inspect.getsource(wrapper)
+    assert "alloc_storage(tensor)" in inspect.getsource(parameters.FSDPParam.alloc_all_gather_outputs)
+    assert "free_storage(tensor)" in inspect.getsource(parameters.FSDPParam.free_unsharded_param)
+    assert "comm.allocate(" in inspect.getsource(collectives.foreach_all_gather)
+    assert "comm.allocate(" in inspect.getsource(collectives.foreach_reduce)
+    assert "DefaultAllGather()" in inspect.getsource(group.FSDPParamGroup)
+    assert issubclass(collectives.DefaultReduceScatter, collectives.DefaultAllocMixin)
+
+
+def check_fsdp_streams() -> None:
+    collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    source = inspect.getsource(collectives)
+    assert "device_handle.stream(all_gather_copy_in_stream)" in source
+    assert "device_handle.stream(reduce_scatter_stream)" in source
+    assert torch.cpu.Stream() != torch.cpu.Stream()  # told apart
+
+
+def check_fsdp_addresses() -> None:
+    fsdp_utils = importlib.import_module("accelerate.utils.fsdp_utils")
+    assert "mapping[p.data_ptr]" in inspect.getsource(fsdp_utils.fsdp2_switch_optimizer_parameters)
+
+
 def check_agent_store_variable() -> None:
     source = inspect.getsource(torch.distributed.elastic.agent.server.local_elastic_agent)
     assert '"TORCHELASTIC_USE_AGENT_STORE": str(use_agent_store)' in source

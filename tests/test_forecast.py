@@ -14,7 +14,6 @@ from memory.probe import probe
 from memory.strategy import Strategy
 from step import StepConfig
 from training.forecast import Forecast, launch_flags, quiet_environment
-from utils import UserError
 
 
 SINGLE = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)
@@ -98,8 +97,13 @@ def test_the_runs_strategy_is_asked_for(monkeypatch, tmp_path):
     assert launch_flags(SINGLE, tmp_path) == {"strategy": "single"}
     ddp = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=3)
     assert launch_flags(ddp, tmp_path) == {"strategy": "ddp", "world_size": 3}
-    with pytest.raises(UserError, match="FSDP cannot be predicted yet"):
-        launch_flags(SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=2), tmp_path)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    fsdp = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=2)
+    flags = launch_flags(fsdp, tmp_path)
+    strategy = Strategy.from_config_file(flags["config_file"], flags["world_size"])
+    assert (strategy.name, strategy.offload, strategy.world_size) == ("fsdp2", "param", 2)
+    assert strategy.fsdp_config["fsdp_version"] == 2
     path = "accelerate_configs/deepspeed_zero3.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)
     deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2)

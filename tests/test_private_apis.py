@@ -453,9 +453,26 @@ APIS = [
         "their question is known, and so is the answer of the traced step", "a prediction prints a warning",
         check=checks.check_readers, words="READERS _get_value _get_logits_processor _prepare_special_tokens"),
     # In predictions under DeepSpeed
-    Api("torch", "testing._internal.distributed.fake_pg.FakeStore", "memory/stand_in.py",
+    Api("torch", "testing._internal.distributed.fake_pg.FakeStore", "memory/stand_in.py memory/fsdp2.py",
         "processes that do not exist", "predictions under ZeRO fail", check=checks.check_fake_process_group,
         words="testing _internal FakeStore fake"),
+    Api("torch", "distributed.fsdp._fully_shard: _get_device_from_mesh, alloc_storage, free_storage, allocate",
+        "memory/fsdp2.py", "replaced: the stand-in device, and memory that no operator allocates",
+        "predictions under FSDP2 fail or are silently wrong", check=checks.check_fsdp_parts,
+        words="_get_device_from_mesh alloc_storage free_storage DefaultAllocMixin _fully_shard _fsdp_collectives "
+        "_fsdp_param FakeStore fake"),
+    Api("torch", "cpu.stream", "memory/fsdp2.py", "replaced: FSDP2 enters it to change streams",
+        "predictions under FSDP2 put all memory in one pool", check=checks.check_fsdp_streams, words="stream"),
+    Api("torch", "distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached",
+        "memory/fsdp2.py", "replaced: DTensor's own fake tensors are not recorded",
+        "predictions under FSDP2 count them", signature="self, op_schema",
+        words="_sharding_prop _op_schema _propagate_tensor_meta_non_cached"),
+    Api("torch", "utils._python_dispatch._disable_current_modes", "memory/fsdp2.py", "keeps them from the recorder",
+        "predictions under FSDP2 fail", signature=""),
+    Api("accelerate", "utils.fsdp_utils.fsdp2_switch_optimizer_parameters", "memory/fsdp2.py",
+        "tells parameters apart by data_ptr, which a fake tensor is given",
+        "predictions under FSDP2 lack the optimizer",
+        check=checks.check_fsdp_addresses, words="data_ptr"),
     Api("deepspeed", "accelerator.cpu_accelerator.CPU_Accelerator", "memory/stand_in.py",
         "the stand-in overrides it", "predictions under ZeRO fail", check=checks.check_stand_in,
         words="CPU_Accelerator"),
@@ -578,7 +595,7 @@ def test_it_is_there(api: Api) -> None:
 def test_deepspeeds_engine_has_them(stage: int) -> None:
     """After a step of a real engine, in a process of its own."""
     apis = [api for api in APIS if stage in api.stages]
-    with launched(Strategy.from_flags(f"zero{stage}", "none").deepspeed_config), process_pool() as pool:
+    with launched(Strategy.from_flags(f"zero{stage}")), process_pool() as pool:
         missing = pool.submit(missing_in_engine, [api.name for api in apis]).result()
     assert not missing, "\n".join(api.explain(f"missing in stage {stage}") for api in apis if api.name in missing)
 

@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
         (("zero4",), ("--strategy", "zero4", "zero3")),
         (("zero2", "param"), ("--offload param", "zero2", "zero3")),
         (("ddp", "optimizer"), ("--offload optimizer", "ddp")),
+        (("fsdp2", "optimizer"), ("--offload optimizer", "FSDP2", "choose param")),
         (("zero3", "nvme"), ("--offload", "nvme", "optimizer")),
         (("single", "none", 2), ("--world_size 2", "ddp")),
         (("ddp", "none", 0), ("--world_size 0", "at least 1")),
@@ -31,12 +32,13 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: tuple, words: tuple[st
 
 def test_strategy_of_each_launch_config() -> None:
     """Name, offload and DeepSpeed's actual values of the configs in accelerate_configs."""
-    read = {name: Strategy.from_config_file(CONFIGS / f"{name}.yaml") for name in ("single", "ddp", "zero2", "zero3")}
-    expected = {"single": "none", "ddp": "none", "zero2": "none", "zero3": "param"}
+    expected = {"single": "none", "ddp": "none", "zero2": "none", "zero3": "param", "fsdp2": "none"}
+    read = {name: Strategy.from_config_file(CONFIGS / f"{name}.yaml") for name in expected}
     assert {s.name: s.offload for s in read.values()} == expected
     assert all(s.world_size == 1 for s in read.values())
     for name in ("zero2", "zero3"):
         assert read[name].deepspeed_config == json.loads((CONFIGS / f"deepspeed_{name}.json").read_text())
+    assert read["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert Strategy.from_config_file(CONFIGS / "zero3.yaml", world_size=4).world_size == 4
 
 
@@ -48,12 +50,14 @@ def test_flags_give_the_launch_configs_strategy() -> None:
     assert "offload_optimizer" in zero and "offload_param" not in zero
     zero = Strategy.from_flags("zero1").deepspeed_config["zero_optimization"]
     assert zero["stage"] == 1 and not any(key.startswith("offload") for key in zero)
+    for offload in ("none", "param"):
+        fsdp = Strategy.from_flags("fsdp2", offload).fsdp_config
+        assert fsdp["fsdp_offload_params"] == (offload == "param") and fsdp["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("distributed_type: FSDP", "FSDP cannot be predicted yet"),
         ("distributed_type: TPU", "TPU is not known"),
         ("no: config", "distributed_type"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "deepspeed_config_file"),

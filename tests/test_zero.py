@@ -57,6 +57,16 @@ def test_a_tied_heads_block_is_kept() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_the_last_process(name: str) -> None:
+    """It takes nearly what the first one takes: its part of what is split has other bounds."""
+    config = tiny_config(strategy=name, world_size=2)
+    strategy = small_buckets(Strategy.from_flags(name, world_size=2))
+    last = trace_strategy(config, strategy, rank=1).device.peak_bytes
+    assert last == pytest.approx(traced(name, world_size=2).device.peak_bytes, rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "offload", "world_size", "flags"),
     [
@@ -64,6 +74,7 @@ def test_a_tied_heads_block_is_kept() -> None:
         ("zero2", "none", 1, {"lora_r": 0}),
         ("ddp", "none", 2, {}),
         ("zero3", "param", 1, {"quantize": "nf4", "mlp_tiles": 1}),
+        ("zero3", "none", 1, {"mixed_precision": "bf16"}),  # it wants one dtype of all that is trained
     ],
 )
 def test_prediction_of_a_real_run(name: str, offload: str, world_size: int, flags: dict) -> None:

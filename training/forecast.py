@@ -28,13 +28,12 @@ from accelerate.utils import DistributedType
 from child_processes import child_command
 from data.worst_case import Row
 from memory.cards import this_gpu
-from memory.strategy import NO_FSDP
 from utils import GIB, UserError
 
 
 ROOT = Path(__file__).parent.parent
 PROBE = ["-m", "memory.probe"]
-LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")  # prefixes
+LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "FSDP_")  # prefixes
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -123,18 +122,22 @@ def launch_flags(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     world_size, kind = accelerator.num_processes, accelerator.distributed_type
     if kind == DistributedType.NO:
         return {"strategy": "single"}
-    if kind == DistributedType.FSDP:
-        raise UserError(NO_FSDP)
-    if kind != DistributedType.DEEPSPEED:
+    if kind not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         return {"strategy": "ddp", "world_size": world_size}
+    path = folder / "launch.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": kind.value} | engine_settings(kind)))
+    return {"config_file": str(path), "world_size": world_size}
+
+
+def engine_settings(kind: DistributedType) -> dict[str, Any]:
+    """Those of the launch config, as accelerate's launcher has handed them on. Raises UserError."""
+    if kind == DistributedType.FSDP:
+        settings = {name.lower(): value for name, value in os.environ.items() if name.startswith("FSDP_")}
+        return {"fsdp_config": {name: yaml.safe_load(value) for name, value in settings.items()}}
     json_path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if json_path is None:
         raise UserError("the launch config names no deepspeed_config_file")
-    launch = {"distributed_type": "DEEPSPEED", "num_processes": world_size}
-    launch["deepspeed_config"] = {"deepspeed_config_file": str(Path(json_path).absolute())}
-    path = folder / "launch.yaml"
-    path.write_text(yaml.safe_dump(launch))
-    return {"config_file": str(path), "world_size": world_size}
+    return {"deepspeed_config": {"deepspeed_config_file": str(Path(json_path).absolute())}}
 
 
 def device_flags() -> dict[str, Any]:
