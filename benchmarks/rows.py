@@ -9,6 +9,7 @@ Rows are told apart by their flags. When the code changes so that the same flags
 
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ def or_failure(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict
     except UserError:
         raise
     except Exception as error:
+        traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"}
 
 

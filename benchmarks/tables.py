@@ -15,6 +15,7 @@ from benchmarks.chinese import in_chinese
 from benchmarks.memory_tables import checkpointing_table, gib, ladder_table, loss_table, zero_stages_table
 from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
+from benchmarks.scaling_tables import scaling_table, simulated_table
 from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
 from memory.cards import GPUS, RESERVE_GIB
 from memory.gpus import CUBLAS_HOPPER
@@ -30,7 +31,17 @@ DOCUMENTS = (
     "README.zh-CN.md",
     *(
         f"docs/{name}.md"
-        for name in ("gpu_guide", "gpus", "memory", "memory_accuracy", "speed", "planner", "lora", "host_memory")
+        for name in (
+            "gpu_guide",
+            "gpus",
+            "memory",
+            "memory_accuracy",
+            "speed",
+            "planner",
+            "lora",
+            "host_memory",
+            "scaling",
+        )
     ),
     "docs/interview.md",
     "docs/interview.zh-CN.md",
@@ -266,6 +277,8 @@ TABLES = {
     "plans": plans_table,
     "sweep": sweep_table,
     "packing": packing_table,
+    "scaling": scaling_table,
+    "simulated": simulated_table,
     "loader": loader_table,
     "lora": lora_table,
     "host": host_table,

@@ -47,6 +47,21 @@ def test_prediction_is_measured(flags: dict[str, Any], device_error: float) -> N
     assert abs(errors["device_bytes"]) < device_error
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(strategy: str) -> None:
+    """The first and the last: allocated within 0.2 %, the device within 3 %."""
+    config = ProbeConfig(model="mgm-2b", mode="both", gpu=this_gpu(), strategy=strategy, world_size=2, eval_samples=0)
+    found = probe(config)
+    measured = found["measured"]
+    for predicted, rank in ((found, measured), (found["last_rank"], measured["last_rank"])):
+        names = ("peak_allocated_bytes", "device_bytes")
+        errors = {name: predicted[name] / rank[name] - 1 for name in names}
+        print(strategy, {name: f"{error:+.3%}" for name, error in errors.items()})
+        assert rank["oom"] is None
+        assert abs(errors["peak_allocated_bytes"]) < 0.002 and abs(errors["device_bytes"]) < 0.03
+
+
 @pytest.mark.parametrize("flags", [{}, {"per_device_train_batch_size": 4, "gradient_checkpointing": False}], ids=str)
 def test_the_time_of_an_update(flags: dict[str, Any]) -> None:
     """Measured, within 30 % of the prediction: where the host is the slower one, and where the GPU is."""
