@@ -39,7 +39,7 @@ ROWS = [
     *(LARGE_IN_FULL | each for each in (FSDP2, ZERO3)),
     *(SMALL | each for each in (SINGLE, DDP)),
 ]
-PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "step_seconds")
+PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "step_seconds", "last_rank")
 NUM_PROCESSES = (2, 4, 8, 64, 1000)
 SIMULATED = [
     model | FOUR | each | {"world_size": num}
@@ -102,7 +102,7 @@ def predict_rows(config: ScalingConfig, path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text())
     for row in result["rows"]:
         predicted = probe(row_config("predict", gpu_of(result), row["flags"]))
-        row["predicted"] = {name: predicted[name] for name in PREDICTED}
+        row["predicted"] = {name: predicted[name] for name in PREDICTED if name in predicted}
         print(row, flush=True)
     write_json(path, result)
     write_tables()

@@ -47,14 +47,16 @@ def test_two_gpus() -> None:
 
 @pytest.mark.parametrize("row", RESULT["rows"], ids=lambda row: str(row["flags"]))
 def test_predictions(row: dict) -> None:
-    """Allocated within 0.7 %; the device within 3 %, but for ZeRO-3's allocator."""
-    errors = {name: row["predicted"][name] / row["measured"][name] - 1 for name in row["predicted"]}
-    assert abs(errors["peak_allocated_bytes"]) < 0.007
-    if row["flags"]["strategy"] == "zero3":
-        assert -0.12 < errors["device_bytes"] < 0
-    else:
-        assert abs(errors["device_bytes"]) < 0.03
-    assert -0.28 < errors["step_seconds"] < 1.6
+    """The first process and the last: allocated within 0.7 %; the device within 3 %, but for ZeRO-3's allocator."""
+    predicted, measured = row["predicted"], row["measured"]
+    assert -0.28 < predicted["step_seconds"] / measured["step_seconds"] - 1 < 1.6
+    ranks = [(predicted, measured)]
+    if row["flags"]["world_size"] > 1:
+        ranks.append((predicted["last_rank"], measured["last_rank"]))
+    for guess, found in ranks:
+        assert guess["peak_allocated_bytes"] == pytest.approx(found["peak_allocated_bytes"], rel=0.007)
+        error = guess["device_bytes"] / found["device_bytes"] - 1
+        assert -0.12 < error < 0 if row["flags"]["strategy"] == "zero3" else abs(error) < 0.03
 
 
 def test_memory_of_the_text() -> None:
