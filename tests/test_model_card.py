@@ -8,6 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3VLConfig
 
+from benchmarks.published import PUBLISHED
 from mgm import MGMConfig
 from training.model_card import build_model_card, hub_id
 
@@ -51,6 +52,17 @@ def test_metadata_is_what_the_hub_searches_by(tmp_path):
         0.93,
         "me/my-conversations",
     )
+
+
+def test_benchmarks_of_mgm_alone(tmp_path):
+    """One command; a tiny model and another family have no published scores to compare with."""
+    adapter = load(RUN, tmp_path).content
+    assert "benchmarks.published --model YanweiLi/MGM-2B --adapter outputs/mine --folder" in adapter
+    full = load(RUN | {"config": RUN["config"] | {"lora_r": 0}}, tmp_path).content
+    assert "benchmarks.published --model outputs/mine --folder" in full
+    assert "56.2" in full and str(PUBLISHED["textvqa"]) == "56.2" and str(PUBLISHED["mmbench"]) == "59.8"
+    for run, config in ((RUN | {"total_params": 10**7}, MGM), (RUN, Qwen3VLConfig())):
+        assert "benchmarks.published" not in load(run, tmp_path, config).content
 
 
 def test_folders_are_no_hub_ids(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from models.loading import is_text_only
 from utils import GIB, markdown_table
 
 
+SMALLEST_SCORED = 1_000_000_000  # parameters: the tiny models of tests and demo answer no benchmark
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -32,6 +33,7 @@ def build_model_card(run: dict, model_config: PreTrainedConfig) -> ModelCard:
         f"training loss {run['train_loss']:.3f}.{describe_cut(run)}",
         "## Scores",
         describe_scores(run["eval"]),
+        *(["## Benchmarks", benchmarks(config, folder)] if is_mgm(model_config) and total > SMALLEST_SCORED else []),
         "## Memory",
         f"Peak on {run['environment']['device']}: {peaks}.",
         "## Settings",
@@ -112,6 +114,16 @@ def describe_cut(run: dict) -> str:
         return ""
     length = run["config"]["max_seq_len"]
     return f" Samples cut off at {length} tokens, so that the end of their replies was not learned: {num_cut:,}."
+
+
+def benchmarks(config: dict, folder: Path) -> str:
+    """How to score what was trained as the original was scored."""
+    words = f"--model {config['model']} --adapter {folder}" if config["lora_r"] else f"--model {folder}"
+    return (
+        f"Not run. In this project's folder `python -m benchmarks.published {words} --folder benchmark_files` scores "
+        "TextVQA and MMBench, beside the 56.2 and 59.8 that are published for MGM-2B. Its docs/evaluation.md says "
+        "which files the command needs, and what memory and time it takes."
+    )
 
 
 def describe_scores(scores: dict[str, float]) -> str:
