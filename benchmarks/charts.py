@@ -19,7 +19,14 @@ from memory.charts import stacked_bars
 from utils import GIB
 
 
-KINDS = ("#e15759", "#f28e2b", "#4e79a7", "#b07aa1", "#59a14f")  # of rows, in the order of benchmarks/pairs.py
+KINDS = (
+    "#e15759",
+    "#f28e2b",
+    "#4e79a7",
+    "#17a2a2",
+    "#b07aa1",
+    "#59a14f",
+)  # of rows, in the order of benchmarks/pairs.py
 MARKERS = {"": "o", FULL_LOSS: "s", ZERO3: "^"}
 OURS, BAR = "train.py", 0.16  # the width of a bar, in groups
 TRAINERS = {  # a lighter tone with Liger's kernels
@@ -81,8 +88,8 @@ def draw_errors(axes: Axes) -> None:
     for difficulty, marker in MARKERS.items():
         axes.plot([], [], marker, color=thin(), markersize=5, label=difficulty or "others")
     axes.axhline(0, color=thin(), linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlabel="measured on a GPU", ylabel="error of the prediction, %", ylim=(-8, 2))
-    axes.set_xticks([4, 8, 16, 32], [f"{gib} GiB" for gib in (4, 8, 16, 32)])
+    axes.set(xscale="log", xlabel="measured on a GPU", ylabel="error of the prediction, %", ylim=(-12, 2))
+    axes.set_xticks([4, 8, 16, 32, 64], [f"{gib} GiB" for gib in (4, 8, 16, 32, 64)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower right")
 

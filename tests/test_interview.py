@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.lora_vs_full_report import read_runs, retentions
 from benchmarks.memory_tables import share_bytes
+from benchmarks.scaling_tables import efficiency
 from memory.allocator import LARGE_SEGMENT_BYTES, MIN_LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES, SMALL_SEGMENT_BYTES
 from memory.margin import FULL_LOSS_MARGIN, ZERO3_MARGIN
 from mgm.configuration_mgm import mgm_2b
@@ -24,6 +25,7 @@ TEXT = (ROOT / "docs/interview.md").read_text()
 PROSE = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->|\]\([^)]*\)", "", TEXT, flags=re.S)  # without tables and addresses
 QUESTIONS = re.findall(r"^### (\d+)\. [^\n]+\?\n(.+?)(?=\n#)", TEXT, flags=re.M | re.S)
 GIVEN = {"22.66 GiB", "12 GiB"}  # the message of the run that began the project; a budget
+FOUR_ROWS = {"model": "mgm-2b", "per_device_train_batch_size": 4}  # of benchmarks/scaling.py
 UNITS = r"GiB|MiB|KiB|%|ms|TFLOP|times|configurations|images a second|updates old"
 FIGURE = re.compile(rf"\d[\d.,]* (?:to \d[\d.]* )?(?:{UNITS})\b|\d[\d.,]* %|\d{{1,3}}(?:,\d{{3}})+|[\d.]+e-\d+")
 
@@ -172,6 +174,17 @@ def measured_sizes() -> dict[str, str]:
     }
 
 
+def several_gpus() -> dict[str, str]:
+    """results/gpu/scaling.json."""
+    rows = read("gpu/scaling.json")["rows"]
+    small = {row["flags"]["strategy"]: row for row in rows if row["flags"].items() >= FOUR_ROWS.items()}
+    errors = [row["predicted"]["device_bytes"] / row["measured"]["device_bytes"] - 1 for row in rows]
+    shares = {"97 %": "ddp", "75 %": "fsdp2", "48 %": "zero3"}
+    return {figure: percent(efficiency(small[name], rows), 0) for figure, name in shares.items()} | {
+        "11.0 %": percent(-min(errors))
+    }
+
+
 def losses() -> dict[str, str]:
     """results/loss_cuda.json and results/loss_cpu.json."""
     gpu, cpu = read("loss_cuda.json"), read("loss_cpu.json")
@@ -268,6 +281,7 @@ SOURCES = (
     trained_parameters,
     predicted_sizes,
     measured_sizes,
+    several_gpus,
     losses,
     seconds,
     quality,
