@@ -31,6 +31,11 @@ WORDS = {
     "allocated": "张量",
     "of which activations": "其中激活值",
     "TFLOP a step": "一步的 TFLOP",
+    "GPUs": "GPU",
+    "passed": "通过",
+    "failed": "失败",
+    "skipped": "跳过",
+    "seconds": "秒数",
 }
 # A part of a cell, and what stands for it.
 PARTS = {

@@ -43,6 +43,7 @@ DOCUMENTS = (
             "scaling",
         )
     ),
+    "docs/gpu_guide.zh-CN.md",
     "docs/interview.md",
     "docs/interview.zh-CN.md",
 )

@@ -14,8 +14,11 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-CHINESE = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.zh-CN.md"), *ROOT.glob("docs/*.zh-CN.md")])
+CHINESE = sorted(
+    path.relative_to(ROOT) for folder in (".", "docs", "data") for path in (ROOT / folder).glob("*.zh-CN.md")
+)
 NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", re.ASCII)  # not those of names: H200
+MILLION = re.compile(r"(\d+(?:\.\d+)?) million")  # 1.2 million are 120 万
 LINK = re.compile(r"\]\(([^)\s]+)\)|<(https?://[^>]+)>|(?:src|srcset|href)=\"([^\"]+)\"")
 CODE = re.compile(r"`[^`]+`")
 MARKER = re.compile(r"<!-- (.+?)(?: zh)? -->")  # around a table or a number that is generated
@@ -73,6 +76,7 @@ def items(text: str, path: Path) -> Counter[str]:
     """The links, the `code`, the markers and the numbers of a text, each as often as it stands there."""
     links = [target("".join(groups), path) for groups in LINK.findall(text)]
     text = LINK.sub("] ", " ".join(text.split()))
+    text = MILLION.sub(lambda count: f"{float(count[1]) * 100:g} 万", text)
     markers, text = MARKER.findall(text), MARKER.sub("", text)
     return Counter([*links, *markers, *CODE.findall(text), *NUMBER.findall(CODE.sub(" ", text))])
 
@@ -107,7 +111,8 @@ def english_of(chinese: Path) -> Path:
 
 
 def test_documents_are_found():
-    assert {"README.zh-CN.md", "docs/interview.zh-CN.md", "docs/report.zh-CN.md"} <= {str(path) for path in CHINESE}
+    names = {f"docs/{name}.zh-CN.md" for name in ("gpu_guide", "interview", "report")}
+    assert {"README.zh-CN.md", "data/README.zh-CN.md"} | names <= {str(path) for path in CHINESE}
 
 
 @pytest.mark.parametrize("path", CHINESE, ids=str)
