@@ -69,10 +69,11 @@ def trace_this_process(config: ProbeConfig, world_size: int, rank: int) -> Place
     accelerator = launched_accelerator(config)
     if config.device == "cuda":
         use_fsdp2(accelerator, fsdp2_plugin())
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # fake weights cannot be sent; how is not recorded
     with fake_mode, kernels_of(config.device), random_states(recorder, config.device):
         probed = ProbedStep.build(config, accelerator, model, device, inputs)
         optimizer = probed.optimizer
-        if config.device == "cuda":
+        if config.device == "cuda" and config.optim != "sgd":  # as step.fuses_optimizer
             use_fused(optimizer)
         record_loaded(recorder, probed)
         with recorder, noted(recorder.record, config.device):

@@ -95,7 +95,7 @@ class ProbedStep:
         if model is None:
             model = step.build_model(config, accelerator.state.deepspeed_plugin is not None, accelerator.is_fsdp2)
         batch, questions = inputs or worst_case_inputs(config)
-        is_fused = step.fuses_optimizer(accelerator)
+        is_fused = step.fuses_optimizer(accelerator, config.optim)
         optimizer = step.build_optimizer(model, config.optim, learning_rate=1e-3, fused=is_fused)
         return cls(config, accelerator, model.train(), optimizer, send_to_device(batch, device), questions)
 

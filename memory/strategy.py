@@ -7,17 +7,20 @@ memory/predict.py traces a strategy, memory/measure.py measures it.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import str_to_bool
 
-from utils import UserError, check_choice
+from utils import UserError, brief_error, check_choice
 
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 OFFLOADS = ("none", "optimizer", "param")
+FSDP_SWITCHES = {"fsdp_offload_params", "fsdp_reshard_after_forward", "fsdp_cpu_ram_efficient_loading"}
 CONFIG_FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 
 
@@ -72,19 +75,17 @@ class Strategy:
     @classmethod
     def from_config_file(cls, path: str | Path, world_size: int | None = None) -> "Strategy":
         """From accelerate's config file. `world_size` None: the file's number of processes. Raises UserError."""
-        try:
-            launch = yaml.safe_load(Path(path).read_text())
-            kind, world_size = launch["distributed_type"], world_size or launch.get("num_processes", 1)
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(f"--config_file {path}: no readable config of accelerate's ({error})") from None
+        launch = _read_mapping(path, path, yaml.safe_load)
+        kind = launch.get("distributed_type")
+        world_size = launch.get("num_processes", 1) if world_size is None else world_size
+        if not isinstance(world_size, int):
+            raise UserError(f"--config_file {path}: num_processes is {world_size}, put a number there")
         if kind in ("NO", False):  # a bare NO is false in YAML
             return cls("single", "none", world_size)
         if kind in ("MULTI_GPU", "MULTI_CPU"):
             return cls("ddp", "none", world_size)
         if kind == "FSDP":
-            settings = launch.get("fsdp_config") or {}
-            offload = "param" if settings.get("fsdp_offload_params") else "none"
-            return cls("fsdp2", offload, world_size, fsdp_config=settings)
+            return _from_fsdp(path, launch, world_size)
         if kind != "DEEPSPEED":
             raise UserError(
                 f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU, FSDP or DEEPSPEED"
@@ -92,8 +93,19 @@ class Strategy:
         return _from_deepspeed(path, launch, world_size)
 
 
+def _from_fsdp(path: str | Path, launch: dict[str, Any], world_size: int) -> Strategy:
+    settings = _part_of(path, launch, "fsdp_config")
+    for key in FSDP_SWITCHES & settings.keys():
+        try:
+            settings[key] = str_to_bool(str(settings[key]), to_bool=True)
+        except ValueError:
+            raise UserError(f"--config_file {path}: {key} is {settings[key]}, put true or false there") from None
+    offload = "param" if settings.get("fsdp_offload_params") else "none"
+    return Strategy("fsdp2", offload, world_size, fsdp_config=settings)
+
+
 def _from_deepspeed(path: str | Path, launch: dict[str, Any], world_size: int) -> Strategy:
-    file_name = (launch.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    file_name = _part_of(path, launch, "deepspeed_config").get("deepspeed_config_file")
     if file_name is None:
         raise UserError(f"--config_file {path}: put DeepSpeed's settings in a JSON, named by deepspeed_config_file")
     # Relative to where the launch is typed; that is the top of the repository for our own.
@@ -103,10 +115,29 @@ def _from_deepspeed(path: str | Path, launch: dict[str, Any], world_size: int) -
         raise UserError(
             f"--config_file {path}: its deepspeed_config_file {file_name} does not exist, correct the path"
         )
-    deepspeed_config = json.loads(found.read_text())
-    zero = deepspeed_config.get("zero_optimization", {})
+    deepspeed_config = _read_mapping(path, found, json.loads)
+    zero = _part_of(found, deepspeed_config, "zero_optimization")
     devices = {key: (zero.get(f"offload_{key}") or {}).get("device", "none") for key in ("param", "optimizer")}
     if "nvme" in devices.values():
         raise UserError(f"--config_file {path}: offload to nvme cannot be predicted, choose the device cpu")
     offload = next((key for key, device in devices.items() if device == "cpu"), "none")
     return Strategy(f"zero{zero.get('stage', 0)}", offload, world_size, deepspeed_config)
+
+
+def _read_mapping(config_file: str | Path, path: str | Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What `config_file` holds, or a file that it names. Raises UserError: it cannot be read, or has no keys."""
+    try:
+        content = parse(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config_file {config_file}: {path} cannot be read ({brief_error(error)})") from None
+    return _mapping(f"--config_file {config_file}: {path}", content)
+
+
+def _part_of(path: str | Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
+    return _mapping(f"--config_file {path}: {key}", settings.get(key) or {})
+
+
+def _mapping(name: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(f"{name} has no keys with values, take a file of accelerate_configs as an example")
+    return content

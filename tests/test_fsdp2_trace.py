@@ -1,5 +1,7 @@
 """FSDP2 traced: against real FSDP2 on the CPU, and what it splits, gathers and offloads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_records import parameter_bytes, tiny_config, traced
@@ -83,3 +85,17 @@ def test_streams() -> None:
     gathered = {a.stream for nbytes, a in events if nbytes > 0 and a.category == "communication"}
     assert len(gathered) >= 2
     assert {a.stream for nbytes, a in events if a.category == "activations"} == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [({"optim": "sgd"}, {}), ({}, {"fsdp_cpu_ram_efficient_loading": True})],
+)
+def test_what_a_run_may_ask_for(flags: dict, settings: dict) -> None:
+    """SGD, which FSDP2 has no kernel for over all parameters, and weights that one process hands out."""
+    usual = Strategy.from_flags("fsdp2", world_size=2)
+    strategy = replace(usual, fsdp_config=usual.fsdp_config | settings)
+    record = trace_fsdp2(tiny_config(**flags), strategy).device
+    has_moments = record.breakdown().get("optimizer", 0) > 0
+    assert has_moments == ("optim" not in flags)

@@ -55,11 +55,33 @@ def test_flags_give_the_launch_configs_strategy() -> None:
         assert fsdp["fsdp_offload_params"] == (offload == "param") and fsdp["fsdp_version"] == 2
 
 
+def test_a_switch_in_quotes(tmp_path: Path) -> None:
+    """accelerate's launcher takes the word false for false. So does a prediction."""
+    for word, offload in (("'false'", "none"), ("'true'", "param"), ("no", "none")):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"distributed_type: FSDP\nfsdp_config: {{fsdp_offload_params: {word}}}")
+        assert Strategy.from_config_file(path).offload == offload
+
+
+def test_a_number_that_was_given_wins() -> None:
+    with pytest.raises(UserError, match="--world_size 0: it must be at least 1"):
+        Strategy.from_config_file(CONFIGS / "ddp.yaml", world_size=0)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
         ("distributed_type: TPU", "TPU is not known"),
         ("no: config", "distributed_type"),
+        ("", "no keys"),
+        ("a word", "no keys"),
+        ("a: b: c", "cannot be read"),
+        ("distributed_type: MULTI_GPU\nnum_processes: two", "num_processes is two"),
+        ("distributed_type: MULTI_GPU\nnum_processes:", "num_processes is None"),
+        ("distributed_type: FSDP\nfsdp_config: [1]", "fsdp_config has no keys"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_offload_params: maybe}", "fsdp_offload_params is maybe"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: x", "deepspeed_config has no keys"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: README.md}", "cannot be read"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "deepspeed_config_file"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: nowhere.json}", "nowhere.json"),
     ],
