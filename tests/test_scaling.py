@@ -53,6 +53,9 @@ def test_two_gpus() -> None:
     assert "DDP keeps {} of a GPU's speed, FSDP2 {} and ZeRO-3 {}".format(*small) in TEXT
     assert "it is {}, {} and {}".format(*large) in TEXT
     assert f"even DDP keeps only {percent('mgm-2b', 'ddp', 1)}:" in TEXT
+    alone = measured("mgm-2b", "ddp", 1)["measured"]
+    busy, update = (round(1000 * alone[name]) for name in ("busy_seconds", "step_seconds"))
+    assert f"busy for {busy} ms of {update} ms" in TEXT
     assert f"sent: 0.{small[0][:2]} of a single GPU's speed" in TEXT
 
 
