@@ -10,9 +10,9 @@ from benchmarks.rows import read_result
 FULL_LOSS, ZERO3 = "with logits", "ZeRO-3"
 GPU_FILES = {  # the whole device
     "MGM-2B, H200": "gpu/matrix.json",
-    "MGM-2B and Qwen3-VL-2B in 6 to 24 GiB, H200": "gpu/plans.json",
+    "plans for 6 to 24 GiB, H200": "gpu/plans.json",
     "other families, H100": "gpu/families.json",
-    "strategies on one and two GPUs, H200": "gpu/scaling.json",
+    "strategies on two GPUs, H200": "gpu/scaling.json",
 }
 CPU_FILES = {"MGM, CPU": "cpu/matrix.json", "other families, CPU": "families.json"}  # the tensors
 

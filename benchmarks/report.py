@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import quiet  # noqa: F401 (before PEFT)
+
 from markdown_it import MarkdownIt
 
 from benchmarks.pictures import PICTURES, write_pictures

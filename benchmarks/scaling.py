@@ -1,10 +1,10 @@
 """Time and memory of each strategy on two GPUs: results/gpu/scaling.json and the tables of docs/scaling.md.
 
     python -m benchmarks.scaling --mode measure    # needs two GPUs of 80 GB; adds the rows that are missing
-    python -m benchmarks.scaling --mode predict    # needs no GPU; predicts all rows, each 10 to 90 seconds
+    python -m benchmarks.scaling --mode predict    # needs no GPU; predicts the measured rows, each 10 to 90 seconds
     python -m benchmarks.scaling --mode simulate   # needs no GPU; up to 1000 processes, each row 20 to 60 seconds
 
-Each process has the same number of rows, so two do twice the work of one. `--models` measures those rows alone.
+Each process has the same number of rows, so two do twice the work of one. `--models` takes those models' rows alone.
 """
 
 import json
@@ -24,7 +24,7 @@ from memory.measure_time import measure_time
 from memory.predict import summarize, trace_step
 from memory.probe import probe
 from memory.work import COPYING
-from utils import check_choice, flag, run_script, write_json
+from utils import UserError, check_choice, flag, run_script, write_json
 
 
 SINGLE, DDP, ZERO2, ZERO3, FSDP2 = (
@@ -33,6 +33,7 @@ SINGLE, DDP, ZERO2, ZERO3, FSDP2 = (
 )
 FOUR = {"per_device_train_batch_size": 4}
 SMALL, LARGE, LARGE_IN_FULL = {"model": "mgm-2b"}, {"model": "qwen3-vl-8b"}, {"model": "qwen3-vl-8b", "lora_r": 0}
+MODELS = (SMALL["model"], LARGE["model"])
 ROWS = [
     *(SMALL | FOUR | each for each in (SINGLE, DDP, ZERO2, ZERO3, FSDP2)),
     *(LARGE | FOUR | each for each in (SINGLE, DDP, ZERO3, FSDP2)),
@@ -54,11 +55,15 @@ NUM_BESIDE = 2  # rows whose processes start, and wait for their turn, beside th
 @dataclass(kw_only=True)
 class ScalingConfig(RowsConfig):
     mode: str = flag("predict", "measure | predict | simulate")
-    models: list[str] = field(default_factory=lambda: ["mgm-2b", "qwen3-vl-8b"], metadata={"help": "whose rows"})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "whose rows"})
     output: str = "results/gpu/scaling.json"
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, tuple(MODES))
+        for model in self.models:
+            check_choice("models", model, MODELS)
+        if self.mode != "measure" and not Path(self.output).is_file():
+            raise UserError(f"--output {self.output}: there is no such file, --mode measure writes it")
 
 
 def main(config: ScalingConfig) -> dict[str, Any]:
@@ -98,9 +103,9 @@ def wait_for(path: Path) -> None:
 
 
 def predict_rows(config: ScalingConfig, path: Path) -> dict[str, Any]:
-    """Predict all rows anew: the code may have changed since."""
+    """Predict the measured rows anew: the code may have changed since."""
     result = json.loads(path.read_text())
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if row["flags"]["model"] in config.models):
         predicted = probe(row_config("predict", gpu_of(result), row["flags"]))
         row["predicted"] = {name: predicted[name] for name in PREDICTED if name in predicted}
         print(row, flush=True)

@@ -180,8 +180,10 @@ def several_gpus() -> dict[str, str]:
     small = {row["flags"]["strategy"]: row for row in rows if row["flags"].items() >= FOUR_ROWS.items()}
     errors = [row["predicted"]["device_bytes"] / row["measured"]["device_bytes"] - 1 for row in rows]
     shares = {"97 %": "ddp", "75 %": "fsdp2", "48 %": "zero3"}
+    one_row = next(row for row in rows if row["flags"] == {"model": "mgm-2b", "strategy": "single", "world_size": 1})
     return {figure: percent(efficiency(small[name], rows), 0) for figure, name in shares.items()} | {
-        "11.6 %": percent(-min(errors))
+        "11.6 %": percent(-min(errors)),
+        "103 ms": f"{1000 * one_row['measured']['step_seconds']:.0f} ms",
     }
 
 
