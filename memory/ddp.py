@@ -51,10 +51,11 @@ def broadcast_sizes(sizes_bytes: Iterable[tuple[str, int]]) -> list[int]:
     return [sum(piece) if len(piece) > 1 else 0 for piece in pieces]
 
 
-def with_ddp(record: Record, world_size: int) -> Record:
+def with_ddp(record: Record, world_size: int, on_gpu: bool = True) -> Record:
     """The record of a process that at the end of loading also gets the weights, from then on holds DDP's buckets, and
     sends them to the others.
 
+    On a CPU the weights' copies are left out: gloo makes more of them, and a measurement begins after them.
     `gradient_as_bucket_view` is off by default: each gradient exists twice, by itself and in a bucket.
     """
     loaded = [
@@ -63,7 +64,7 @@ def with_ddp(record: Record, world_size: int) -> Record:
     trained = [4 * math.prod(a.shape) for a in loaded if a.category == "trained"]  # fp32
     first = 1 + max(a.start for a in loaded)
     sizes = ddp_bucket_sizes(trained)
-    added = broadcast([(a.dtype, a.nbytes) for a in loaded], first)
+    added = broadcast([(a.dtype, a.nbytes) for a in loaded], first) if on_gpu else []
     for nbytes in sizes:
         added.append((nbytes, communication(nbytes, "DDP bucket", first + len(added))))
 

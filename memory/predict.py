@@ -62,7 +62,7 @@ def trace_strategy(config: ProbeConfig, strategy: Strategy, rank: int = 0) -> Pl
         return trace_fsdp2(config, strategy, rank)
     record = trace_single(config)
     if strategy.name == "ddp" and is_wrapped:
-        record = with_ddp(record, strategy.world_size)
+        record = with_ddp(record, strategy.world_size, on_gpu=config.device == "cuda")
     return PlacedRecord(device=record, pinned=Record(), host=Record())
 
 
