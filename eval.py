@@ -95,7 +95,7 @@ def main(config: EvalConfig) -> dict | None:
 
     start = time.perf_counter()
     answers = answer_all(accelerator, model, processor, task.questions, config)
-    accelerator.end_training()  # a process that ends while its group is open may abort
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return None
     scores = task.score(answers)

@@ -1,5 +1,6 @@
 """What all scripts share: errors, reading flags, how a script ends, units."""
 
+import atexit
 import errno
 import json
 import math
@@ -295,7 +296,18 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
         sys.exit(128 + interrupted.signum)
     if result is not None:
         print(json.dumps(result), flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end_at_once()
     return result
+
+
+def _end_at_once() -> NoReturn:
+    """End this process, whose work is done, without ending the interpreter in it. There a thread of gloo's that is the
+    last to hold a tensor would abort it, and the launcher would say that the run has failed."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def allocator_settings() -> str:

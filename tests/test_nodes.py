@@ -112,8 +112,7 @@ def test_a_node_is_killed(launcher: str, nodes: TwoNodes, reference: list[float]
         nodes.start(0, *line.split(), *flags_for(nodes, FLAGS + RESUME))
     else:
         start(nodes, LAUNCHERS[launcher], HALF + RESUME)
-        # A thread of gloo's may abort a process that is ending, once its work is done: seen once on a busy machine.
-        assert nodes.wait(1) == 0 or "terminate called without" in nodes.log(1), nodes.log(1)[-3000:]
+        assert nodes.wait(1) == 0, nodes.log(1)[-3000:]
     assert nodes.wait(0) == 0, nodes.log(0)[-3000:]
     assert "Resumed from" in nodes.log(0)
     assert_as_one_process(nodes, reference)

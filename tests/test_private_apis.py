@@ -625,7 +625,7 @@ def missing_in_engine(names: list[str]) -> list[str]:
 
 
 # Endings of the project's own names; and what the standard library documents.
-OWN_WORDS = {"_bytes", "_checkpointing", "_exit", "_getframe"}
+OWN_WORDS = {"_bytes", "_checkpointing", "_exit", "_getframe", "_run_exitfuncs"}
 
 
 @cache
