@@ -32,8 +32,8 @@ def ladder_titles(ladder: dict[str, Any]) -> list[str]:
     return rungs + [f"{word} {row['title']}" for word, row in zip(("then", "or"), ladder["branches"], strict=True)]
 
 
-def gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+def gib(nbytes: float, digits: int = 2) -> str:
+    return f"{nbytes / GIB:.{digits}f} GiB"
 
 
 def loss_table() -> str:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from benchmarks.memory_tables import gib
 from benchmarks.rows import read_result
-from utils import GIB, markdown_table
+from utils import markdown_table
 
 
 RESULT = "gpu/scaling.json"
@@ -20,7 +21,7 @@ def scaling_table() -> str:
         cells.append([title(row["flags"]), row["flags"]["world_size"], row["flags"]["strategy"]])
         cells[-1] += [f"{1000 * measured['step_seconds']:.0f} ms", f"{tokens_per_second(row):,.0f}"]
         cells[-1] += [efficiency_text(row, result["rows"])]
-        cells[-1] += [gib(measured["peak_allocated_bytes"]), gib(measured["device_bytes"]), f"{error:+.1%}"]
+        cells[-1] += [gib(measured["peak_allocated_bytes"], 1), gib(measured["device_bytes"], 1), f"{error:+.1%}"]
     machine = result["machine"]
     header = ["model", "GPUs", "strategy", "update", "tokens/s a GPU", "efficiency", "allocated", "device"]
     return f"{machine['gpu']}, NVLink, PyTorch {machine['torch']}.\n\n" + markdown_table(
@@ -59,12 +60,8 @@ def simulated_table() -> str:
         rows = [row for row in found if (title(row["flags"]), row["flags"]["strategy"]) == (name, strategy)]
         by_size = {row["flags"]["world_size"]: row for row in rows}
         cells.append(
-            [name, strategy, *(gib(by_size[size]["device_bytes"]) if size in by_size else "" for size in sizes)]
+            [name, strategy, *(gib(by_size[size]["device_bytes"], 1) if size in by_size else "" for size in sizes)]
         )
-        cells[-1] += [f"{by_size[size]['sent_bytes'] / GIB:.2f} GiB" for size in SENT]
+        cells[-1] += [gib(by_size[size]["sent_bytes"]) for size in SENT]
     header = ["model", "strategy", *(f"{size} GPUs" for size in sizes)]
     return markdown_table([*header, *(f"sent, {size} GPUs" for size in SENT)], cells)
-
-
-def gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.1f} GiB"
