@@ -17,7 +17,7 @@ from torch import nn
 import step
 from memory.cards import overhead_bytes
 from memory.config import ProbeConfig
-from memory.launch import Result, in_fresh_process, launched, on_every_rank
+from memory.launch import in_fresh_process, launched, on_every_rank
 from memory.probed_step import DEEPSPEED_UPDATES, ProbedStep, launched_accelerator
 from memory.strategy import Strategy
 from utils import UserError, counted, set_allocator
@@ -35,12 +35,12 @@ def measure_gpu(config: ProbeConfig, strategy: Strategy, limit_bytes: int | None
     """
     for index in range(min(strategy.world_size, torch.cuda.device_count())):
         refuse_gpu_in_use(index)
-    first, *others = on_gpus(strategy, measure_this_process, config, limit_bytes)
-    return first | ({"last_rank": others[-1]} if others else {})
+    return on_gpus(strategy, measure_this_process, config, limit_bytes)
 
 
-def on_gpus(strategy: Strategy, function: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """What `function` returns in fresh processes, one for each GPU and as the strategy's launcher would start them.
+def on_gpus(strategy: Strategy, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `function` returns in the first of fresh processes, one for each GPU and as the strategy's launcher would
+    start them; of several in `last_rank` also what it returns in the last.
 
     Raises:
         UserError: there are fewer GPUs than processes.
@@ -50,9 +50,10 @@ def on_gpus(strategy: Strategy, function: Callable[..., Result], *arguments: Any
         have = f"this machine has {counted(num_gpus, 'GPU')}"
         raise UserError(f"--world_size {strategy.world_size}: {have}; predict, or choose fewer processes")
     if strategy.name == "single":
-        return [in_fresh_process(function, *arguments)]
+        return in_fresh_process(function, *arguments)
     with launched(strategy, splits_weights=strategy.name == "zero3", gpu=True):
-        return on_every_rank(function, strategy.world_size, *arguments)
+        first, *others = on_every_rank(function, strategy.world_size, *arguments)
+    return first | ({"last_rank": others[-1]} if others else {})
 
 
 def refuse_gpu_in_use(index: int = 0) -> None:

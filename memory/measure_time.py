@@ -40,8 +40,7 @@ def measure_time(config: ProbeConfig, strategy: Strategy, wait: Callable[[], Non
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    first, *others = on_gpus(strategy, measure_time_here, config, wait)
-    return first | ({"last_rank": others[-1]} if others else {})
+    return on_gpus(strategy, measure_time_here, config, wait)
 
 
 def measure_time_here(config: ProbeConfig, wait: Callable[[], None]) -> dict[str, Any]:
