@@ -10,7 +10,6 @@
 The last line on stdout is a JSON object. Exit code 3: it does not fit, or no plan does.
 """
 
-import sys
 from pathlib import Path
 
 import quiet  # noqa: F401 (before PEFT)
@@ -68,5 +67,4 @@ def write_output(folder: Path, result: dict, record: PlacedRecord | None) -> Non
 
 
 if __name__ == "__main__":
-    outcome = run_script(main, PlanConfig)
-    sys.exit(3 if outcome.get("fits") is False else 0)
+    run_script(main, PlanConfig, exit_code=lambda result: 3 if result.get("fits") is False else 0)

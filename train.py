@@ -306,5 +306,4 @@ def build_scheduler(
 
 
 if __name__ == "__main__":
-    result = run_script(main, TrainConfig)
-    sys.exit(2 if result and result["status"] == "problem" else 0)
+    run_script(main, TrainConfig, exit_code=lambda result: 2 if result["status"] == "problem" else 0)

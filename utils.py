@@ -269,11 +269,13 @@ def _raise_user_error(message: str) -> NoReturn:
     raise UserError(message)
 
 
-def run_script(main: Callable[[Config], dict | None], config_class: type[Config]) -> dict | None:
-    """Run a script and return main's result, which is the last line on stdout (None: another process prints it).
+def run_script(
+    main: Callable[[Config], dict | None], config_class: type[Config], exit_code: Callable[[dict], int] = lambda _: 0
+) -> NoReturn:
+    """Run a script and end its process. main's result is the last line on stdout (None: another process prints it).
 
-    Bad input is one line on stderr and exit code 2, a lost worker one and 1, SIGTERM and SIGINT one and 143 and 130;
-    any other exception keeps its traceback and exit code 1.
+    The exit code is that of the result. Bad input is one line on stderr and exit code 2, a lost worker one and 1,
+    SIGTERM and SIGINT one and 143 and 130; any other exception keeps its traceback and exit code 1.
     """
     quiet_libraries()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -294,20 +296,22 @@ def run_script(main: Callable[[Config], dict | None], config_class: type[Config]
     except Interrupted as interrupted:
         print(f"stopped by {interrupted}", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
+    code = 0
     if result is not None:
         print(json.dumps(result), flush=True)
+        code = exit_code(result)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _end_at_once()
-    return result
+        _end_at_once(code)
+    sys.exit(code)
 
 
-def _end_at_once() -> NoReturn:
+def _end_at_once(code: int) -> NoReturn:
     """End this process, whose work is done, without ending the interpreter in it. There a thread of gloo's that is the
     last to hold a tensor would abort it, and the launcher would say that the run has failed."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def allocator_settings() -> str:

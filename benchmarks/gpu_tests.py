@@ -71,5 +71,4 @@ def counts(report: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = run_script(main, GpuTestsConfig)
-    sys.exit(1 if result["failed"] else 0)
+    run_script(main, GpuTestsConfig, exit_code=lambda result: 1 if result["failed"] else 0)

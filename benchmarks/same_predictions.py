@@ -6,7 +6,6 @@
 Run it before and after a change that must not change a prediction. Exit code 1: a row differs.
 """
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,4 +86,4 @@ FILES = {"cpu": cpu_rows, "families": families_rows, "gpu": gpu_rows, "headline"
 
 
 if __name__ == "__main__":
-    sys.exit(1 if run_script(main, CompareConfig)["different"] else 0)
+    run_script(main, CompareConfig, exit_code=lambda result: 1 if result["different"] else 0)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import quiet  # noqa: F401 (before PEFT)
 
@@ -131,11 +131,10 @@ def report(num_records: int, problems: list[str], notes: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def run() -> None:
+def run() -> NoReturn:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--dataset")
-    result = run_script(main, CheckConfig)
-    sys.exit(2 if result["bad"] else 0)
+    run_script(main, CheckConfig, exit_code=lambda result: 2 if result["bad"] else 0)
 
 
 if __name__ == "__main__":

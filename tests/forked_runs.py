@@ -144,7 +144,6 @@ def _run(flags: list[str], folder: Path, environment: dict[str, str], rank: int,
     from utils import run_script
 
     run_script(train.main, train.TrainConfig)
-    sys.stdout.flush()
 
 
 def install(fault: Fault) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,7 +47,10 @@ class Api:
     words: str = ""
 
     def explain(self, problem: object) -> str:
-        installed = version(self.library) if find_spec(self.library) else "not installed"
+        try:
+            installed = version(self.library)
+        except PackageNotFoundError:
+            installed = "of Python's" if find_spec(self.library) else "not installed"
         return (
             f"{self.library} {installed}: {self.name}: {problem}\n"
             f"  used in {self.files}: {self.why}\n  what breaks: {self.breaks}"
@@ -94,6 +97,8 @@ APIS = [
         "the one loss that is computed by chunks", "nothing can be imported"),
     Api("torch", "_C._accelerator_setAllocatorSettings", "utils.py",
         "gives the allocator its settings after the import, which has read the environment", "no script starts"),
+    Api("atexit", "_run_exitfuncs", "utils.py",
+        "a launched process runs them and then ends without ending the interpreter", "runs on several GPUs end badly"),
     Api("torch", "Tensor._version", "layers/model_loss.py",
         "counts the changes in place: whether a model has added to its loss",
         "what a router adds to the loss is not weighed by tokens", check=checks.check_version, words="_version"),
@@ -625,7 +630,7 @@ def missing_in_engine(names: list[str]) -> list[str]:
 
 
 # Endings of the project's own names; and what the standard library documents.
-OWN_WORDS = {"_bytes", "_checkpointing", "_exit", "_getframe", "_run_exitfuncs"}
+OWN_WORDS = {"_bytes", "_checkpointing", "_exit", "_getframe"}
 
 
 @cache

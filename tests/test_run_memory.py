@@ -92,7 +92,9 @@ def test_measured_in_the_run_as_in_a_process_of_its_own(stand_in, tmp_path, caps
     assert got["measured"]["gradients_bytes"] == record.breakdown()["trained"]
     assert got["predicted_batch"] == {"rows": 2, "num_tokens": 60, "num_images": 1, "image_size": (640, 480)}
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "predicted 0.0" in line and "measured 0.0" in line and "%)" in line
+    predicted_gib, measured_gib = (got[f"{word}_peak_allocated_bytes"] / GIB for word in ("predicted", "measured"))
+    words = f"predicted {predicted_gib:.3f} GiB, measured {measured_gib:.3f} GiB ({got['error']:+.2%})"
+    assert line == f"Memory of tensors at the peak: {words}"
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     predicted_steps = [event.step for event in events.Scalars("memory/predicted_peak_allocated_bytes")]

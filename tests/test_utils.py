@@ -17,7 +17,7 @@ from utils import UserError, check_writable, markdown_table, parse_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import os, sys
+import atexit, os, sys
 from dataclasses import dataclass
 from utils import UserError, run_script
 
@@ -31,7 +31,10 @@ def main(config):
         raise UserError("--end badly: that is\\nnot an end")
     if config.end == "broken":
         raise RuntimeError("a bug")
-    return {"status": "done", "end": config.end} if config.end == "well" else None
+    if config.end == "launched":
+        os.environ["WORLD_SIZE"] = "2"
+        atexit.register(print, "the end")
+    return None if config.end == "silently" else {"status": "done", "end": config.end}
 
 if __name__ == "__main__":
     for end in sys.argv[1:]:
@@ -40,8 +43,7 @@ if __name__ == "__main__":
             for descriptor, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(f"{end}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
             sys.argv = ["script.py", "--end", end]
-            run_script(main, Config)
-            sys.exit()
+            run_script(main, Config, exit_code=lambda result: 3 if result["end"] in ("launched", "problem") else 0)
         print(end, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -233,7 +235,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
     """Exit code, stdout and stderr of a small script for each of its ends, in processes that share their imports."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", "well", "silently", "badly", "broken"]
+    command = [sys.executable, "script.py", "well", "silently", "badly", "broken", "problem", "launched"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     codes = dict(line.split() for line in done.stdout.splitlines())
@@ -248,6 +250,13 @@ def test_a_script_that_ends_well(runs):
     code, stdout, _ = runs["well"]
     assert code == 0
     assert json.loads(stdout.splitlines()[-1]) == {"status": "done", "end": "well"}
+
+
+def test_the_exit_code_is_the_results(runs):
+    """Also of a process that a launcher has started; it runs its exit functions too."""
+    assert runs["problem"][0] == runs["launched"][0] == 3
+    assert [json.loads(line)["end"] for line in runs["problem"][1].splitlines()[1:]] == ["problem"]
+    assert runs["launched"][1].splitlines()[-1] == "the end"
 
 
 def test_a_process_without_a_result_prints_none(runs):
