@@ -197,7 +197,7 @@ class FlagParser(HfArgumentParser):
         if options.get("action") == "store_false":
             options["help"] = f"the same as {name.replace('no_', '', 1)} false"
         elif default is not None and default is not False:
-            shown = " ".join(default) if isinstance(default, list) else default
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
             options["help"] = f"{options.get('help', '')} (default: {shown})"
         if "type" in options:
             options["metavar"] = METAVARS.get(options["type"], "BOOL")
