@@ -65,6 +65,10 @@ class ProbeConfig(StepConfig):
         """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""
         if self.config_file is not None:
             launch = self.launch
+            for name, found, default in (("strategy", launch.name, "single"), ("offload", launch.offload, "none")):
+                given = getattr(self, name)
+                if given not in (found, default):
+                    raise UserError(f"--{name} {given}: --config_file {self.config_file} says {found}, give one of both")
             self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
         self.world_size = self.world_size or 1
 

@@ -25,6 +25,7 @@ from utils import GIB, FlagParser, UserError, size
 
 
 ROOT = Path(__file__).parent.parent
+DDP = str(ROOT / "accelerate_configs/ddp.yaml")
 KEYS = "mode model config peak_allocated_bytes breakdown phases largest_tensors peak_reserved_bytes device_bytes"
 KEYS += " host_bytes budget_bytes fits seconds notes step_seconds tokens_per_second checkpoint_bytes"
 
@@ -215,6 +216,8 @@ def test_output_has_the_result_and_the_step(device, tmp_path, capsys):
         ({"images_per_sample": 40}, ["--images_per_sample 40", "max_seq_len is 48; choose --max_seq_len 768"]),
         ({"image_size": "99999x99999"}, ["--image_size 99999x99999", "pixels, as in training"]),
         ({"config_file": "missing.yaml"}, ["--config_file missing.yaml"]),
+        ({"config_file": DDP, "strategy": "zero2"}, ["--strategy zero2", f"--config_file {DDP} says ddp, give one"]),
+        ({"config_file": DDP, "offload": "param"}, ["--offload param", f"--config_file {DDP} says none, give one"]),
         ({"model": "mgm-3b"}, ["--model mgm-3b"]),
     ],
 )
