@@ -6,6 +6,7 @@ A document has the markers `<!-- NAME -->` and `<!-- /NAME -->` around each tabl
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from memory.cards import GPUS, RESERVE_GIB
 from memory.gpus import CUBLAS_HOPPER
 from models.family import packs
 from tests.tiny_families import FAMILIES, TRAINED
-from utils import GIB, MIB, markdown_table
+from utils import GIB, MIB, markdown_table, run_script
 
 
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
@@ -306,5 +307,15 @@ def write_tables() -> None:
         document.write_text(with_tables(document.read_text()))
 
 
-if __name__ == "__main__":
+@dataclass(kw_only=True)
+class TablesConfig:
+    """No flags."""
+
+
+def main(_: TablesConfig) -> dict[str, Any]:
     write_tables()
+    return {"documents": list(DOCUMENTS)}
+
+
+if __name__ == "__main__":
+    run_script(main, TablesConfig)
