@@ -111,7 +111,7 @@ def english_of(chinese: Path) -> Path:
 
 
 def test_documents_are_found():
-    names = {f"docs/{name}.zh-CN.md" for name in ("gpu_guide", "interview", "report")}
+    names = {f"docs/{name}.zh-CN.md" for name in ("gpu_guide", "interview", "report", "tour", "troubleshooting")}
     assert {"README.zh-CN.md", "data/README.zh-CN.md"} | names <= {str(path) for path in CHINESE}
 
 
