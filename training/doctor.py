@@ -27,7 +27,7 @@ from utils import GIB, counted, size
 
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
-MARKS = {"ok": " ", "warning": "!", "problem": "X"}
+MARKS = ("ok", "warning", "problem")
 MIN_FREE_DISK_BYTES, MIN_FREE_HOST_BYTES = 5 * GIB, 8 * GIB  # checkpoints and caches; MGM-2B's weights and more
 MIN_FREE_SHARED_BYTES = GIB // 2  # six batches of ten of MGM-2B's images, 8 MiB each
 FLASH_HEAD_SIZE = 256  # the limit of PyTorch's flash kernel and of flash-attn 2
@@ -69,7 +69,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    mark: str  # a key of MARKS
+    mark: str  # one of MARKS
     what: str
     remedy: str | None = None
 
@@ -98,10 +98,10 @@ def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
 def print_findings(found: list[Finding]) -> dict[str, Any]:
     """Print them; returns them with the worst `status`."""
     for finding in found:
-        print(f"[{MARKS[finding.mark]}] {finding.what}")
+        print(f"{finding.mark:7}  {finding.what}")
         if finding.remedy:
-            print(f"      -> {finding.remedy}")
-    status = max((finding.mark for finding in found), key=list(MARKS).index)
+            print(f"{'':7}  -> {finding.remedy}")
+    status = max((finding.mark for finding in found), key=MARKS.index)
     return {"status": status, "findings": [vars(finding) for finding in found]}
 
 
