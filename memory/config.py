@@ -68,7 +68,7 @@ class ProbeConfig(StepConfig):
             for name, found, default in (("strategy", launch.name, "single"), ("offload", launch.offload, "none")):
                 given = getattr(self, name)
                 if given not in (found, default):
-                    raise UserError(f"--{name} {given}: --config_file {self.config_file} says {found}, give one of both")
+                    raise UserError(f"--{name} {given}: --config_file {self.config_file} says {found}, give one")
             self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
         self.world_size = self.world_size or 1
 
