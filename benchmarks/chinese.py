@@ -36,6 +36,15 @@ WORDS = {
     "failed": "失败",
     "skipped": "跳过",
     "seconds": "秒数",
+    "config": "配置",
+    "processes": "进程数",
+    "weights, optimizer, gradients": "权重、优化器、梯度",
+    "rounding of pinned memory": "锁页内存取整",
+    "process": "进程本身",
+    "workers and batches": "worker 和 batch",
+    "other": "其他",
+    "sum": "合计",
+    "all": "全量",
 }
 # A part of a cell, and what stands for it.
 PARTS = {

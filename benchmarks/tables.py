@@ -45,6 +45,7 @@ DOCUMENTS = (
         )
     ),
     "docs/gpu_guide.zh-CN.md",
+    "docs/host_memory.zh-CN.md",
     "docs/interview.md",
     "docs/interview.zh-CN.md",
 )
@@ -144,7 +145,7 @@ def host_table() -> str:
         cells.append([f"`{Path(flags['config_file']).name}`", trained, flags.get("world_size", 1)])
         cells[-1] += [f"{size / GIB:.2f}" for size in sizes]
     header = ["config", "trained", "processes", *PURPOSES, "other", "sum"]
-    return markdown_table(header, cells) + "\n\nIn GiB (2**30 bytes)."
+    return markdown_table(header, cells)
 
 
 def cpu_table() -> str:

@@ -82,7 +82,7 @@ def test_help_explains_every_flag(config):
     assert "(default: None)" not in text and "usage" not in text
 
 
-@pytest.mark.parametrize("name", ["docs/lora.md", "docs/host_memory.md"])
+@pytest.mark.parametrize("name", ["docs/lora.md", "docs/host_memory.md", "docs/host_memory.zh-CN.md"])
 def test_tables_are_generated(name):
     """The tables as `python -m benchmarks.tables` would write them now."""
     text = (ROOT / name).read_text()
