@@ -45,6 +45,11 @@ WORDS = {
     "other": "其他",
     "sum": "合计",
     "all": "全量",
+    "parameters": "参数量",
+    "share": "占比",
+    "device": "显存",
+    "projector and mining alone": "只有 projector 和 patch info mining",
+    "all but the towers": "图像编码器以外的全部",
 }
 # A part of a cell, and what stands for it.
 PARTS = {
@@ -52,6 +57,10 @@ PARTS = {
     r"^device, measured on an (\w+)$": r"显存，\1 实测",
     r"^full, (\d) GPUs?$": r"全量，\1 卡",
     r"^LoRA, (\d) GPUs?$": r"LoRA，\1 卡",
+    r"^LoRA r=(\d+) on q, v, o; projector and mining$": r"LoRA r=\1（q、v、o），加 projector 和 patch info mining",
+    r"^LoRA r=(\d+) on all linear layers; projector and mining$": (
+        r"LoRA r=\1（全部线性层），加 projector 和 patch info mining"
+    ),
 }
 
 

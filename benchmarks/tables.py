@@ -48,6 +48,7 @@ DOCUMENTS = (
     "docs/host_memory.zh-CN.md",
     "docs/interview.md",
     "docs/interview.zh-CN.md",
+    "docs/lora.zh-CN.md",
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
