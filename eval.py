@@ -138,14 +138,17 @@ def load_task(config: EvalConfig) -> Task:
 def prepare_model(accelerator: Accelerator, config: EvalConfig) -> nn.Module:
     """The model with its adapter, on its device. ZeRO-3 splits it afterwards: PEFT loads unsharded tensors."""
     plugin = accelerator.state.deepspeed_plugin
+    splits_weights = plugin is not None and plugin.zero_stage == 3
     with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
         model = load_model(config.model, MIXED_PRECISIONS[config.mixed_precision], config.attn_implementation)
         if config.adapter is not None:
             model = load_adapter(model, config.adapter)
     if accelerator.is_fsdp2:  # accelerate asks for an optimizer
         model, _ = prepare(accelerator, model, torch.optim.SGD(model.parameters()))
+    elif splits_weights:
+        model = accelerator.prepare(model)
     else:
-        model = accelerator.prepare(model) if plugin else accelerator.prepare_model(model, evaluation_mode=True)
+        model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     model.eval()
     return model
 

@@ -199,7 +199,7 @@ def test_benchmarks_end_to_end(task, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_processes_answer_as_one(config, adapter, mixed_dataset, tmp_path):
     """No question twice or lost, and the same answers; 23 questions cannot be shared out evenly."""
     words = flags(tmp_path, mixed_dataset, limit=23, batch_size=4, adapter=adapter)
