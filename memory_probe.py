@@ -5,7 +5,7 @@
     python memory_probe.py --mode both --device cpu --model tiny --max_seq_len 64
     python memory_probe.py --calibrate
     python memory_probe.py --plan --gpu rtx3060 --lock gradient_accumulation_steps=128 --output results/plan
-    python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output results/sweep
+    python memory_probe.py --sweep lora_r=0,8,16,32 max_seq_len=1024,2048 strategy=single,zero3 --output outputs/sweep
 
 The last line on stdout is a JSON object. Exit code 3: it does not fit, or no plan does.
 """

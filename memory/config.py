@@ -63,14 +63,13 @@ class ProbeConfig(StepConfig):
 
     def resolve_launch(self) -> None:
         """Strategy, offload and number of processes as `config_file` has them; a number that was given wins."""
+        launch = self.launch
         if self.config_file is not None:
-            launch = self.launch
             for name, found, default in (("strategy", launch.name, "single"), ("offload", launch.offload, "none")):
                 given = getattr(self, name)
                 if given not in (found, default):
                     raise UserError(f"--{name} {given}: --config_file {self.config_file} says {found}, give one")
-            self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
-        self.world_size = self.world_size or 1
+        self.strategy, self.offload, self.world_size = launch.name, launch.offload, launch.world_size
 
     def resolve_precision(self) -> str:
         """A prediction for a GPU depends on that card, not on this machine. A sweep's rows resolve their own."""
@@ -100,7 +99,7 @@ class ProbeConfig(StepConfig):
         """The strategy that the flags choose. Raises UserError for what cannot be."""
         if self.config_file is not None:
             return Strategy.from_config_file(self.config_file, self.world_size)
-        return Strategy.from_flags(self.strategy, self.offload, self.world_size)
+        return Strategy.from_flags(self.strategy, self.offload, self.world_size or 1)
 
     @property
     def cublas_workspace_bytes(self) -> int:

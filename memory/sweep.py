@@ -18,7 +18,7 @@ from memory.report import as_flags, sweep_table
 from utils import UserError, flag_parser, write_json
 
 
-FOLDER = "results/sweep"
+FOLDER = "outputs/sweep"
 METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "step_seconds", "tokens_per_second")
 
 
@@ -26,9 +26,9 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     """Probe every combination. Rows that an interrupted sweep has saved are not probed again."""
     folder = Path(config.output or FOLDER)
     grid = parse_grid(config.sweep)
-    rows, failed = [], []
-    for values in tqdm(combinations(grid), desc="Probing", unit="row"):
-        row_config = replace(config, sweep=None, output=None, **values)
+    configs, failed = possible_configs(config, grid)
+    rows = []
+    for values, row_config in tqdm(configs, desc="Probing", unit="row"):
         path = folder / "rows" / (row_name(values) + ".json")
         row = read_row(path, row_config)
         if row is None:
@@ -48,6 +48,27 @@ def run_sweep(config: ProbeConfig) -> dict[str, Any]:
     chart.savefig(folder / "chart.png", dpi=120)
     write_tensorboard(folder / "tensorboard", rows, list(grid), chart)
     return {"rows": rows, "failed": failed}
+
+
+def possible_configs(
+    config: ProbeConfig, grid: dict[str, list[Any]]
+) -> tuple[list[tuple[dict[str, Any], ProbeConfig]], list[dict[str, Any]]]:
+    """The combinations whose flags go together, and the others with their errors.
+
+    Raises:
+        UserError: of a value that goes together with nothing: it is a mistake.
+    """
+    possible, failed = [], []
+    for values in combinations(grid):
+        try:
+            possible.append((values, replace(config, sweep=None, output=None, **values)))
+        except UserError as error:
+            failed.append({"flags": values, "error": str(error)})
+    for row in failed:
+        for name, value in row["flags"].items():
+            if all(values[name] != value for values, _ in possible):
+                raise UserError(f"--sweep {name}: {row['error']}")
+    return possible, failed
 
 
 def write_tensorboard(folder: Path, rows: list[dict], keys: list[str], chart: Figure) -> None:

@@ -59,6 +59,21 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["lora_r=4", "strategy=single,zeroX"], "--sweep strategy: --strategy zeroX: choose one of"),
+        (["strategy=single,ddp", "world_size=2"], "--sweep strategy: --world_size 2: single is one process"),
+        (["lora_r=4,-1"], "--sweep lora_r: --lora_r -1"),
+    ],
+)
+def test_a_value_that_no_row_can_have(tmp_path, monkeypatch, words, error):
+    """It is a mistake, and no row is probed."""
+    monkeypatch.setattr("memory.sweep.probe", lambda config: pytest.fail("a row was probed"))
+    with pytest.raises(UserError, match=error):
+        run_sweep(tiny_config(sweep=words, output=str(tmp_path)))
+
+
 def test_a_row_that_cannot_be_probed(tmp_path, capsys):
     """The others are; below the table stands why it is not. Where none can be, the first reason ends it."""
     config = tiny_config(sweep=["images_per_sample=4,1"], output=str(tmp_path))
