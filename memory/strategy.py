@@ -88,7 +88,8 @@ class Strategy:
             return _from_fsdp(path, launch, world_size)
         if kind != "DEEPSPEED":
             raise UserError(
-                f"--config_file {path}: distributed_type {kind} is not known, choose NO, MULTI_GPU, FSDP or DEEPSPEED"
+                f"--config_file {path}: distributed_type {kind} is not known; accelerate's config files say NO, "
+                "MULTI_GPU, FSDP or DEEPSPEED"
             )
         return _from_deepspeed(path, launch, world_size)
 
