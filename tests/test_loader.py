@@ -134,7 +134,7 @@ def test_a_killed_worker(num_processes: int, tmp_path: Path) -> None:
     step = int(checkpoint.name.partition("-")[2])
     flags = flags.replace("--max_steps 2000", f"--max_steps {step + 1}")
     ended = run(f"{flags} --resume_from_checkpoint latest", tmp_path)
-    assert ended.code == 2 and f"updates was 2000, now {step + 1}" in ended.error, "the checkpoint is read"
+    assert ended.code == 2 and f"was 2000, now {step + 1}" in ended.error, "the checkpoint is read"
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,13 @@ def run_settings(config: TrainConfig, **derived: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in free} | derived
 
 
+# What several flags amount to.
+DERIVED = {
+    "samples_per_update": "--per_device_train_batch_size x --gradient_accumulation_steps x processes",
+    "updates": "the number of updates (--max_steps or --num_train_epochs)",
+}
+
+
 def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError if settings differ; it names every difference."""
     now = json.loads(json.dumps(now))
@@ -245,7 +252,7 @@ def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
             if saved["data"] == now["data"]:  # other records have other lengths
                 differences.append("the samples have other lengths in tokens: another tokenizer or chat template?")
         else:
-            differences.append(f"{name} was {before}, now {after}")
+            differences.append(f"{DERIVED.get(name, name)} was {before}, now {after}")
     if differences:
         raise UserError(
             f"--resume_from_checkpoint {path}: it was made with other settings: {'; '.join(differences)}. "
