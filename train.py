@@ -72,7 +72,7 @@ def main(config: TrainConfig) -> dict | None:
     if config.doctor and num_processes() > 1:
         return run_doctor_on_machines(config)
     if config.doctor:
-        return run_doctor(config.model, Path(config.output_dir))
+        return run_doctor(config)
     check_output_dir(config)
     choose_interface()
     accelerator = build_accelerator(
@@ -244,7 +244,7 @@ def build_datasets(
         demo = ensure_demo()
         train_path, eval_path = demo / "train.json", eval_path or demo / "validation.json"
 
-    skips_bad, follow_links = config.on_bad_sample == "skip", config.follow_links
+    skips_bad, follow_links = config.skips_bad_samples, config.follow_links
     train_dataset = open_dataset(train_path, image_folder, skips_bad, follow_links)
     report_left_out(train_dataset, config.max_bad_fraction)
     if train_dataset.num_moved:

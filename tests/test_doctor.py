@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mgm.configuration_mgm import PRESETS
-from training.doctor import Facts, GpuFacts, findings, head_sizes, judge_model
+from training.config import TrainConfig
+from training.doctor import Facts, GpuFacts, findings, head_sizes, judge_data, judge_model
 from utils import GIB
 
 
@@ -106,3 +107,15 @@ def test_a_preset_cannot_be_trained(tmp_path: Path) -> None:
     """It has a config alone: a warning says so; a folder has none."""
     assert [finding.mark for finding in judge_model("mgm-2b")] == ["warning"]
     assert judge_model("data/tiny_mgm") == []
+
+
+def test_data(tmp_path):
+    """Data sets that are named: how many records they have, or why they cannot be read."""
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(
+        '[{"id": "1", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]}]'
+    )
+    found = judge_data(TrainConfig(dataset=str(tmp_path / "nope.json"), eval_dataset=str(held_out)))
+    assert [finding.mark for finding in found] == ["problem", "ok"]
+    assert "nope.json: no such file" in found[0].what and found[1].what == f"1 record in {held_out}"
+    assert judge_data(TrainConfig()) == []

@@ -81,6 +81,10 @@ class TrainConfig(StepConfig):
         check_minimum(self, save_steps=0, save_total_limit=0, max_nonfinite_updates=0)
 
     @property
+    def skips_bad_samples(self) -> bool:
+        return self.on_bad_sample == "skip"
+
+    @property
     def shared_flags(self) -> dict[str, Any]:
         """What must be the same on all machines."""
         return {name: value for name, value in asdict(self).items() if name not in OWN_FLAGS}

@@ -19,11 +19,13 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from data.dataset import open_dataset
 from data.sharing import SHARED_MEMORY, SHARED_MEMORY_REMEDY
 from models.family import is_mgm
 from models.loading import is_preset, load_config
+from training.config import TrainConfig
 from training.disk_room import free_disk_bytes
-from utils import GIB, counted, size
+from utils import GIB, UserError, counted, size
 
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
@@ -86,13 +88,19 @@ def problem(what: str, remedy: str) -> Finding:
     return Finding("problem", what, remedy)
 
 
-def run_doctor(model: str, output_dir: Path) -> dict[str, Any]:
+def run_doctor(config: TrainConfig) -> dict[str, Any]:
     """Print the findings; returns them for the last line, with `status`: ok, warning or problem.
 
     Raises:
         UserError: the model's config cannot be read.
     """
-    return print_findings([*findings(look(load_config(model), output_dir)), *judge_model(model)])
+    return print_findings(findings_for(config))
+
+
+def findings_for(config: TrainConfig) -> list[Finding]:
+    """Of this machine, the model and the data. Raises UserError: the model's config cannot be read."""
+    facts = look(load_config(config.model), Path(config.output_dir))
+    return [*findings(facts), *judge_model(config.model), *judge_data(config)]
 
 
 def print_findings(found: list[Finding]) -> dict[str, Any]:
@@ -175,6 +183,18 @@ def findings(facts: Facts) -> list[Finding]:
         *judge_toolkit(facts),
         *judge_room(facts),
     ]
+
+
+def judge_data(config: TrainConfig) -> list[Finding]:
+    """Whether the data sets that are named can be read. data.check looks at each record."""
+    found = []
+    for path in filter(None, (config.dataset, config.eval_dataset)):
+        try:
+            records = open_dataset(path, config.image_folder, config.skips_bad_samples, config.follow_links).records
+            found.append(ok(f"{counted(len(records), 'record')} in {path}"))
+        except UserError as error:
+            found.append(problem(str(error), "python -m data.check names every record that cannot be used"))
+    return found
 
 
 def judge_model(model: str) -> list[Finding]:

@@ -21,13 +21,10 @@ import torch
 from torch import distributed
 
 from data.dataset import digest_records, open_dataset
-from models.loading import load_config
 from training.config import TrainConfig
 from training.doctor import (
     Finding,
-    findings,
-    judge_model,
-    look,
+    findings_for,
     ok,
     print_findings,
     problem,
@@ -55,7 +52,7 @@ class Report:
     interfaces: dict[str, str | None]  # chosen by the user, or for gloo by us
     versions: dict[str, str | None]  # of Python and the packages
     code: str  # a hash
-    data: str  # the same, of the data set's records; or why there is none
+    data: str  # the same, of the data set's records
     findings: list[Finding] = field(default_factory=list)  # of the first process of a machine
     clock_seconds: float = 0.0  # ahead of the main process's
     collective: str | None = None  # why it failed
@@ -168,7 +165,7 @@ def look_at_process(config: TrainConfig, rank: int) -> Report:
     found = []
     try:
         if os.environ["LOCAL_RANK"] == "0":
-            found = [*findings(look(load_config(config.model), Path(config.output_dir))), *judge_model(config.model)]
+            found = findings_for(config)
     except UserError as error:
         found = [problem(str(error), "each machine needs the model, or a shared disk")]
     return Report(
@@ -193,14 +190,13 @@ def code_hash() -> str:
 
 
 def data_hash(config: TrainConfig) -> str:
-    """Of the records, as a resumed run compares them; or the error of reading them."""
+    """Of the records, as a resumed run compares them."""
     if config.dataset is None:
         return "the demo"
     try:
-        skips_bad = config.on_bad_sample == "skip"
-        dataset = open_dataset(config.dataset, config.image_folder, skips_bad, config.follow_links)
-    except UserError as error:
-        return str(error)
+        dataset = open_dataset(config.dataset, config.image_folder, config.skips_bad_samples, config.follow_links)
+    except UserError:  # findings_for says why
+        return "cannot be read"
     digest = digest_records(dataset.records)
     return f"{digest['num_records']} records, {digest['sha256'][:8]}"
 
