@@ -32,7 +32,9 @@ class ProbeConfig(StepConfig):
     )
     budget_gib: float | None = flag(None, "GiB that the step may use of the device, for a card that --gpu lacks")
     sweep: list[str] | None = flag(None, "KEY=V1,V2 ...: probe every combination")
-    output: str | None = flag(None, "folder for the result; of a prediction also a picture, a page and a snapshot")
+    output: str | None = flag(
+        None, "folder for the result, of a prediction with a picture, a page and a snapshot; a sweep's: outputs/sweep"
+    )
     explain: bool = flag(False, "what to change first; each suggestion is traced, which takes a minute or two")
     calibrate: bool = flag(False, "measure this GPU's entry of memory/cards.py")
 
