@@ -1,10 +1,12 @@
 """The tables of docs/speed.md, from step.json, packing.json, loader.json, waiting.json and gpu/step_time.json."""
 
+import math
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from benchmarks.rows import RESULTS, read_result
+from memory.cards import GPUS
 from utils import GIB, markdown_table
 
 
@@ -106,6 +108,28 @@ def loader_table() -> str:
     header = ["workers", "a step", "waits for its batch, median", "at most", "of the time"]
     rates = [part for name in ("loader.json", "gpu/loader.json") for part in loader_rates(read_result(name))]
     return "\n\n".join([*rates, "The demo's steps:", markdown_table(header, waits)])
+
+
+# Questions of TextVQA's validation set, and tokens that the longest answer of a batch is taken to have. Of MMBench's
+# dev split, questions in all their rotations, and tokens: a letter and the end.
+PUBLISHED_RUNS = {"TextVQA": (5000, 10), "MMBench": (4 * 1164, 2)}
+ANSWERED_TOKENS = 2  # those in `answer_seconds`
+
+
+def answering_table() -> str:
+    """Seconds of a batch of questions, and minutes of the two benchmarks whose scores are published for MGM-2B."""
+    result = read_result("answering.json")
+    rows = [(GPUS[row["flags"]["gpu"]].name, row) for row in result["predicted"]]
+    rows += [(f"{result['machine']}, measured", row) for row in result.get("rows", [])]
+    cells = []
+    for card, row in rows:
+        size, first, further = row["flags"]["batch_size"], row["answer_seconds"], row["token_seconds"]
+        runs = [
+            math.ceil(questions / size) * (first + (tokens - ANSWERED_TOKENS) * further)
+            for questions, tokens in PUBLISHED_RUNS.values()
+        ]
+        cells.append([card, size, f"{first:.2f} s", milliseconds(further), *(f"{run / 60:.0f} min" for run in runs)])
+    return markdown_table(["card", "`--batch_size`", "two tokens", "each further one", *PUBLISHED_RUNS], cells)
 
 
 def loader_rates(loader: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from benchmarks.memory_tables import checkpointing_table, gib, ladder_table, los
 from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.scaling_tables import scaling_table, simulated_table
-from benchmarks.speed_tables import loader_table, packing_table, step_table, step_time_table
+from benchmarks.speed_tables import answering_table, loader_table, packing_table, step_table, step_time_table
 from memory.cards import GPUS, RESERVE_GIB
 from memory.gpus import CUBLAS_HOPPER
 from models.family import packs
@@ -42,8 +42,10 @@ DOCUMENTS = (
             "lora",
             "host_memory",
             "scaling",
+            "evaluation",
         )
     ),
+    "docs/evaluation.zh-CN.md",
     "docs/gpu_guide.zh-CN.md",
     "docs/host_memory.zh-CN.md",
     "docs/interview.md",
@@ -284,6 +286,7 @@ TABLES = {
     "scaling": scaling_table,
     "simulated": simulated_table,
     "loader": loader_table,
+    "answering": answering_table,
     "lora": lora_table,
     "host": host_table,
     "zero-stages": zero_stages_table,

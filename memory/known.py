@@ -72,10 +72,11 @@ def _reader() -> tuple[str, str, int]:
 
 
 @contextmanager
-def known_length() -> Iterator[None]:
-    """After each token `generate` checks whether all answers have ended: they have after answer_worst_case's two."""
-    num_tokens = itertools.count()
-    with patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(num_tokens) < 2):
+def known_length(num_tokens: int = 2) -> Iterator[None]:
+    """After each token `generate` checks whether all answers have ended: they have after so many, by default
+    answer_worst_case's."""
+    so_far = itertools.count()
+    with patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(so_far) < num_tokens):
         yield
 
 

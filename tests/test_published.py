@@ -9,6 +9,8 @@ import pytest
 from test_tasks import mmbench_row, write_mmbench, write_textvqa
 
 from benchmarks.published import FILES, PUBLISHED, PublishedConfig, main
+from benchmarks.report_numbers import report_numbers
+from benchmarks.speed_tables import PUBLISHED_RUNS
 from memory.config import ProbeConfig
 from memory.probe import probe
 from utils import GIB, UserError
@@ -53,8 +55,13 @@ def test_figures_of_the_page():
     assert all(name in PAGE for files in FILES.values() for name in files.values())
     runs = json.loads((ROOT / "results/gpu/loader.json").read_text())["runs"]
     rates = {run["num_workers"]: run["images_per_second"] for run in runs}
-    assert PublishedConfig.dataloader_num_workers == 2 and f"{rates[2]:.0f} images a second" in PAGE
+    assert PublishedConfig.dataloader_num_workers == 2 and f"prepared {rates[2]:.0f} a second" in PAGE
     assert all(f"{5000 / rates[workers]:.0f} seconds" in PAGE for workers in (2, 8))
+    numbers = report_numbers()
+    median, worst = (numbers[f"time-{name}"].replace("%", " %") for name in ("median", "worst"))
+    assert f"were {median} off in the median and {worst} at worst" in PAGE.replace("\n", " ")
+    assert PUBLISHED_RUNS == {"TextVQA": (5000, 10), "MMBench": (4 * 1164, 2)}
+    assert all(words in PAGE for words in ("5,000 questions; ten tokens", "has 1,164, in up to four\nrotations"))
 
 
 @pytest.mark.slow
