@@ -167,3 +167,14 @@ def test_figures_of_the_prediction():
     assert f"{-worst_zero3[0]:.1%} too low under ZeRO-3".replace("%", " %") in text
     (defaults,) = (row for row in rows if row["flags"] == {"lora_r": 16, "max_seq_len": 2048})
     assert f"takes {defaults['measured']['device_bytes'] / 2**30:.1f} GiB of an H200" in text
+
+
+def test_scores_of_the_demo():
+    """As `python -m benchmarks.demo` measured them."""
+    one, two = json.loads((ROOT / "results/demo.json").read_text())["runs"]
+    asked, everything = one["asked"], one["all"]
+    text = README.replace("\n  ", " ")
+    assert f"answers {asked['exact_match_before']:.0%} of {asked['n']} held-out".replace("%", " %") in text
+    assert f"before training and {asked['exact_match']:.0%} after it".replace("%", " %") in text
+    assert f"(two processes: {two['asked']['exact_match']:.0%})".replace("%", " %") in text
+    assert f"and {everything['exact_match']:.0%} of [all {everything['n']}]".replace("%", " %") in text
