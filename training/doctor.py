@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ FLASH_HEAD_SIZE = 256  # the limit of PyTorch's flash kernel and of flash-attn 2
 # 256 there since 2.5.5 (its README).
 CONSUMER = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 REFUSED_HEAD_SIZES = range(193, 225)
+# training/doctor_machines.py asks for the same records again, and to look for each image takes long.
+open_once = cache(open_dataset)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def judge_data(config: TrainConfig) -> list[Finding]:
     found = []
     for path in filter(None, (config.dataset, config.eval_dataset)):
         try:
-            records = open_dataset(path, config.image_folder, config.skips_bad_samples, config.follow_links).records
+            records = open_once(path, config.image_folder, config.skips_bad_samples, config.follow_links).records
             found.append(ok(f"{counted(len(records), 'record')} in {path}"))
         except UserError as error:
             found.append(problem(str(error), "python -m data.check names every record that cannot be used"))

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from data.dataset import digest_records, open_dataset
+from data.dataset import digest_records
 from training.config import TrainConfig
 from training.doctor import (
     Finding,
     findings_for,
     ok,
+    open_once,
     print_findings,
     problem,
     required_packages,
@@ -194,7 +195,7 @@ def data_hash(config: TrainConfig) -> str:
     if config.dataset is None:
         return "the demo"
     try:
-        dataset = open_dataset(config.dataset, config.image_folder, config.skips_bad_samples, config.follow_links)
+        dataset = open_once(config.dataset, config.image_folder, config.skips_bad_samples, config.follow_links)
     except UserError:  # findings_for says why
         return "cannot be read"
     digest = digest_records(dataset.records)
