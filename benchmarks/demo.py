@@ -6,14 +6,13 @@ It trains as the README says, answers held-out questions before and after, and i
 """
 
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import ROOT, machine
-from utils import UserError, flag, run_script, write_json
+from benchmarks.rows import ROOT, machine, run_quietly
+from utils import flag, run_script, write_json
 
 
 LAUNCH = "accelerate launch --config_file accelerate_configs/zero3.yaml"
@@ -36,8 +35,9 @@ def run_demo(num_processes: int) -> dict[str, Any]:
     """Shares of exact answers: of the questions that the run asks before and after, and of all after it."""
     with tempfile.TemporaryDirectory() as folder:
         adapter, scores = Path(folder) / "adapter", Path(folder) / "scores.json"
-        run(f"{LAUNCH} --num_processes {num_processes} train.py --output_dir {adapter}")
-        run(f"python eval.py --adapter {adapter} --output {scores}")
+        train = f"{LAUNCH} --num_processes {num_processes} train.py --output_dir {adapter}"
+        for command in (train, f"python eval.py --adapter {adapter} --output {scores}"):
+            run_quietly(command.split(), command, ROOT)
         trained, scored = (json.loads(path.read_text()) for path in (adapter / "run.json", scores))
     found = trained["eval"]
     return {
@@ -45,12 +45,6 @@ def run_demo(num_processes: int) -> dict[str, Any]:
         "asked": {name: found[name] for name in ("n", "exact_match_before", "exact_match")},
         "all": {"n": scored["n"], "exact_match": scored["score"]},
     }
-
-
-def run(command: str) -> None:
-    done = subprocess.run(command.split(), cwd=ROOT, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise UserError(f"{command} ended with exit code {done.returncode}: its own message is above")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ command goes on. Writes published.json beside their results; the last line on st
 """
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import ROOT
+from benchmarks.rows import ROOT, run_quietly
 from utils import GIB, UserError, environment, flag, flag_words, markdown_table, run_script, write_json
 
 
@@ -60,9 +59,7 @@ def evaluate(task: str, config: PublishedConfig) -> dict[str, Any]:
         shared = {name: getattr(config, name) for name in ("adapter", "batch_size", "dataloader_num_workers")}
         files = {name: str(Path(config.folder) / value) for name, value in FILES[task].items()}
         flags = {"model": config.model, "task": task, "output": str(output)} | shared | files | SETTINGS[task]
-        done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *flag_words(flags)], stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise UserError(f"eval.py --task {task} ended with exit code {done.returncode}: its own message is above")
+        run_quietly([sys.executable, str(ROOT / "eval.py"), *flag_words(flags)], f"eval.py --task {task}")
     result = json.loads(output.read_text())
     return {name: result[name] for name in ("metric", "score", "n", "seconds", "peak_allocated_bytes")}
 

@@ -9,6 +9,7 @@ Rows are told apart by their flags. When the code changes so that the same flags
 
 import json
 import os
+import subprocess
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ def or_failure(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict
     except Exception as error:
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def run_quietly(command: list[str], name: str, folder: Path | None = None) -> None:
+    """Run a command in the folder, without what it prints. Raises UserError, with this name of it, if it fails."""
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"{name} ended with exit code {done.returncode}: its own message is above")
 
 
 def read_result(name: str | Path) -> dict[str, Any]:
