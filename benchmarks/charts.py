@@ -19,14 +19,8 @@ from memory.charts import stacked_bars
 from utils import GIB
 
 
-KINDS = (
-    "#e15759",
-    "#f28e2b",
-    "#4e79a7",
-    "#17a2a2",
-    "#b07aa1",
-    "#59a14f",
-)  # of rows, in the order of benchmarks/pairs.py
+# Of rows, in the order of benchmarks/pairs.py.
+KINDS = ("#e15759", "#f28e2b", "#4e79a7", "#17a2a2", "#b07aa1", "#59a14f")
 MARKERS = {"": "o", FULL_LOSS: "s", ZERO3: "^"}
 OURS, BAR = "train.py", 0.16  # the width of a bar, in groups
 TRAINERS = {  # a lighter tone with Liger's kernels
