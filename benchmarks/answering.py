@@ -30,7 +30,7 @@ from memory.kernels import BLOCK_BYTES, kernels_of, workspaces_of
 from memory.known import known_length
 from memory.notes import noted
 from memory.partly_fake import PartlyFakeMode
-from memory.probed_step import local_accelerator
+from memory.probed_step import Tensors, local_accelerator
 from memory.recorder import Recorder
 from memory.step_time import seconds_of
 from memory.trace import fake_model
@@ -43,7 +43,6 @@ from utils import UserError, check_choice, check_minimum, flag, run_script
 FEW, MORE = ANSWERED_TOKENS, 18  # of an answer: a letter and the end, a sentence
 REPEATS = 5
 IMAGE_SIZE = (1024, 768)  # a photograph's, as benchmarks/loader.py has them
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -77,8 +76,7 @@ def predict_rows(config: AnsweringConfig, rows: Rows) -> None:
     rows.result["predicted"] = []
     for gpu in config.gpus:
         for size in config.batch_sizes:
-            few, more = (traced_seconds(config, gpu, size, num_tokens) for num_tokens in (FEW, MORE))
-            rows.add({"flags": {"gpu": gpu, "batch_size": size}} | row_of(few, more), "predicted")
+            rows.add({"flags": {"gpu": gpu, "batch_size": size}} | predict_row(config, gpu, size), "predicted")
 
 
 def measure_rows(config: AnsweringConfig, rows: Rows) -> None:
@@ -96,6 +94,12 @@ def measure_rows(config: AnsweringConfig, rows: Rows) -> None:
         few, more = (measured_seconds(accelerator, model, prompts, num_tokens) for num_tokens in (FEW, MORE))
         peak_bytes = torch.cuda.max_memory_allocated() if has_gpu else None
         rows.add({"flags": flags} | row_of(few, more) | {"peak_allocated_bytes": peak_bytes})
+
+
+def predict_row(config: AnsweringConfig, gpu: str, batch_size: int) -> dict[str, float]:
+    """For a process in which nothing has been trained: a training step replaces some of transformers' functions."""
+    few, more = (traced_seconds(config, gpu, batch_size, num_tokens) for num_tokens in (FEW, MORE))
+    return row_of(few, more)
 
 
 def row_of(few: float, more: float) -> dict[str, float]:
