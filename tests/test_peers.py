@@ -107,6 +107,19 @@ def test_a_process_that_ends_before_the_others(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, end_well, end_later) == [(0, "")] * 2
 
 
+def test_a_process_that_ends_before_it_is_accepted() -> None:
+    """Its farewell is read, though it has come together with its name."""
+    server, client = socket.create_server(("127.0.0.1", 0)), socket.socket()
+    client.connect(server.getsockname())
+    client.sendall(b'["secret", "rank 1"]\n' + peers.DONE.encode())
+    client.close()
+    main = Peers(SimpleNamespace(process_index=0, num_processes=2))
+    main._accept(server, "secret")
+    (connection,) = main.names
+    main._read(connection)
+    assert main.lost is None
+
+
 def test_a_process_that_fails(tmp_path: Path) -> None:
     """Alone: the others end. With the others: each ends by its own error, and has no second line."""
     _, (code, text) = run_ranks(tmp_path, fail, sleep)
@@ -115,11 +128,12 @@ def test_a_process_that_fails(tmp_path: Path) -> None:
         assert "UserError: bad input" in text and "ended early" not in text
 
 
-def test_a_stranger_is_no_peer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b'["guessed", "rank 1"]\n', b"[1, 2]\n", b"1\n", b"GET / HTTP/1.1\r\n", b"\xff\n"])
+def test_a_stranger_is_no_peer(line: bytes) -> None:
     """What connects without the run's secret is not counted."""
     server, client = socket.create_server(("127.0.0.1", 0)), socket.socket()
     client.connect(server.getsockname())
-    client.sendall(b'["guessed", "rank 1"]\n')
+    client.sendall(line)
     main = Peers(SimpleNamespace(process_index=0, num_processes=2))
     main._accept(server, "secret")
     assert main.names == {}

@@ -90,8 +90,9 @@ class Peers:
     def _accept(self, server: socket.socket, secret: str) -> None:
         connection, _ = server.accept()
         connection.settimeout(CONNECT_SECONDS)
-        with suppress(OSError, ValueError):  # a stranger, such as a port scanner
-            theirs, name = json.loads(connection.makefile().readline())
+        with suppress(OSError, ValueError, TypeError):  # a stranger, such as a port scanner
+            # Without a buffer, which would take a farewell that is there already.
+            theirs, name = json.loads(connection.makefile("rb", buffering=0).readline(1000))
             if secrets.compare_digest(theirs, secret):
                 self._add(connection, name)
 
