@@ -1,6 +1,7 @@
 """train.py --doctor on several machines: what it says of reports, and of a process that does not come."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,12 +9,30 @@ from memory.launch import free_port
 from training import doctor_machines
 from training.config import TrainConfig
 from training.doctor import warning
-from training.doctor_machines import Report, as_table, join, judge_machines, run_doctor_on_machines
+from training.doctor_machines import (
+    Report,
+    as_table,
+    join,
+    judge_machines,
+    look_at_process,
+    run_doctor_on_machines,
+)
 from utils import UserError
 
 
 MAIN = Report(0, "one", "10.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0"}, {"torch": "2.13.0"}, "c0de", "40 records, ab")
 OTHER = replace(MAIN, rank=1, machine="two", address="10.0.0.2")
+
+
+def test_a_machine_without_model_and_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It says why neither can be read."""
+    for name, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    missing = {name: str(tmp_path / name) for name in ("model", "dataset")}
+    report = look_at_process(TrainConfig(**missing), rank=1)
+    assert report.data == "cannot be read"
+    for finding, path in zip(report.findings, missing.values(), strict=True):
+        assert finding.mark == "problem" and path in finding.what
 
 
 def test_machines_that_are_alike() -> None:

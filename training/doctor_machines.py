@@ -25,6 +25,7 @@ from training.config import TrainConfig
 from training.doctor import (
     Finding,
     findings_for,
+    judge_data,
     ok,
     open_once,
     print_findings,
@@ -168,7 +169,7 @@ def look_at_process(config: TrainConfig, rank: int) -> Report:
         if os.environ["LOCAL_RANK"] == "0":
             found = findings_for(config)
     except UserError as error:
-        found = [problem(str(error), "each machine needs the model, or a shared disk")]
+        found = [problem(str(error), "each machine needs the model, or a shared disk"), *judge_data(config)]
     return Report(
         rank=rank,
         machine=socket.gethostname(),
@@ -196,7 +197,7 @@ def data_hash(config: TrainConfig) -> str:
         return "the demo"
     try:
         dataset = open_once(config.dataset, config.image_folder, config.skips_bad_samples, config.follow_links)
-    except UserError:  # findings_for says why
+    except UserError:  # judge_data says why
         return "cannot be read"
     digest = digest_records(dataset.records)
     return f"{digest['num_records']} records, {digest['sha256'][:8]}"
