@@ -14,9 +14,9 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.lora_vs_full import BASE, LABELS, METHODS, SEARCH, SEEDS, Run, choose_rates
 from benchmarks.rows import ROOT
-from benchmarks.tables import with_tables
+from benchmarks.tables import NoFlags, with_tables
 from evaluation.comparison import NUM_RESAMPLES, compare, percent, percents
-from utils import MIB, markdown_table
+from utils import MIB, markdown_table, run_script
 
 
 RESULTS, DOCUMENT = ROOT / "results/lora_vs_full", ROOT / "docs/lora_vs_full.md"
@@ -144,7 +144,11 @@ TABLES = {"setup": setup_table, "scores": score_table, "kinds": kind_table}
 TABLES |= {"retention": retention_table, "rates": rate_table}
 
 
-if __name__ == "__main__":
+def main(_: NoFlags) -> dict[str, Any]:
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), TABLES))
     draw(DOCUMENT.with_suffix(".png"))
-    print(f"Wrote {DOCUMENT}")
+    return {"documents": [str(DOCUMENT.relative_to(ROOT))]}
+
+
+if __name__ == "__main__":
+    run_script(main, NoFlags)

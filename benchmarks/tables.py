@@ -313,14 +313,14 @@ def write_tables() -> None:
 
 
 @dataclass(kw_only=True)
-class TablesConfig:
-    """No flags."""
+class NoFlags:
+    """Of a script that has none: `run_script` refuses what is typed."""
 
 
-def main(_: TablesConfig) -> dict[str, Any]:
+def main(_: NoFlags) -> dict[str, Any]:
     write_tables()
     return {"documents": list(DOCUMENTS)}
 
 
 if __name__ == "__main__":
-    run_script(main, TablesConfig)
+    run_script(main, NoFlags)
