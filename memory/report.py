@@ -54,10 +54,8 @@ def breakdown_lines(result: dict) -> list[str]:
             lines.append(f"  {TITLES[category]:<20}{size(nbytes):>12}  {nbytes / total:>6.1%}  {bar}")
     lines.append("Largest tensors:")
     for tensor in result["largest_tensors"][:5]:
-        shape = " x ".join(map(str, tensor["shape"]))
-        lines.append(
-            f"  {tensor['bytes'] / MIB:>9.2f} MiB  {shape} {tensor['dtype']}, {tensor['module'] or 'the step'}"
-        )
+        shape, owner = " x ".join(map(str, tensor["shape"])), tensor["module"] or TITLES[tensor["category"]]
+        lines.append(f"  {tensor['bytes'] / MIB:>9.2f} MiB  {shape} {tensor['dtype']}, {owner}")
     return lines
 
 

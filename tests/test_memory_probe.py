@@ -56,6 +56,13 @@ def test_the_keys_of_a_prediction(predicted):
     json.dumps(predicted)
 
 
+def test_a_tensor_without_a_module_is_named_by_its_category(predicted):
+    """ZeRO-3 gathers weights outside of any module."""
+    tensor = predicted["largest_tensors"][0] | {"module": "", "category": "weights"}
+    lines = report(predicted | {"largest_tensors": [tensor]}).splitlines()
+    assert any(line.endswith(", frozen weights") for line in lines)
+
+
 def test_shared_flags_have_one_default_and_one_help():
     """A prediction without flags is of a run without flags, but for the model: the run's is the tiny one."""
 
