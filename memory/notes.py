@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from memory.gpus import Gpu
+from memory.margin import MEMORY_MARGIN, device_margin
 from memory.record import Record
 from utils import size
 
@@ -62,3 +63,11 @@ def card_notes(gpu: Gpu, device_bytes: int, host_bytes: int) -> list[str]:
         both = size(device_bytes + host_bytes)
         notes.append(f"This card shares its memory with the host: both together need {both} of it.")
     return notes
+
+
+def allocator_note(strategy: str, loss: str) -> list[str]:
+    """Where the allocator keeps more than its replay."""
+    if (margin := device_margin(strategy, loss)) == MEMORY_MARGIN:
+        return []
+    flag = "--strategy zero3" if strategy == "zero3" else "--loss full"
+    return [f"With {flag} the allocator may hold up to {margin:.0%} more of the device than this."]

@@ -32,3 +32,20 @@ def test_linear_attention_without_its_package(tmp_path: Path) -> None:
 def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
     assert ["grouped" in note for note in predicted("mixtral", tmp_path / "moe")["notes"]] == [True]
     assert predicted("llama", tmp_path / "dense")["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            {"strategy": "zero3"},
+            ["With --strategy zero3 the allocator may hold up to 12% more of the device than this."],
+        ),
+        ({"loss": "full"}, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
+        ({"strategy": "zero3", "device": "cpu"}, []),
+        ({"strategy": "zero2"}, []),
+    ],
+)
+def test_an_allocator_that_keeps_more(flags: dict, expected: list[str]) -> None:
+    config = {"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags
+    assert probe(ProbeConfig(**config))["notes"] == expected
