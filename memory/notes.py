@@ -65,9 +65,9 @@ def card_notes(gpu: Gpu, device_bytes: int, host_bytes: int) -> list[str]:
     return notes
 
 
-def allocator_note(strategy: str, loss: str) -> list[str]:
+def allocator_note(strategy: str, loss: str, world_size: int) -> list[str]:
     """Where the allocator keeps more than its replay."""
-    if (margin := device_margin(strategy, loss)) == MEMORY_MARGIN:
+    if (margin := device_margin(strategy, loss, world_size)) == MEMORY_MARGIN:
         return []
     flag = "--strategy zero3" if strategy == "zero3" else "--loss full"
     return [f"With {flag} the allocator may hold up to {margin:.0%} more of the device than this."]

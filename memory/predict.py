@@ -73,7 +73,7 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     result = describe(record.device) | totals | time_of(record.device, config)
     notes = list(record.device.notes)
     if config.device == "cuda":
-        notes += allocator_note(config.strategy, config.loss)
+        notes += allocator_note(config.strategy, config.loss, config.world_size)
         notes += card_notes(GPUS[config.gpu], totals["device_bytes"], totals["host_bytes"])
     return result | {"notes": notes}
 

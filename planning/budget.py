@@ -55,4 +55,4 @@ class Budget:
 
 
 def margin_of(step: Prediction) -> float:
-    return device_margin(step.config.strategy, step.config.loss)
+    return device_margin(step.config.strategy, step.config.loss, step.config.world_size)

@@ -41,6 +41,10 @@ def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
             {"strategy": "zero3"},
             ["With --strategy zero3 the allocator may hold up to 12% more of the device than this."],
         ),
+        (
+            {"strategy": "zero3", "world_size": 2},
+            ["With --strategy zero3 the allocator may hold up to 14% more of the device than this."],
+        ),
         ({"loss": "full"}, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
         ({"strategy": "zero3", "device": "cpu"}, []),
         ({"strategy": "zero2"}, []),

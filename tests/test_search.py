@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.rows import read_result
 from memory.config import ProbeConfig
+from memory.margin import device_margin
 from planning import search as search_module
 from planning import space as space_module
 from planning.budget import Budget
@@ -249,6 +251,17 @@ def test_a_problem_of_all_steps_is_told():
 
     with pytest.raises(UserError, match="not installed"):
         plan(12, Broken())
+
+
+def test_what_is_kept_free_covers_what_was_measured() -> None:
+    """On GPUs with room. What the device held of each row is less than a plan would have kept for it."""
+    rows = [row for row in read_result("gpu/matrix.json")["rows"] if not row["measured"]["oom"]]
+    rows += read_result("gpu/plans.json")["plans"] + read_result("gpu/scaling.json")["rows"]
+    for row in rows:
+        flags = row["flags"] | row.get("chosen", {})
+        strategy = "zero3" if "zero3" in flags.get("config_file", "") else flags.get("strategy", "single")
+        margin = device_margin(strategy, flags.get("loss", "chunked"), flags.get("world_size", 1))
+        assert row["measured"]["device_bytes"] < row["predicted"]["device_bytes"] * (1 + margin), flags
 
 
 def test_budget():
