@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import ROOT, gpu_machine
+from benchmarks.rows import ROOT, commit, gpu_machine
 from benchmarks.tables import GPU_TESTS, write_tables
 from utils import UserError, flag, run_script, write_json
 
@@ -31,14 +31,14 @@ class GpuTestsConfig:
 def main(config: GpuTestsConfig) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise UserError("python -m benchmarks.gpu_tests: this machine has no GPU")
-    commit = config.commit or head()
+    tested = config.commit or head()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"], cwd=ROOT)
         if not report.exists():
             raise UserError("pytest -m gpu ended without a report: what it printed says why")
         counted = counts(report)
-    record = gpu_machine() | {"num_gpus": torch.cuda.device_count(), "commit": commit} | counted
+    record = gpu_machine() | {"num_gpus": torch.cuda.device_count(), "commit": tested} | counted
     write_json(config.output, record)
     write_tables()
     return record
@@ -46,14 +46,12 @@ def main(config: GpuTestsConfig) -> dict[str, Any]:
 
 def head() -> str:
     """The commit that is checked out. Raises UserError outside a git checkout, or if files differ from the commit."""
-    asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
-    done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for command in asked]
-    if any(each.returncode for each in done):
+    found = commit()
+    if found is None:
         raise UserError("this folder is no git checkout: name what is tested with --commit")
-    commit, changes = (each.stdout.strip() for each in done)
-    if changes:
+    if found.endswith("-dirty"):
         raise UserError("there are changes that are not committed: commit them first, then test the commit")
-    return commit
+    return found
 
 
 def counts(report: Path) -> dict[str, Any]:

@@ -87,22 +87,37 @@ def read_result(name: str | Path) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
+def commit() -> str | None:
+    """The commit that is checked out, followed by "-dirty" if files differ from it; None where git cannot tell.
+
+    The variable GIT_COMMIT names it for a copy that has no history.
+    """
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        described = ""
+    return described or os.environ.get("GIT_COMMIT")
+
+
 def machine(*packages: str) -> dict[str, Any]:
-    """The cores, the GPU, Python, and the packages' versions: what figures hold for."""
+    """The cores, the GPU, Python, the packages' versions and the commit: what figures hold for."""
     versions = environment(*packages)
     device = versions.pop("device")
     gpu = device if torch.cuda.is_available() else "no GPU"
-    return {"machine": f"{os.cpu_count()} cores, {gpu}", "python": versions.pop("python"), "versions": versions}
+    python = versions.pop("python")
+    return {"machine": f"{os.cpu_count()} cores, {gpu}", "python": python, "versions": versions, "commit": commit()}
 
 
-def gpu_machine() -> dict[str, str]:
-    """The GPU, PyTorch with the CUDA that it was built for, and Python."""
+def gpu_machine() -> dict[str, str | None]:
+    """The GPU, PyTorch with the CUDA that it was built for, Python and the commit."""
     versions = environment()
     return {
         "gpu": versions["device"],
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": versions["python"],
+        "commit": commit(),
     }
 
 

@@ -1,11 +1,14 @@
 """Results that grow row by row: what counts as done, when a file is begun anew, and what an interruption leaves."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import Rows
+from benchmarks import rows as rows_module
+from benchmarks.rows import Rows, commit
 from utils import write_json
 
 
@@ -53,3 +56,30 @@ def test_an_interrupted_write_leaves_the_old_file(path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         Rows(path, {"version": 1}).write()
     assert path.read_text() == before
+
+
+def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Git's, with a mark if a file differs from it; without git's history, that of the variable."""
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(rows_module, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert commit() == "abc"
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "abc", "git is not installed"
+    monkeypatch.undo()
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    monkeypatch.setattr(rows_module, "ROOT", tmp_path)
+    (tmp_path / "file").write_text("a")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "Add a file")
+    assert commit() == git("rev-parse", "HEAD") and len(commit()) == 40
+    (tmp_path / "file").write_text("b")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
