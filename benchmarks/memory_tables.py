@@ -4,6 +4,7 @@ docs/interview.md."""
 from typing import Any
 
 from benchmarks.rows import read_result
+from memory.report import duration
 from utils import GIB, MIB, markdown_table
 
 
@@ -86,6 +87,17 @@ def share_bytes(row: dict[str, Any], num_gpus: int, split: tuple[str, ...]) -> f
     sizes = {name: nbytes * trained for name, nbytes in STATES.items()}
     sizes["weights"] = STATES["weights"] * total
     return sum(nbytes / num_gpus if name in split else nbytes for name, nbytes in sizes.items())
+
+
+def checkpointed_table() -> str:
+    """results/mgm_2b.json: memory and time by what is recomputed."""
+    cells = []
+    for row in read_result("mgm_2b.json")["checkpointed"]:
+        layers = [row["flags"].get(f"checkpoint_num_{what}") for what in ("layers", "mlps")]
+        cells.append(["`--no_gradient_checkpointing`", ""] if layers[0] is None else layers)
+        cells[-1] += [gib(row[name]) for name in ("peak_allocated_bytes", "device_bytes")] + [duration(row)]
+    header = ["layers recomputed whole", "MLPs recomputed alone", "allocated", "device", "an update"]
+    return markdown_table(header, cells)
 
 
 def checkpointing_table() -> str:

@@ -1,9 +1,10 @@
-"""MGM-2B's parameters by part, its trained parameters and GPU memory by way of training, and its host memory by launch
-config, predicted.
+"""MGM-2B's parameters by part, its trained parameters and GPU memory by way of training, its memory and time by what
+is checkpointed, and its host memory by launch config, predicted.
 
     python -m benchmarks.mgm_2b    # no GPU; adds the rows that are missing, each 10 to 80 seconds
 
-Writes results/mgm_2b.json, the tables of docs/lora.md and docs/host_memory.md, and docs/pictures/architecture.svg.
+Writes results/mgm_2b.json, the tables of docs/lora.md, docs/memory.md and docs/host_memory.md, and
+docs/pictures/architecture.svg.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ ROWS = {
         {"lora_r": 0, "trainable_modules": ["multi_modal_projector", "patch_info_mining"]},
         {"lora_r": 0},
     ],
+    "checkpointed": [
+        {"checkpoint_num_layers": 18, "checkpoint_num_mlps": 0},
+        {"checkpoint_num_layers": 9, "checkpoint_num_mlps": 9},
+        {"checkpoint_num_layers": 0, "checkpoint_num_mlps": 18},
+        {"checkpoint_num_layers": 9, "checkpoint_num_mlps": 0},
+        {"checkpoint_num_layers": 0, "checkpoint_num_mlps": 9},
+        {"checkpoint_num_layers": 0, "checkpoint_num_mlps": 0},
+        {"gradient_checkpointing": False},
+    ],
     "host": [
         {"config_file": "accelerate_configs/zero3.yaml"},
         {"config_file": "accelerate_configs/zero3.yaml", "world_size": 2},
@@ -51,7 +61,7 @@ class Mgm2bConfig(RowsConfig):
 
 def main(config: Mgm2bConfig) -> dict[str, Any]:
     rows = Rows(Path(config.output), {"version": 1}, config.overwrite)
-    for name, predict_row in (("lora", lora), ("host", host)):
+    for name, predict_row in PREDICTED.items():
         for flags in rows.missing(ROWS[name], name):
             rows.add({"flags": flags} | predict_row(flags), name)
     rows.result["parts"] = parts()
@@ -83,11 +93,20 @@ def lora(flags: dict[str, Any]) -> dict[str, int]:
     return {"total_params": total, "trainable_params": trainable} | sizes
 
 
+def checkpointed(flags: dict[str, Any]) -> dict[str, float]:
+    """The GPU's memory in bytes, and an update's seconds."""
+    result = probe(probe_config(flags))
+    return {name: result[name] for name in ("peak_allocated_bytes", "device_bytes", "step_seconds")}
+
+
 def host(flags: dict[str, Any]) -> dict[str, Any]:
     """The host's memory in bytes, by purpose, while the steps run."""
     config = probe_config(flags)
     record = trace_step(config)
     return {"host": host_breakdown(record, config.dataloader_num_workers, config.world_size)}
+
+
+PREDICTED = {"lora": lora, "checkpointed": checkpointed, "host": host}
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def headline_rows() -> Comparison:
 
 def mgm_2b_rows() -> Comparison:
     committed = read_result(MGM_2B)
-    for name, predict_row in (("lora", mgm_2b.lora), ("host", mgm_2b.host)):
+    for name, predict_row in mgm_2b.PREDICTED.items():
         for row in committed[name]:
             yield row["flags"], row, {"flags": row["flags"]} | predict_row(row["flags"])
 

@@ -13,7 +13,14 @@ from statistics import median
 from typing import Any
 
 from benchmarks.chinese import in_chinese
-from benchmarks.memory_tables import checkpointing_table, gib, ladder_table, loss_table, zero_stages_table
+from benchmarks.memory_tables import (
+    checkpointed_table,
+    checkpointing_table,
+    gib,
+    ladder_table,
+    loss_table,
+    zero_stages_table,
+)
 from benchmarks.plan_tables import plans_table, sweep_table
 from benchmarks.rows import RESULTS, ROOT, gpu_of, read_result
 from benchmarks.scaling_tables import scaling_table, simulated_table
@@ -289,6 +296,7 @@ TABLES = {
     "answering": answering_table,
     "lora": lora_table,
     "host": host_table,
+    "checkpointed": checkpointed_table,
     "zero-stages": zero_stages_table,
     "checkpointing": checkpointing_table,
 }
