@@ -20,12 +20,12 @@ def scaling_table() -> str:
         error = predicted["device_bytes"] / measured["device_bytes"] - 1
         cells.append([title(row["flags"]), row["flags"]["world_size"], row["flags"]["strategy"]])
         cells[-1] += [f"{1000 * measured['step_seconds']:.0f} ms", f"{tokens_per_second(row):,.0f}"]
-        cells[-1] += [efficiency_text(row, result["rows"])]
+        cells[-1] += [efficiency_text(row, result["rows"], key) for key in ("step_seconds", "median_seconds")]
         cells[-1] += [gib(measured["peak_allocated_bytes"], 1), gib(measured["device_bytes"], 1), f"{error:+.1%}"]
     machine = result["machine"]
-    header = ["model", "GPUs", "strategy", "update", "tokens/s a GPU", "efficiency", "allocated", "device"]
+    header = ["model", "GPUs", "strategy", "update", "tokens/s a GPU", "efficiency", "of medians", "allocated"]
     return f"{machine['gpu']}, NVLink, PyTorch {machine['torch']}.\n\n" + markdown_table(
-        [*header, "error of the predicted device"], cells
+        [*header, "device", "error of the predicted device"], cells
     )
 
 
@@ -39,15 +39,16 @@ def tokens_per_second(row: dict[str, Any]) -> float:
     return 2048 * row["flags"].get("per_device_train_batch_size", 1) / row["measured"]["step_seconds"]
 
 
-def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """A GPU's speed against that of one that works alone on as many rows; None: such a row was not measured."""
+def efficiency(row: dict[str, Any], rows: list[dict[str, Any]], key: str = "step_seconds") -> float | None:
+    """A GPU's speed against that of one that works alone on as many rows; None: such a row was not measured. `key`: of
+    the fastest update, or "median_seconds"."""
     alone = row["flags"] | {"strategy": "single", "world_size": 1}
     found = next((each for each in rows if each["flags"] == alone), None)
-    return found and found["measured"]["step_seconds"] / row["measured"]["step_seconds"]
+    return found and found["measured"][key] / row["measured"][key]
 
 
-def efficiency_text(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    share = efficiency(row, rows)
+def efficiency_text(row: dict[str, Any], rows: list[dict[str, Any]], key: str) -> str:
+    share = efficiency(row, rows, key)
     return "" if share is None else f"{share:.2f}"
 
 

@@ -52,6 +52,8 @@ def test_two_gpus() -> None:
         [percent(model, name) for name in ("ddp", "fsdp2", "zero3")] for model in ("mgm-2b", "qwen3-vl-8b")
     )
     assert int(small[0][:2]) >= 95 and int(large[0][:2]) >= 95
+    for model in MODELS:
+        assert efficiency(measured(model, "ddp"), RESULT["rows"], "median_seconds") > 0.95
     assert "DDP keeps {} of a GPU's speed, FSDP2 {} and ZeRO-3 {}".format(*small) in TEXT
     assert "it is {}, {} and {}".format(*large) in TEXT
     assert f"even DDP keeps only {percent('mgm-2b', 'ddp', 1)}:" in TEXT
@@ -104,11 +106,11 @@ def test_errors_of_the_text() -> None:
     rows = RESULT["rows"]
     with_lora = max(abs(error(row, "step_seconds")) for row in rows if "lora_r" not in row["flags"])
     in_full = {name: error(measured("qwen3-vl-8b", name, 1, lora_r=0), "step_seconds") for name in ("zero3", "fsdp2")}
-    held = min(error(row, "peak_reserved_bytes") for row in rows if row["flags"]["strategy"] == "zero3")
+    held = sorted(-100 * error(row, "device_bytes") for row in rows if row["flags"]["strategy"] == "zero3")
     assert f"within {100 * with_lora:.0f} % with LoRA" in TEXT
     assert f"it was {-100 * in_full['zero3']:.0f} % too short under ZeRO-3" in TEXT
     assert f"and {-100 * in_full['fsdp2']:.0f} % under FSDP2" in TEXT
-    assert f"predicted up to {-100 * held:.0f} % too low" in TEXT
+    assert f"the device figure was {held[0]:.1f} to {held[-1]:.1f} % too low" in TEXT
 
 
 def test_nccls_share() -> None:
