@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from memory.config import ProbeConfig
 from memory.gpus import Gpu
 from memory.margin import MEMORY_MARGIN, device_margin
 from memory.record import Record
@@ -63,6 +64,13 @@ def card_notes(gpu: Gpu, device_bytes: int, host_bytes: int) -> list[str]:
         both = size(device_bytes + host_bytes)
         notes.append(f"This card shares its memory with the host: both together need {both} of it.")
     return notes
+
+
+def offload_note(config: ProbeConfig) -> list[str]:
+    if config.strategy != "zero3" or config.offload != "none" or config.config_file is not None:
+        return []
+    file = "accelerate_configs/zero3.yaml"
+    return [f"Nothing is offloaded here. {file} offloads weights and optimizer states: --config_file {file}."]
 
 
 def allocator_note(strategy: str, loss: str, world_size: int) -> list[str]:

@@ -9,7 +9,7 @@ from memory.config import ProbeConfig
 from memory.ddp import with_ddp
 from memory.fsdp2 import trace_fsdp2
 from memory.host import host_breakdown
-from memory.notes import allocator_note, card_notes
+from memory.notes import allocator_note, card_notes, offload_note
 from memory.placed import PlacedRecord
 from memory.record import Record, TraceError
 from memory.step_time import time_of
@@ -73,7 +73,7 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     result = describe(record.device) | totals | time_of(record.device, config)
     notes = list(record.device.notes)
     if config.device == "cuda":
-        notes += allocator_note(config.strategy, config.loss, config.world_size)
+        notes += offload_note(config) + allocator_note(config.strategy, config.loss, config.world_size)
         notes += card_notes(GPUS[config.gpu], totals["device_bytes"], totals["host_bytes"])
     return result | {"notes": notes}
 

@@ -52,4 +52,22 @@ def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
 )
 def test_an_allocator_that_keeps_more(flags: dict, expected: list[str]) -> None:
     config = {"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags
-    assert probe(ProbeConfig(**config))["notes"] == expected
+    notes = probe(ProbeConfig(**config))["notes"]
+    assert [note for note in notes if "allocator" in note] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_noted"),
+    [
+        ({"strategy": "zero3"}, True),
+        ({"strategy": "zero3", "offload": "param"}, False),
+        ({"config_file": "accelerate_configs/zero3.yaml"}, False),
+        ({"strategy": "zero2"}, False),
+    ],
+    ids=str,
+)
+def test_zero3_without_offload(flags: dict, is_noted: bool) -> None:
+    """A prediction of the strategy alone says that the config file would also offload."""
+    config = ProbeConfig(**{"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags)
+    notes = probe(config)["notes"]
+    assert any("--config_file accelerate_configs/zero3.yaml" in note for note in notes) == is_noted
