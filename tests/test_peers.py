@@ -50,7 +50,7 @@ def be_rank(
 ) -> None:
     sys.stderr = open(log, "w", buffering=1)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    peers.GRACE_SECONDS = 0.5
+    peers.GRACE_SECONDS = 1
 
     def broadcast(objects: list) -> list:
         for _ in range(num_processes - 1 if rank == 0 else 0):
