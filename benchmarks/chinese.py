@@ -53,8 +53,14 @@ WORDS = {
     "device": "显存",
     "projector and mining alone": "只有 projector 和 patch info mining",
     "all but the towers": "图像编码器以外的全部",
+    "model": "模型",
+    "update": "一次更新",
+    "tokens/s a GPU": "每卡 token/s",
+    "efficiency": "效率",
+    "of medians": "效率（中位数）",
+    "error of the predicted device": "显存预测误差",
 }
-# A part of a cell, and what stands for it.
+# A part of a cell or of a line above the table, and what stands for it.
 PARTS = {
     r"^within (\S+)$": r"\1 以内",
     r"^device, measured on an (\w+)$": r"显存，\1 实测",
@@ -64,11 +70,16 @@ PARTS = {
     r"^LoRA r=(\d+) on all linear layers; projector and mining$": (
         r"LoRA r=\1（全部线性层），加 projector 和 patch info mining"
     ),
+    r"^(NVIDIA \w+), NVLink, PyTorch (\S+)\.$": r"\1，用 NVLink 连接，PyTorch \2。",
+    r"^(\S+), LoRA, (\d+ x \d+)$": r"\1，LoRA，\2",
+    r"^(\S+), all weights, (\d+ x \d+)$": r"\1，全量微调，\2",
+    r"^(\d+) GPUs$": r"\1 卡",
+    r"^sent, (\d+) GPUs$": r"发送量，\1 卡",
 }
 
 
 def in_chinese(table: str) -> str:
-    return re.sub(r"(?<=\| ).+?(?= \|)", lambda cell: translated(cell[0]), table)
+    return re.sub(r"(?<=\| ).+?(?= \|)|^[^|\n]+$", lambda part: translated(part[0]), table, flags=re.MULTILINE)
 
 
 def translated(cell: str) -> str:
