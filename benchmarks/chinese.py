@@ -1,4 +1,4 @@
-"""A table of the documents in Chinese: its words are translated, cell by cell, its numbers stay."""
+"""A table of the documents in Chinese, with the lines around it: words are translated, numbers stay."""
 
 import re
 
@@ -23,7 +23,7 @@ WORDS = {
     "stage": "阶段",
     "split": "切分什么",
     "none (DDP)": "不用（DDP）",
-    "nothing": "不切分",
+    "nothing": "无",
     "optimizer state": "优化器状态",
     "optimizer state, gradients": "优化器状态、梯度",
     "optimizer state, gradients, weights": "优化器状态、梯度、权重",
@@ -53,8 +53,20 @@ WORDS = {
     "device": "显存",
     "projector and mining alone": "只有 projector 和 patch info mining",
     "all but the towers": "图像编码器以外的全部",
+    "model": "模型",
+    "budget": "显存预算",
+    "rows": "序列数",
+    "recomputed": "重算什么",
+    "device, measured": "显存，实测",
+    "peak's error": "峰值误差",
+    "update, predicted": "更新，预测",
+    "update, measured": "更新，实测",
+    "GPU busy": "GPU 忙的时间",
+    "update": "更新",
+    "all layers": "全部层",
+    "all layers, MLPs whole": "全部层，MLP 不分片",
 }
-# A part of a cell, and what stands for it.
+# A part of a cell or of a line, and what stands for it.
 PARTS = {
     r"^within (\S+)$": r"\1 以内",
     r"^device, measured on an (\w+)$": r"显存，\1 实测",
@@ -64,14 +76,31 @@ PARTS = {
     r"^LoRA r=(\d+) on all linear layers; projector and mining$": (
         r"LoRA r=\1（全部线性层），加 projector 和 patch info mining"
     ),
+    r"^(\d+) layers?$": r"\1 层",
+    r"^(\d+) MLPs?$": r"\1 个 MLP",
+    r"^(\d+) layers? and (\d+) MLPs?$": r"\1 层和 \2 个 MLP",
+    r"^fits (\d+ GiB)$": r"\1 放得下",
+    r"; updates of (\d+) samples of (\d+) tokens with an image\.$": (
+        r"；一次更新 \1 个样本，每个 \2 个 token、一张图。"
+    ),
+    r"^Against the fastest of these that fits, the plan's choice keeps the GPU busy for ([\d.]+) of the time; against "
+    r"one row with all layers checkpointed, as in the README's table, ([\d.]+\d)\.": (
+        r"选中的方案，GPU 忙的时间是放得下的方案中最快者的 \1 倍，"
+        r"是 README 表中方案（一条序列，全部层都重算）的 \2 倍。"
+    ),
+    r" With the fastest ones in turns, (\d+) times each, its update takes ([\d.]+) of the time of the fastest other, "
+    r"and ([\d.]+\d) of README's\.$": (
+        r"与最快的几个方案轮流各测 \1 次，它一次更新的时间是其余方案中最快者的 \2 倍，是 README 方案的 \3 倍。"
+    ),
 }
 
 
 def in_chinese(table: str) -> str:
-    return re.sub(r"(?<=\| ).+?(?= \|)", lambda cell: translated(cell[0]), table)
+    return re.sub(r"(?<=\| ).+?(?= \|)|^[^|\n].*", lambda found: translated(found[0]), table, flags=re.M)
 
 
-def translated(cell: str) -> str:
+def translated(text: str) -> str:
+    """Of a cell or a line."""
     for pattern, replacement in PARTS.items():
-        cell = re.sub(pattern, replacement, cell)
-    return WORDS.get(cell, cell)
+        text = re.sub(pattern, replacement, text)
+    return WORDS.get(text, text)

@@ -58,6 +58,7 @@ DOCUMENTS = (
     "docs/interview.md",
     "docs/interview.zh-CN.md",
     "docs/lora.zh-CN.md",
+    "docs/planner.zh-CN.md",
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
