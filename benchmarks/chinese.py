@@ -65,6 +65,10 @@ WORDS = {
     "update": "更新",
     "all layers": "全部层",
     "all layers, MLPs whole": "全部层，MLP 不分片",
+    "capacity": "容量",
+    "CUDA's own memory, margin": "CUDA 自身占用，余量",
+    "capacity from": "容量的来源",
+    "measured": "实测",
 }
 # A part of a cell or of a line, and what stands for it.
 PARTS = {
@@ -80,6 +84,8 @@ PARTS = {
     r"^(\d+) MLPs?$": r"\1 个 MLP",
     r"^(\d+) layers? and (\d+) MLPs?$": r"\1 层和 \2 个 MLP",
     r"^fits (\d+ GiB)$": r"\1 放得下",
+    r"^not measured, (\S+ GiB)$": r"未实测，\1",
+    r"^the nominal size less (\S+ GiB)$": r"标称容量减 \1",
     r"; updates of (\d+) samples of (\d+) tokens with an image\.$": (
         r"；一次更新 \1 个样本，每个 \2 个 token、一张图。"
     ),

@@ -54,6 +54,7 @@ DOCUMENTS = (
     ),
     "docs/evaluation.zh-CN.md",
     "docs/gpu_guide.zh-CN.md",
+    "docs/gpus.zh-CN.md",
     "docs/host_memory.zh-CN.md",
     "docs/interview.md",
     "docs/interview.zh-CN.md",
