@@ -1,4 +1,4 @@
-"""A table of the documents in Chinese: its words are translated, cell by cell, its numbers stay."""
+"""A table of the documents in Chinese, with the lines around it: words are translated, numbers stay."""
 
 import re
 
@@ -23,7 +23,7 @@ WORDS = {
     "stage": "阶段",
     "split": "切分什么",
     "none (DDP)": "不用（DDP）",
-    "nothing": "不切分",
+    "nothing": "无",
     "optimizer state": "优化器状态",
     "optimizer state, gradients": "优化器状态、梯度",
     "optimizer state, gradients, weights": "优化器状态、梯度、权重",
@@ -59,8 +59,22 @@ WORDS = {
     "efficiency": "效率",
     "of medians": "效率（中位数）",
     "error of the predicted device": "显存预测误差",
+    "budget": "显存预算",
+    "rows": "序列数",
+    "recomputed": "重算什么",
+    "device, measured": "显存，实测",
+    "peak's error": "峰值误差",
+    "update, predicted": "更新，预测",
+    "update, measured": "更新，实测",
+    "GPU busy": "GPU 忙的时间",
+    "all layers": "全部层",
+    "all layers, MLPs whole": "全部层，MLP 不分片",
+    "capacity": "容量",
+    "CUDA's own memory, margin": "CUDA 自身占用，余量",
+    "capacity from": "容量的来源",
+    "measured": "实测",
 }
-# A part of a cell or of a line above the table, and what stands for it.
+# A part of a cell or of a line, and what stands for it.
 PARTS = {
     r"^within (\S+)$": r"\1 以内",
     r"^device, measured on an (\w+)$": r"显存，\1 实测",
@@ -75,14 +89,33 @@ PARTS = {
     r"^(\S+), all weights, (\d+ x \d+)$": r"\1，全量微调，\2",
     r"^(\d+) GPUs$": r"\1 卡",
     r"^sent, (\d+) GPUs$": r"发送量，\1 卡",
+    r"^(\d+) layers?$": r"\1 层",
+    r"^(\d+) MLPs?$": r"\1 个 MLP",
+    r"^(\d+) layers? and (\d+) MLPs?$": r"\1 层和 \2 个 MLP",
+    r"^fits (\d+ GiB)$": r"\1 放得下",
+    r"^not measured, (\S+ GiB)$": r"未实测，\1",
+    r"^the nominal size less (\S+ GiB)$": r"标称容量减 \1",
+    r"; updates of (\d+) samples of (\d+) tokens with an image\.$": (
+        r"；一次更新 \1 个样本，每个 \2 个 token、一张图。"
+    ),
+    r"^Against the fastest of these that fits, the plan's choice keeps the GPU busy for ([\d.]+) of the time; against "
+    r"one row with all layers checkpointed, as in the README's table, ([\d.]+\d)\.": (
+        r"选中的方案，GPU 忙的时间是放得下的方案中最快者的 \1 倍，"
+        r"是 README 表中方案（一条序列，全部层都重算）的 \2 倍。"
+    ),
+    r" With the fastest ones in turns, (\d+) times each, its update takes ([\d.]+) of the time of the fastest other, "
+    r"and ([\d.]+\d) of README's\.$": (
+        r"与最快的几个方案轮流各测 \1 次，它一次更新的时间是其余方案中最快者的 \2 倍，是 README 方案的 \3 倍。"
+    ),
 }
 
 
 def in_chinese(table: str) -> str:
-    return re.sub(r"(?<=\| ).+?(?= \|)|^[^|\n]+$", lambda part: translated(part[0]), table, flags=re.MULTILINE)
+    return re.sub(r"(?<=\| ).+?(?= \|)|^[^|\n].*", lambda found: translated(found[0]), table, flags=re.M)
 
 
-def translated(cell: str) -> str:
+def translated(text: str) -> str:
+    """Of a cell or a line."""
     for pattern, replacement in PARTS.items():
-        cell = re.sub(pattern, replacement, cell)
-    return WORDS.get(cell, cell)
+        text = re.sub(pattern, replacement, text)
+    return WORDS.get(text, text)

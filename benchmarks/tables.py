@@ -54,10 +54,12 @@ DOCUMENTS = (
     ),
     "docs/evaluation.zh-CN.md",
     "docs/gpu_guide.zh-CN.md",
+    "docs/gpus.zh-CN.md",
     "docs/host_memory.zh-CN.md",
     "docs/interview.md",
     "docs/interview.zh-CN.md",
     "docs/lora.zh-CN.md",
+    "docs/planner.zh-CN.md",
     "docs/scaling.zh-CN.md",
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
