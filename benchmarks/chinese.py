@@ -73,6 +73,33 @@ WORDS = {
     "CUDA's own memory, margin": "CUDA 自身占用，余量",
     "capacity from": "容量的来源",
     "measured": "实测",
+    "technique": "技术",
+    "full fine-tuning, with logits": "全量微调，保留全部 logits",
+    "+ gradient checkpointing": "+ 梯度检查点",
+    "+ no logits": "+ 不生成 logits",
+    "+ mining from the query's side": "+ 从 query 一侧计算 patch info mining",
+    "+ MLP in tiles": "+ MLP 分片",
+    "then 4-bit weights": "再加 4-bit 权重",
+    "or ZeRO-3, all offloaded": "或加 ZeRO-3，全部 offload",
+    "saved when used alone": "单独使用省多少",
+    "peak without it": "去掉它的峰值",
+    "accelerate's estimate": "accelerate 的估计",
+    "DeepSpeed's estimate": "DeepSpeed 的估计",
+    "flags": "参数",
+    "defaults": "默认值",
+    "error: allocated": "张量误差",
+    "error: reserved": "段误差",
+    "error: device": "显存误差",
+    "layers recomputed whole": "整层重算的层数",
+    "MLPs recomputed alone": "只重算 MLP 的层数",
+    "an update": "一次更新",
+    "method": "做法",
+    "memory on top of the inputs": "输入之外占多少",
+    "time": "时间",
+    "error of the gradient": "梯度误差",
+    "all positions": "全部位置",
+    "labelled positions": "有标签的位置",
+    "checkpointed chunks": "分块，反向传播时重算",
 }
 # A part of a cell or of a line, and what stands for it.
 PARTS = {
@@ -95,6 +122,21 @@ PARTS = {
     r"^fits (\d+ GiB)$": r"\1 放得下",
     r"^not measured, (\S+ GiB)$": r"未实测，\1",
     r"^the nominal size less (\S+ GiB)$": r"标称容量减 \1",
+    r"^device, (RTX \d+)$": r"显存，\1",
+    r"^ours, chunks of (\d+)$": r"本项目，每块 \1 个位置",
+    r"^On a CPU \(CPU, (\d+) threads, PyTorch (\S+)\): ": r"CPU（\1 线程，PyTorch \2）：",
+    r"^On a GPU \((NVIDIA \w+), PyTorch (\S+)\): ": r"GPU（\1，PyTorch \2）：",
+    r"(\d+) tokens, (\d+) of them labelled, (\S+) vocabulary entries, hidden size (\d+)\.$": (
+        r"\1 个 token，其中 \2 个有标签，词表 \3 个词，hidden size \4。"
+    ),
+    r"^(NVIDIA [\w ]+), PyTorch (\S+)\.$": r"在 \1 上实测，PyTorch \2。",
+    r"^(NVIDIA \w+), PyTorch (\S+)\. Sizes are measured; error = prediction / measurement - 1\. Default: bf16, LoRA "
+    r"r=(\d+), one row of (\d+) tokens with an image, checkpointing\.$": (
+        r"\1，PyTorch \2。大小是实测值；误差 = 预测 / 实测 - 1。"
+        r"默认值：bf16，LoRA r=\3，一条 \4 个 token 的带图序列，开梯度检查点。"
+    ),
+    r"^Median error: allocated (\S+) \(worst (\S+)\), reserved (\S+) \(worst (\S+)\), device (\S+) "
+    r"\(worst (\S+)\)\.$": r"误差中位数：张量 \1（最差 \2），段 \3（最差 \4），显存 \5（最差 \6）。",
     r"; updates of (\d+) samples of (\d+) tokens with an image\.$": (
         r"；一次更新 \1 个样本，每个 \2 个 token、一张图。"
     ),

@@ -59,6 +59,7 @@ DOCUMENTS = (
     "docs/interview.md",
     "docs/interview.zh-CN.md",
     "docs/lora.zh-CN.md",
+    "docs/memory.zh-CN.md",
     "docs/planner.zh-CN.md",
     "docs/scaling.zh-CN.md",
 )
