@@ -100,6 +100,39 @@ WORDS = {
     "all positions": "全部位置",
     "labelled positions": "有标签的位置",
     "checkpointed chunks": "分块，反向传播时重算",
+    "rows x tokens": "序列数 x token 数",
+    "trainer": "训练框架",
+    "step": "一步",
+    "tokens/s": "token/s",
+    "of the matrix rate": "算力利用率",
+    "with all that runs": "算力利用率，全部运算",
+    "peak": "峰值",
+    "kernels": "kernel 数",
+    "floor": "下限",
+    "tokens/s against the fastest": "token/s，与最快者之比",
+    "peak against the smallest": "峰值，与最省者之比",
+    "which is": "是哪一个",
+    "seconds of an update": "一次更新的时间",
+    "of which the GPU works": "其中 GPU 忙的时间",
+    "median error": "误差中位数",
+    "worst": "最大误差",
+    "pairs of which the faster one is told": "两种配置谁更快，判断正确的比例",
+    "MGM-2B and others": "MGM-2B 和其他模型",
+    "constants come from it": "用来定常数",
+    "error": "误差",
+    "the GPU works": "GPU 忙的时间",
+    "batches": "怎样组 batch",
+    "number": "micro-batch 数",
+    "samples/s": "样本/s",
+    "packed is faster by": "packing 是它的几倍",
+    "workers": "worker 数",
+    "images/s": "图像/s",
+    "processor time an image": "每张图的处理器时间",
+    "The demo's steps:": "Demo 的训练步：",
+    "a step": "一步",
+    "waits for its batch, median": "等 batch 的时间，中位数",
+    "at most": "最长",
+    "of the time": "占总时间",
 }
 # A part of a cell or of a line, and what stands for it.
 PARTS = {
@@ -149,11 +182,33 @@ PARTS = {
     r"and ([\d.]+\d) of README's\.$": (
         r"与最快的几个方案轮流各测 \1 次，它一次更新的时间是其余方案中最快者的 \2 倍，是 README 方案的 \3 倍。"
     ),
+    r"^(\d+) cores, PyTorch on (\d+); ": r"\1 核，PyTorch 用 \2 个；",
+    r"^(\d+) cores, (NVIDIA \w+); ": r"\1 核，\2；",
+    r"\. (float32|bfloat16), (\d+%) of the tokens with labels\. A large matrix product runs at (\S+ TFLOP/s)\.$": (
+        r"。\1，\2 的 token 有标签。一次大矩阵乘的速率是 \3。"
+    ),
+    r"^(\*\*\S+\*\*), (\d+) M parameters:$": r"\1，\2 M 个参数：",
+    r"^([\w.-]+), (\d+ x \d+)\b": r"\1，\2",
+    r"(\d+ x \d+), checkpointing\b": r"\1，梯度检查点",
+    r"梯度检查点, (nf4|zero3)$": r"梯度检查点，\1",
+    r"^(Trainer \+ PEFT|TRL SFTTrainer), Liger$": r"\1，Liger",
+    r"; error = prediction / measurement - 1\. The (\d+) rows from which no constant comes:$": (
+        r"；误差 = 预测 / 实测 - 1。没有用来定常数的 \1 种配置："
+    ),
+    r"^(Demo|Conversations): (\d+) to (\d+) tokens, (\d+) on average; at most (\d+) positions a micro-batch, "
+    r"(\d+) packed rows or (\d+) padded samples:$": (
+        r"\1：\2 到 \3 个 token，平均 \4 个；一个 micro-batch 最多 \5 个位置，"
+        r"即 \6 条 packing 的序列，或 \7 个补齐的样本："
+    ),
+    r"^Conversations：": "对话：",
+    r"^JPEGs of (\d+ x \d+) to both of MGM-2B's views, (\d+) cores, no GPU:$": (
+        r"\1 的 JPEG，处理成 MGM-2B 两个图像编码器的输入，\2 核，没有 GPU："
+    ),
 }
 
 
 def in_chinese(table: str) -> str:
-    return re.sub(r"(?<=\| ).+?(?= \|)|^[^|\n].*", lambda found: translated(found[0]), table, flags=re.M)
+    return re.sub(r"(?<=\| )[^|\s].*?(?= \|)|^[^|\n].*", lambda found: translated(found[0]), table, flags=re.M)
 
 
 def translated(text: str) -> str:

@@ -62,6 +62,7 @@ DOCUMENTS = (
     "docs/memory.zh-CN.md",
     "docs/planner.zh-CN.md",
     "docs/scaling.zh-CN.md",
+    "docs/speed.zh-CN.md",
 )
 GPU_TESTS, TWO_GPU_TESTS = (RESULTS / f"gpu/{name}.json" for name in ("tests", "tests_two_gpus"))
 FAMILIES_MATRIX = RESULTS / "families.json"
