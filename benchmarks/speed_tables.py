@@ -1,6 +1,7 @@
 """The tables of docs/speed.md, from step.json, packing.json, loader.json, waiting.json and gpu/step_time.json."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -51,7 +52,7 @@ def model_table(rows: list[dict[str, Any]], is_gpu: bool) -> str:
         flags = row["flags"]
         cells.append([size_of(flags), flags["kind"]])
         if "failed" in row:
-            cells[-1] += [row["failed"][:LONGEST_REASON]]
+            cells[-1] += [textwrap.shorten(row["failed"], LONGEST_REASON, placeholder=" ...")]
             cells[-1] += [""] * (len(header) - 3 + is_gpu * len(gpu_header) + has_floor)
             continue
         shares = (row["model_flops_share_of_rate"], row["hardware_flops_share_of_rate"])
