@@ -1,6 +1,7 @@
 """A table of the documents in Chinese, with the lines around it: words are translated, numbers stay."""
 
 import re
+from collections.abc import Callable
 
 
 # A cell that is one of these, as a whole.
@@ -133,6 +134,22 @@ WORDS = {
     "waits for its batch, median": "等 batch 的时间，中位数",
     "at most": "最长",
     "of the time": "占总时间",
+    "updates": "更新次数",
+    "questions an update": "一次更新的题数",
+    "held-out questions": "留出题",
+    "seeds": "随机种子",
+    "exact answers": "完全答对",
+    "each seed": "每个种子",
+    "tensors' peak": "张量峰值",
+    "process's peak": "进程峰值",
+    "before training": "训练前",
+    "full fine-tuning": "全量微调",
+    "projector alone": "只训练 projector",
+    "exact answers by question": "各题型完全答对",
+    "all questions": "全部题目",
+    "interval with the seeds": "计入种子的区间",
+    "learning rate: exact answers": "学习率：完全答对",
+    "chosen": "选中",
 }
 # A part of a cell or of a line, and what stands for it.
 PARTS = {
@@ -144,6 +161,10 @@ PARTS = {
     r"^LoRA r=(\d+) on all linear layers; projector and mining$": (
         r"LoRA r=\1（全部线性层），加 projector 和 patch info mining"
     ),
+    r"^LoRA r=(\d+), q v o$": r"LoRA r=\1（q、v、o）",
+    r"^LoRA r=(\d+), all linear$": r"LoRA r=\1（全部线性层）",
+    r"^(\S+%) \((\S+%) to (\S+%)\)$": r"\1（\2 到 \3）",
+    r"^(\S+%) to (\S+%)$": r"\1 到 \2",
     r"^(NVIDIA \w+), NVLink, PyTorch (\S+)\.$": r"\1，用 NVLink 连接，PyTorch \2。",
     r"^(\S+), LoRA, (\d+ x \d+)$": r"\1，LoRA，\2",
     r"^(\S+), all weights, (\d+ x \d+)$": r"\1，全量微调，\2",
@@ -205,6 +226,11 @@ PARTS = {
         r"\1 的 JPEG，处理成 MGM-2B 两个图像编码器的输入，\2 核，没有 GPU："
     ),
 }
+
+
+def with_chinese(tables: dict[str, Callable[[], str]]) -> dict[str, Callable[[], str]]:
+    """The tables, and the same in Chinese as `NAME zh`."""
+    return tables | {f"{name} zh": (lambda table=table: in_chinese(table())) for name, table in tables.items()}
 
 
 def in_chinese(table: str) -> str:

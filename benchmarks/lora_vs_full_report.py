@@ -1,6 +1,6 @@
-"""Write the tables and the picture of docs/lora_vs_full.md from results/lora_vs_full/, in seconds:
+"""Write the tables and the picture of docs/lora_vs_full.md and its Chinese page from results/lora_vs_full/:
 
-python -m benchmarks.lora_vs_full_report
+python -m benchmarks.lora_vs_full_report    # in seconds
 """
 
 import json
@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.chinese import with_chinese
 from benchmarks.lora_vs_full import BASE, LABELS, METHODS, SEARCH, SEEDS, Run, choose_rates
 from benchmarks.rows import ROOT
 from benchmarks.tables import NoFlags, with_tables
@@ -19,7 +20,9 @@ from evaluation.comparison import NUM_RESAMPLES, compare, percent, percents
 from utils import MIB, markdown_table, run_script
 
 
-RESULTS, DOCUMENT = ROOT / "results/lora_vs_full", ROOT / "docs/lora_vs_full.md"
+RESULTS = ROOT / "results/lora_vs_full"
+DOCUMENTS = [ROOT / f"docs/lora_vs_full{language}.md" for language in ("", ".zh-CN")]
+PICTURE = ROOT / "docs/lora_vs_full.png"
 KINDS = {"n": "number", "p": "parity", "l": "largest", "s": "sum"}  # of questions, by the letter in a run's `types`
 QUESTIONS = 32  # of an update
 Runs = list[dict[str, Any]]  # of one way of training, a run for each seed
@@ -69,7 +72,7 @@ def kind_table(folder: Path = RESULTS) -> str:
         [label, *(percent(fmean(run["by_type"][kind]["score"] for run in runs)) for kind in KINDS.values())]
         for label, runs in [("before training", [base]), *((LABELS[name], methods[name]) for name in methods)]
     ]
-    counts = [f"{kind} ({base['by_type'][kind]['n']})" for kind in KINDS.values()]
+    counts = [f"`{kind}` ({base['by_type'][kind]['n']})" for kind in KINDS.values()]
     return markdown_table(["exact answers by question", *counts], rows)
 
 
@@ -79,7 +82,8 @@ def retention_table(folder: Path = RESULTS) -> str:
         parts = [result, *(result["by_type"][kind] for kind in KINDS.values())]
         total, *others = (f"{percent(part['retention'])} ({percents(part['interval'])})" for part in parts)
         rows.append([LABELS[name], total, percents(result["interval_with_seeds"]), *others])
-    return markdown_table(["", "all", "interval with the seeds", *KINDS.values()], rows)
+    header = ["", "all questions", "interval with the seeds", *(f"`{kind}`" for kind in KINDS.values())]
+    return markdown_table(header, rows)
 
 
 def retentions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -145,9 +149,10 @@ TABLES |= {"retention": retention_table, "rates": rate_table}
 
 
 def main(_: NoFlags) -> dict[str, Any]:
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), TABLES))
-    draw(DOCUMENT.with_suffix(".png"))
-    return {"documents": [str(DOCUMENT.relative_to(ROOT))]}
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(), with_chinese(TABLES)))
+    draw(PICTURE)
+    return {"documents": [str(document.relative_to(ROOT)) for document in DOCUMENTS]}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.chinese import in_chinese
+from benchmarks.chinese import with_chinese
 from benchmarks.memory_tables import (
     checkpointed_table,
     checkpointing_table,
@@ -305,8 +305,7 @@ TABLES = {
     "zero-stages": zero_stages_table,
     "checkpointing": checkpointing_table,
 }
-# The same in Chinese.
-TABLES |= {f"{name} zh": (lambda table=table: in_chinese(table())) for name, table in TABLES.items()}
+TABLES = with_chinese(TABLES)
 
 
 def with_tables(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:

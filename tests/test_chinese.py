@@ -115,7 +115,7 @@ def english_of(chinese: Path) -> Path:
 
 def test_documents_are_found():
     names = "evaluation gpu_guide gpus host_memory interview lora memory planner report scaling speed tour".split()
-    paths = {f"docs/{name}.zh-CN.md" for name in [*names, "reliability", "troubleshooting"]}
+    paths = {f"docs/{name}.zh-CN.md" for name in [*names, "lora_vs_full", "reliability", "troubleshooting"]}
     paths |= {"README.zh-CN.md", "data/README.zh-CN.md"}
     assert paths <= {str(path) for path in CHINESE}
 

@@ -1,6 +1,7 @@
 """The LoRA experiment: which runs it makes, what a run reports, and what its document says."""
 
 import json
+import re
 import subprocess
 from statistics import fmean, stdev
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import lora_vs_full, lora_vs_full_report
+from benchmarks.chinese import in_chinese, with_chinese
 from benchmarks.lora_vs_full import BASE, METHODS, SEARCH, SEEDS, ExperimentConfig, Run, choose_rates, main
-from benchmarks.lora_vs_full_report import mean
+from benchmarks.lora_vs_full_report import DOCUMENTS, PICTURE, TABLES, mean
 from benchmarks.tables import with_tables
 
 
@@ -99,7 +101,7 @@ def test_the_tables_say_what_the_data_says(monkeypatch, tmp_path):
     """Full fine-tuning answers the first 80 of every 100 questions right, the others the first 40."""
     pretend(monkeypatch, lambda run: 80 if run.method == "full" else 40)
     main(ExperimentConfig(output=str(tmp_path)))
-    tables = {name: table(tmp_path) for name, table in lora_vs_full_report.TABLES.items()}
+    tables = {name: table(tmp_path) for name, table in TABLES.items()}
     assert "| 594 | 32 | 475 | 3 | 3.11.7 |" in tables["setup"]
     assert [name for name, text in tables.items() if "| LoRA r=16, q v o |" in text] == list(tables)[1:]
     assert "| LoRA r=16, q v o | 42.1% ± 0.0% | 42.1%, 42.1%, 42.1% | 90,000 | 9.0% | 47.7 MiB |" in tables["scores"]
@@ -130,12 +132,19 @@ def test_the_best_rate_is_chosen(tmp_path):
     assert choose_rates(tmp_path) == {"full": SEARCH["full"][1]}
 
 
-def test_the_tables_are_generated():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_are_generated(document):
     """The document as `python -m benchmarks.lora_vs_full_report` would write it now."""
-    text = lora_vs_full_report.DOCUMENT.read_text()
-    assert all(f"<!-- {name} -->" in text for name in lora_vs_full_report.TABLES)
-    assert with_tables(text, lora_vs_full_report.TABLES) == text
-    assert lora_vs_full_report.DOCUMENT.with_suffix(".png").exists()
+    text, language = document.read_text(), " zh" if ".zh-CN" in document.name else ""
+    assert all(f"<!-- {name}{language} -->" in text for name in TABLES)
+    assert with_tables(text, with_chinese(TABLES)) == text
+    assert f"]({PICTURE.name})" in text and PICTURE.exists()
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_nothing_of_a_chinese_table_is_english(table):
+    names = r"`\w+`|q、v、o|\b(LoRA r|projector|Python|PyTorch|transformers|PEFT|MiB|min)\b"
+    assert not re.findall(r"[A-Za-z]+", re.sub(names, "", in_chinese(table())))
 
 
 def test_the_prose_agrees_with_the_results():
