@@ -1,7 +1,8 @@
 """How much of full fine-tuning's accuracy LoRA and the projector alone keep, with their memory and time, on the demo.
 
-    python -m benchmarks.lora_vs_full --jobs 16    # no GPU; 31 runs, each five minutes of one core
-    python -m benchmarks.lora_vs_full_report       # the tables and the picture of docs/lora_vs_full.md
+    python -m benchmarks.lora_vs_full --jobs 16       # no GPU; 31 runs, each five minutes of one core
+    python -m benchmarks.lora_vs_full --peaks true    # in a minute: only the step's memory, for the runs that are there
+    python -m benchmarks.lora_vs_full_report          # the tables and the picture of docs/lora_vs_full.md
 
 First a search, with one seed, for each method's learning rate; then the other seeds with the best rate. A run trains,
 answers the held-out questions, and writes a file in results/lora_vs_full/; runs that have a file are skipped.
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from benchmarks.rows import ROOT
+from benchmarks.rows import ROOT, commit
 from child_processes import run_child
 from data.demo import ensure_demo
 from data.lengths import column_values
@@ -62,6 +64,7 @@ class ExperimentConfig:
     output: str = "results/lora_vs_full"
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": " | ".join(METHODS)})
     max_steps: int = flag(-1, "updates a run; -1: an epoch, which the report needs")
+    peaks: bool = flag(False, "train nothing: measure the step's memory again, after the step has changed")
 
     def __post_init__(self) -> None:
         check_minimum(self, jobs=1, max_steps=-1)
@@ -84,6 +87,8 @@ class Run:
 def main(config: ExperimentConfig) -> dict[str, Any]:
     folder = Path(config.output)
     longest = prepare_demo()
+    if config.peaks:
+        return {"runs": measure_peaks(folder, longest), "output": config.output}
     searching = [method for method in SEARCH if method in config.methods]
     wanted = [Run(BASE, 0.0, 0)] + [Run(method, rate, SEEDS[0]) for method in searching for rate in SEARCH[method]]
     run_all(config, wanted, longest)
@@ -91,6 +96,16 @@ def main(config: ExperimentConfig) -> dict[str, Any]:
     wanted = [Run(method, chosen[method], seed) for method in config.methods if method in chosen for seed in SEEDS]
     run_all(config, wanted, longest)
     return {"runs": len(list(folder.glob("*.json"))), "learning_rates": chosen, "output": config.output}
+
+
+def measure_peaks(folder: Path, longest: int) -> int:
+    """Measure the step's memory for the runs of a folder. Returns how many there are."""
+    peaks = {method: measure_peak(method, longest) for method in METHODS}
+    paths = [path for path in folder.glob("*.json") if path.stem != BASE]
+    for path in paths:
+        result = json.loads(path.read_text())
+        write_json(path, result | peaks[result["method"]], indent=None)
+    return len(paths)
 
 
 def prepare_demo() -> int:
@@ -140,7 +155,7 @@ def execute(run: Run, config: ExperimentConfig, longest: int) -> dict[str, Any]:
         model, output = Path(folder) / "model", Path(folder) / "eval.json"
         flags = ["--output", str(output), "--dataloader_num_workers", "0", "--max_new_tokens", "16"]
         if run.method != BASE:
-            result |= train(run, config, model) | measure_peak(run, longest)
+            result |= train(run, config, model) | measure_peak(run.method, longest)
             is_adapter = (model / "adapter_config.json").exists()
             flags += ["--adapter" if is_adapter else "--model", str(model)]
         script("eval.py", *flags)
@@ -160,13 +175,14 @@ def train(run: Run, config: ExperimentConfig, output_dir: Path) -> dict[str, Any
     return {name: result[name] for name in names} | {"train_peak_rss_bytes": result["peak"]["train"]}
 
 
-def measure_peak(run: Run, longest: int) -> dict[str, int]:
-    """The peak bytes of tensors in a step whose rows are as long as the demo's longest sample."""
+def measure_peak(method: str, longest: int) -> dict[str, Any]:
+    """The peak bytes of tensors in a step whose rows are as long as the demo's longest sample, and what they hold for."""
     flags = ["--mode", "measure", "--device", "cpu", "--model", TrainConfig.model, "--max_seq_len", str(longest)]
     rows = yaml.safe_load(DEMO_RECIPE.read_text())["per_device_train_batch_size"]
     flags += ["--per_device_train_batch_size", str(rows)]
-    result = script("memory_probe.py", *METHODS[run.method], *flags)
-    return {"peak_allocated_bytes": result["peak_allocated_bytes"], "probed_tokens": longest}
+    result = script("memory_probe.py", *METHODS[method], *flags)
+    about = {"probed_tokens": longest, "probed_with": {"torch": torch.__version__, "commit": commit()}}
+    return {"peak_allocated_bytes": result["peak_allocated_bytes"]} | about
 
 
 def script(name: str, *flags: str) -> dict[str, Any]:
