@@ -1,7 +1,7 @@
 """How much of full fine-tuning's accuracy LoRA and the projector alone keep, with their memory and time, on the demo.
 
     python -m benchmarks.lora_vs_full --jobs 16       # no GPU; 31 runs, each five minutes of one core
-    python -m benchmarks.lora_vs_full --peaks true    # in a minute: only the step's memory, for the runs that are there
+    python -m benchmarks.lora_vs_full --peaks true    # two minutes: the memory alone, of the runs that are there
     python -m benchmarks.lora_vs_full_report          # the tables and the picture of docs/lora_vs_full.md
 
 First a search, with one seed, for each method's learning rate; then the other seeds with the best rate. A run trains,
@@ -176,7 +176,7 @@ def train(run: Run, config: ExperimentConfig, output_dir: Path) -> dict[str, Any
 
 
 def measure_peak(method: str, longest: int) -> dict[str, Any]:
-    """The peak bytes of tensors in a step whose rows are as long as the demo's longest sample, and what they hold for."""
+    """The peak bytes of tensors in a step whose rows are as long as the demo's longest sample; PyTorch and commit."""
     flags = ["--mode", "measure", "--device", "cpu", "--model", TrainConfig.model, "--max_seq_len", str(longest)]
     rows = yaml.safe_load(DEMO_RECIPE.read_text())["per_device_train_batch_size"]
     flags += ["--per_device_train_batch_size", str(rows)]
