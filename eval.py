@@ -23,7 +23,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from evaluation.answer import answer_batches
-from evaluation.answers_file import AnswersFile
+from evaluation.answers_file import AnswersFile, weights_stamp
 from evaluation.comparison import as_table, compare_files
 from evaluation.pictures import write_tensorboard
 from evaluation.tasks import captions, conversations, mmbench, textvqa
@@ -164,6 +164,7 @@ def answer_all(
     file = None
     if accelerator.is_main_process:
         settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+        settings["weights_file"] = weights_stamp(config.model, config.adapter)
         file = AnswersFile(config.predictions, settings, questions)
     (answers,) = broadcast_object_list([file.answers if file else None])
     missing = [index for index in range(len(questions)) if index not in answers]

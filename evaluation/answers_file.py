@@ -8,11 +8,18 @@ from evaluation.tasks.task import Question
 from utils import UserError
 
 
+def weights_stamp(*folders: str | None) -> list[list[Any]]:
+    """Name, bytes and time of each file of weights in these folders: other weights give other answers. A hub id, which
+    is no folder, has none."""
+    files = [file for folder in folders if folder for file in sorted(Path(folder).glob("*.safetensors"))]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 class AnswersFile:
     """A JSON-lines file: the run's settings, then a line for each answer. Closed with `close`.
 
     Raises:
-        UserError: the file holds answers of a run with other settings.
+        UserError: the file holds answers of a run with other settings, or to other questions.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], questions: list[Question]) -> None:
@@ -42,6 +49,9 @@ class AnswersFile:
                 f"{self.path} holds answers of a run with another {' and '.join(changed)}: "
                 "delete it or choose another --output"
             )
+        prompts = dict(enumerate(question.prompt for question in self.questions))
+        if any(row.get("question") != prompts.get(row["index"]) for row in rows):
+            raise UserError(f"{self.path} holds answers to other questions: delete it or choose another --output")
         return "".join(lines)
 
     def write(self, answers: dict[int, str]) -> None:

@@ -129,13 +129,19 @@ def test_an_interrupted_run_goes_on(mixed_dataset, tmp_path, monkeypatch):
 
 
 def test_only_the_same_run_goes_on(mixed_dataset, tmp_path, capsys, monkeypatch):
-    run(*flags(tmp_path, mixed_dataset))
-    line = fail(capsys, monkeypatch, *flags(tmp_path, mixed_dataset))
+    dataset = tmp_path / "dataset.json"
+    dataset.write_text(mixed_dataset.read_text())
+    run(*flags(tmp_path, dataset))
+    line = fail(capsys, monkeypatch, *flags(tmp_path, dataset))
     assert "is there already" in line
     (tmp_path / "out.json").unlink()
-    line = fail(capsys, monkeypatch, *flags(tmp_path, mixed_dataset, limit=3))
+    line = fail(capsys, monkeypatch, *flags(tmp_path, dataset, limit=3))
     assert "another limit" in line and "out.predictions.jsonl" in line
     assert len(answers_of(tmp_path)) == 24, "the file is left alone"
+    records = json.loads(dataset.read_text())
+    records[0]["conversations"][0]["value"] += " Really?"
+    dataset.write_text(json.dumps(records))
+    assert "answers to other questions" in fail(capsys, monkeypatch, *flags(tmp_path, dataset))
 
 
 @pytest.fixture
@@ -150,6 +156,17 @@ def adapter(tmp_path) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_other_weights_are_asked_anew(adapter, tmp_path, capsys, monkeypatch):
+    """Answers of the adapter that was in the same folder before are not scored again."""
+    run(*flags(tmp_path, None, limit=2, adapter=adapter))
+    (tmp_path / "out.json").unlink()
+    assert run(*flags(tmp_path, None, limit=2, adapter=adapter))["n"] == 2, "the same weights: nothing is asked again"
+    (tmp_path / "out.json").unlink()
+    os.utime(adapter / "adapter_model.safetensors", (1, 1))
+    line = fail(capsys, monkeypatch, *flags(tmp_path, None, limit=2, adapter=adapter))
+    assert "another weights_file" in line and "out.predictions.jsonl" in line
 
 
 def test_adapter(adapter, tmp_path, capsys, monkeypatch):
