@@ -29,7 +29,7 @@ from memory.cards import GPUS, RESERVE_GIB
 from memory.gpus import CUBLAS_HOPPER
 from models.family import packs
 from tests.tiny_families import FAMILIES, TRAINED
-from utils import GIB, MIB, markdown_table, run_script
+from utils import GIB, MIB, UserError, markdown_table, run_script
 
 
 FIGURES = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
@@ -208,7 +208,10 @@ def trained_families_table() -> str:
     """What tests do with a tiny model of each family, and how near its predictions are in results/families.json."""
     rows, cells = read_result(FAMILIES_MATRIX)["rows"], []
     for family, title in TRAINED.items():
-        worst = max((row["error"] for row in rows if row["flags"]["family"] == family), key=abs)
+        errors = [row["error"] for row in rows if row["flags"]["family"] == family]
+        if not errors:
+            raise UserError(f"results/families.json has no row of {family}: python -m benchmarks.families measures it")
+        worst = max(errors, key=abs)
         packing = "yes" if packs(FAMILIES[family]()) else "refused"
         cells.append([title, f"`{family}`", f"within {abs(worst):.3%}", "yes", "yes", "yes", packing])
     return markdown_table(["models", "`model_type`", "predicted", "trained", "evaluated", "merged", "packed"], cells)

@@ -15,9 +15,10 @@ from benchmarks.load_dataset import LoadConfig
 from benchmarks.loss import LossConfig
 from benchmarks.packing import PackingConfig
 from benchmarks.step import StepBenchmarkConfig
-from benchmarks.tables import HEADLINE, with_tables
+from benchmarks.tables import HEADLINE, trained_families_table, with_tables
 from data.dataset import open_dataset
 from memory.launch import in_fresh_process
+from tests.tiny_families import TRAINED
 from utils import UserError
 
 
@@ -126,6 +127,13 @@ def test_waiting_is_measured(tmp_path):
     assert run["num_workers"] == 0
     assert 0.001 < run["median_wait_seconds"] <= run["longest_wait_seconds"] < 60
     assert 0 < run["waiting_share"] < 1
+
+
+def test_a_family_that_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's table needs its predictions first."""
+    monkeypatch.setitem(TRAINED, "new", "New")
+    with pytest.raises(UserError, match="has no row of new: python -m benchmarks.families measures it"):
+        trained_families_table()
 
 
 def test_tables_of_speed_are_generated():
