@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -112,6 +113,17 @@ def test_what_is_missing_is_said(stand_in, tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     assert "no prediction (the run ended before it was computed), nothing measured" in line
     assert "in the second update" in line
+
+
+def test_nothing_is_measured_of_fsdp2_on_a_cpu(monkeypatch, capsys):
+    """The line and run.json say why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = nn.Linear(2, 2)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, gradient_accumulation_steps=1)
+    optimizer = SimpleNamespace(optimizer=torch.optim.SGD(model.parameters()))
+    memory = RunMemory(accelerator, model, optimizer, 2, Row(60, 1))
+    assert memory.finish(0, None)["problem"] == "nothing measured: under FSDP2 that needs a GPU"
+    assert "nothing measured (under FSDP2 that needs a GPU)" in capsys.readouterr().out
 
 
 def test_without_a_forecast(monkeypatch, tmp_path, capsys):
