@@ -88,16 +88,21 @@ def read_result(name: str | Path) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, followed by "-dirty" if files differ from it; None where git cannot tell.
+    """The commit that is checked out, followed by "-dirty" if the code differs from it; None where git cannot tell.
 
     The variable GIT_COMMIT names it for a copy that has no history.
     """
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        found = _git("rev-parse", "HEAD")
+        # A benchmark that writes its results and their tables does not change the code of the next one.
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
     except FileNotFoundError:  # no git
-        described = ""
-    return described or os.environ.get("GIT_COMMIT")
+        found = changes = ""
+    return found + "-dirty" * bool(changes) if found else os.environ.get("GIT_COMMIT")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def machine(*packages: str) -> dict[str, Any]:

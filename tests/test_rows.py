@@ -81,5 +81,8 @@ def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("add", "file")
     git("commit", "-m", "Add a file")
     assert commit() == git("rev-parse", "HEAD") and len(commit()) == 40
-    (tmp_path / "file").write_text("b")
-    assert commit() == git("rev-parse", "HEAD") + "-dirty"
+    (tmp_path / "results").mkdir()
+    for path in ("results/row", "file"):
+        (tmp_path / path).write_text("b")
+        git("add", path)
+        assert commit() == git("rev-parse", "HEAD") + ("-dirty" if path == "file" else "")
