@@ -7,6 +7,7 @@ import pytest
 from tiny_families import write_family
 
 from memory.config import ProbeConfig
+from memory.notes import allocator_note, offload_note
 from memory.probe import probe
 from memory.report import report
 
@@ -34,26 +35,34 @@ def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
     assert predicted("llama", tmp_path / "dense")["notes"] == []
 
 
+def test_zero3_is_noted() -> None:
+    """What its allocator holds, and that the config file would offload."""
+    notes = probe(config_of(strategy="zero3"))["notes"]
+    assert notes == offload_note(config_of(strategy="zero3")) + allocator_note("zero3", "chunked", 1)
+    assert probe(config_of(loss="full", device="cpu"))["notes"] == []
+
+
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("strategy", "loss", "world_size", "expected"),
     [
         (
-            {"strategy": "zero3"},
+            "zero3",
+            "chunked",
+            1,
             ["With --strategy zero3 the allocator may hold up to 12% more of the device than this."],
         ),
         (
-            {"strategy": "zero3", "world_size": 2},
+            "zero3",
+            "chunked",
+            2,
             ["With --strategy zero3 the allocator may hold up to 14% more of the device than this."],
         ),
-        ({"loss": "full"}, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
-        ({"strategy": "zero3", "device": "cpu"}, []),
-        ({"strategy": "zero2"}, []),
+        ("single", "full", 1, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
+        ("zero2", "chunked", 1, []),
     ],
 )
-def test_an_allocator_that_keeps_more(flags: dict, expected: list[str]) -> None:
-    config = {"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags
-    notes = probe(ProbeConfig(**config))["notes"]
-    assert [note for note in notes if "allocator" in note] == expected
+def test_an_allocator_that_keeps_more(strategy: str, loss: str, world_size: int, expected: list[str]) -> None:
+    assert allocator_note(strategy, loss, world_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,8 @@ def test_an_allocator_that_keeps_more(flags: dict, expected: list[str]) -> None:
 )
 def test_zero3_without_offload(flags: dict, is_noted: bool) -> None:
     """A prediction of the strategy alone says that the config file would also offload."""
-    config = ProbeConfig(**{"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags)
-    notes = probe(config)["notes"]
-    assert any("--config_file accelerate_configs/zero3.yaml" in note for note in notes) == is_noted
+    assert bool(offload_note(config_of(**flags))) == is_noted
+
+
+def config_of(**flags: str) -> ProbeConfig:
+    return ProbeConfig(**{"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags)
