@@ -73,9 +73,9 @@ def offload_note(config: ProbeConfig) -> list[str]:
     return [f"Nothing is offloaded here. {file} offloads weights and optimizer states: --config_file {file}."]
 
 
-def allocator_note(strategy: str, loss: str, world_size: int) -> list[str]:
+def allocator_note(config: ProbeConfig) -> list[str]:
     """Where the allocator keeps more than its replay."""
-    if (margin := device_margin(strategy, loss, world_size)) == MEMORY_MARGIN:
+    if (margin := device_margin(config.strategy, config.loss, config.world_size)) == MEMORY_MARGIN:
         return []
-    flag = "--strategy zero3" if strategy == "zero3" else "--loss full"
+    flag = "--strategy zero3" if config.strategy == "zero3" else "--loss full"
     return [f"With {flag} the allocator may hold up to {margin:.0%} more of the device than this."]

@@ -73,7 +73,7 @@ def summarize(record: PlacedRecord, config: ProbeConfig) -> dict[str, Any]:
     result = describe(record.device) | totals | time_of(record.device, config)
     notes = list(record.device.notes)
     if config.device == "cuda":
-        notes += offload_note(config) + allocator_note(config.strategy, config.loss, config.world_size)
+        notes += offload_note(config) + allocator_note(config)
         notes += card_notes(GPUS[config.gpu], totals["device_bytes"], totals["host_bytes"])
     return result | {"notes": notes}
 

@@ -37,32 +37,29 @@ def test_experts_are_named_where_there_are_any(tmp_path: Path) -> None:
 
 def test_zero3_is_noted() -> None:
     """What its allocator holds, and that the config file would offload."""
-    notes = probe(config_of(strategy="zero3"))["notes"]
-    assert notes == offload_note(config_of(strategy="zero3")) + allocator_note("zero3", "chunked", 1)
+    config = config_of(strategy="zero3")
+    assert probe(config)["notes"] == offload_note(config) + allocator_note(config)
     assert probe(config_of(loss="full", device="cpu"))["notes"] == []
 
 
 @pytest.mark.parametrize(
-    ("strategy", "loss", "world_size", "expected"),
+    ("flags", "expected"),
     [
         (
-            "zero3",
-            "chunked",
-            1,
+            {"strategy": "zero3"},
             ["With --strategy zero3 the allocator may hold up to 12% more of the device than this."],
         ),
         (
-            "zero3",
-            "chunked",
-            2,
+            {"strategy": "zero3", "world_size": 2},
             ["With --strategy zero3 the allocator may hold up to 14% more of the device than this."],
         ),
-        ("single", "full", 1, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
-        ("zero2", "chunked", 1, []),
+        ({"loss": "full"}, ["With --loss full the allocator may hold up to 8% more of the device than this."]),
+        ({"strategy": "zero2"}, []),
     ],
+    ids=str,
 )
-def test_an_allocator_that_keeps_more(strategy: str, loss: str, world_size: int, expected: list[str]) -> None:
-    assert allocator_note(strategy, loss, world_size) == expected
+def test_an_allocator_that_keeps_more(flags: dict, expected: list[str]) -> None:
+    assert allocator_note(config_of(**flags)) == expected
 
 
 @pytest.mark.parametrize(
@@ -80,5 +77,5 @@ def test_zero3_without_offload(flags: dict, is_noted: bool) -> None:
     assert bool(offload_note(config_of(**flags))) == is_noted
 
 
-def config_of(**flags: str) -> ProbeConfig:
+def config_of(**flags: str | int) -> ProbeConfig:
     return ProbeConfig(**{"model": "tiny", "gpu": "h100", "max_seq_len": 64, "eval_samples": 0} | flags)
