@@ -119,7 +119,7 @@ def test_nothing_is_measured_of_fsdp2_on_a_cpu(monkeypatch, capsys):
     """The line and run.json say why."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = nn.Linear(2, 2)
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, gradient_accumulation_steps=1)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, gradient_accumulation_steps=1)
     optimizer = SimpleNamespace(optimizer=torch.optim.SGD(model.parameters()))
     memory = RunMemory(accelerator, model, optimizer, 2, Row(60, 1))
     assert memory.finish(0, None)["problem"] == "nothing measured: under FSDP2 that needs a GPU"
@@ -141,7 +141,9 @@ def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("training.run_forecast.Forecast", refuse)
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1, num_processes=1)
+    accelerator = SimpleNamespace(
+        distributed_type="DEEPSPEED", is_fsdp2=False, gradient_accumulation_steps=1, num_processes=1
+    )
     with SummaryWriter(str(tmp_path)) as writer:
         compared = RunForecast(accelerator, TrainConfig(), torch.nn.Linear(1, 1), None, Row(1, 0), writer)
         compared.log(1)
@@ -152,7 +154,7 @@ def test_no_process_to_be_had(monkeypatch, tmp_path, capsys):
 def test_on_a_gpu_the_largest_batch_counts(monkeypatch, capsys):
     """The allocator's peak is of all updates: it is compared if one of them had the predicted shape."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", is_fsdp2=False, gradient_accumulation_steps=1)
     memory = RunMemory(accelerator, nn.Linear(1, 1), None, 2, Row(60, 1))
     memory.predicted = {"peak_allocated_bytes": GIB}
     for num_tokens, words in ((40, "in a smaller batch (2 x 40 tokens"), (60, "(+0.00%)"), (20, "(+0.00%)")):
@@ -174,7 +176,7 @@ def test_on_a_gpu_the_largest_batch_counts(monkeypatch, capsys):
 )
 def test_a_warning_beyond_the_margin(error, num_tokens, words, capsys):
     """One line on stderr with both figures, and what to look at. A smaller batch that takes less is none."""
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1)
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", is_fsdp2=False, gradient_accumulation_steps=1)
     memory = RunMemory(accelerator, nn.Linear(1, 1), None, 2, Row(60, 1))
     memory.predicted = {"peak_allocated_bytes": round(GIB * (1 + error))}
     memory.measured = {"peak_allocated_bytes": GIB}

@@ -134,7 +134,9 @@ def test_tags_and_chart(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path:
     result = {"step_seconds": 0.3, "breakdown": {}, "peak_allocated_bytes": 1, "host_bytes": 1}
     forecast = SimpleNamespace(poll=lambda: result, stop=lambda: None, problem=None)
     monkeypatch.setattr("training.run_forecast.Forecast", lambda *_: forecast)
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", gradient_accumulation_steps=1, num_processes=1)
+    accelerator = SimpleNamespace(
+        distributed_type="DEEPSPEED", is_fsdp2=False, gradient_accumulation_steps=1, num_processes=1
+    )
     with SummaryWriter(str(tmp_path)) as writer:
         compared = RunForecast(accelerator, TrainConfig(), nn.Linear(1, 1), None, Row(50, 0), writer)
         compared.start()

@@ -50,8 +50,7 @@ class RunMemory:
         self.in_use_bytes = 0
         self.measured_shape: tuple[int, int] | None = None  # rows and tokens of the micro-batch, on a GPU the largest
         # The profiler's bytes begin with what is in use, which is not known of FSDP2's split tensors.
-        self.is_fsdp2 = accelerator.distributed_type == DistributedType.FSDP
-        if not torch.cuda.is_available() and not self.is_fsdp2:
+        if not torch.cuda.is_available() and not accelerator.is_fsdp2:
             self.handle = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, *_: object) -> None:
@@ -106,7 +105,8 @@ class RunMemory:
         elif error is not None:
             words[1] += f" ({error:+.2%})"
         elif measured_bytes is None:
-            reason = "under FSDP2 that needs a GPU" if self.is_fsdp2 else "on a CPU that is done in the second update"
+            is_fsdp2 = self.accelerator.is_fsdp2
+            reason = "under FSDP2 that needs a GPU" if is_fsdp2 else "on a CPU that is done in the second update"
             words[1] += f" ({reason})"
             problem = problem or f"nothing measured: {reason}"
         print(f"Memory of tensors at the peak: {', '.join(words)}", flush=True)
